@@ -1,0 +1,130 @@
+// Python module mxq_ext._cpu. Pointers and sizes come in as integers, so that neither torch nor numpy is needed to build it.
+// Everything is checked by the caller (mxq_ext/ops.py); what is checked here is only what Python cannot see: the blob's own header.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "cpu/driver.h"
+#include "cpu/parallel.h"
+#include "cpu/prepack.h"
+#include "cpu/reference.h"
+#include "cpu/targets.h"
+
+namespace py = pybind11;
+using namespace mxq;
+
+namespace {
+
+template <class T>
+T* ptr(uintptr_t p) {
+  return reinterpret_cast<T*>(p);
+}
+
+// (kind, bits, zero, bf16, group)
+Format format_of(const py::tuple& t) {
+  return {t[0].cast<uint8_t>(), t[1].cast<uint8_t>(), t[2].cast<uint8_t>(), t[3].cast<uint8_t>(), t[4].cast<uint32_t>()};
+}
+
+// (r0, r1, c0, c1, format, codes, scales, zeros)
+Canonical canonical_of(const py::tuple& t) {
+  return {{t[0].cast<uint32_t>(), t[1].cast<uint32_t>(), t[2].cast<uint32_t>(), t[3].cast<uint32_t>(), format_of(t[4].cast<py::tuple>())},
+          ptr<uint8_t>(t[5].cast<uintptr_t>()), ptr<uint8_t>(t[6].cast<uintptr_t>()), ptr<uint8_t>(t[7].cast<uintptr_t>())};
+}
+
+// (n, k, [rectangles], perm_rows, perm_cols, rowptr, cols, values, nnz); absent parts are 0
+Weight weight_of(const py::tuple& t) {
+  Weight w{t[0].cast<int64_t>(), t[1].cast<int64_t>(), {}};
+  for (const py::handle r : t[2].cast<py::list>()) w.rects.push_back(canonical_of(py::reinterpret_borrow<py::tuple>(r)));
+  w.perm_rows = ptr<int32_t>(t[3].cast<uintptr_t>());
+  w.perm_cols = ptr<int32_t>(t[4].cast<uintptr_t>());
+  w.rowptr = ptr<int32_t>(t[5].cast<uintptr_t>());
+  w.cols = ptr<int32_t>(t[6].cast<uintptr_t>());
+  w.values = ptr<uint16_t>(t[7].cast<uintptr_t>());
+  w.nnz = t[8].cast<int64_t>();
+  return w;
+}
+
+const Header& checked(uintptr_t blob, int64_t nbytes) {
+  const Header& h = header(ptr<uint8_t>(blob));
+  if (nbytes < int64_t(sizeof(Header)) || h.magic != BLOB_MAGIC || h.nbytes != uint64_t(nbytes))
+    throw py::value_error("these bytes are no prepacked weight of this version");
+  return h;
+}
+
+// What is needed to allocate the canonical tensors again.
+py::dict describe(uintptr_t blob, int64_t nbytes) {
+  const Header& h = checked(blob, nbytes);
+  const uint8_t* b = ptr<uint8_t>(blob);
+  py::list rects;
+  for (uint32_t i = 0; i < h.rects; i++) {
+    const Rect& r = at<Rect>(b, h.off_rects)[i];
+    rects.append(py::make_tuple(r.r0, r.r1, r.c0, r.c1, format_name(r.format)));
+  }
+  py::dict d;
+  d["n"] = h.n, d["k"] = h.k, d["rectangles"] = rects, d["format_name"] = blob_format_name(b);
+  d["perm_rows"] = h.off_perm_rows, d["perm_cols"] = h.off_perm_cols;  // offsets of int32 data; 0: none
+  d["rowptr"] = h.off_rowptr, d["cols"] = h.off_cols, d["values"] = h.off_values, d["nnz"] = h.nnz;
+  return d;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m) {
+  m.doc() = "Native CPU kernels of mxq_ext; call them through mxq_ext.ops.";
+
+  m.def("targets", usable_targets);
+  m.def("target", [] { return std::string(current_target().name); });
+  m.def("set_target", set_target);
+  m.def("uses_gemm", uses_gemm);
+
+  m.def("blob_nbytes", [](const py::tuple& w) { return blob_nbytes(weight_of(w)); });
+  m.def("prepack", [](const py::tuple& t, uintptr_t blob, int threads) {
+    const Weight w = weight_of(t);
+    py::gil_scoped_release release;
+    prepack(w, ptr<uint8_t>(blob), threads);
+  });
+  m.def("describe", describe);
+  m.def("shape", [](uintptr_t blob, int64_t nbytes) {
+    const Header& h = checked(blob, nbytes);
+    return std::make_pair(h.n, h.k);
+  });
+  m.def("unpack", [](uintptr_t blob, const py::list& rects, int threads) {
+    std::vector<Canonical> out;
+    for (const py::handle r : rects) out.push_back(canonical_of(py::reinterpret_borrow<py::tuple>(r)));
+    py::gil_scoped_release release;
+    for (size_t i = 0; i < out.size(); i++) unpack(ptr<uint8_t>(blob), uint32_t(i), out[i], threads);
+  });
+
+  m.def("linear", [](uintptr_t blob, uintptr_t x, int64_t ldx, int type, int64_t rows, uintptr_t y, uintptr_t bias, int bias_type, int threads) {
+    py::gil_scoped_release release;
+    linear(ptr<uint8_t>(blob), ptr<void>(x), ldx, type, rows, ptr<void>(y), ptr<void>(bias), bias_type, threads);
+  });
+  m.def("embedding", [](uintptr_t blob, uintptr_t ids, int64_t count, uintptr_t y, int type, int threads) {
+    py::gil_scoped_release release;
+    embedding(ptr<uint8_t>(blob), ptr<int64_t>(ids), count, ptr<void>(y), type, threads);
+  });
+
+  m.def("ref_dequantize", [](const py::tuple& t, uintptr_t y) {
+    const Weight w = weight_of(t);
+    py::gil_scoped_release release;
+    ref::dequantize(w, ptr<float>(y));
+  });
+  m.def("ref_linear", [](const py::tuple& t, uintptr_t x, int64_t ldx, int type, int64_t rows, uintptr_t y, uintptr_t bias, int bias_type) {
+    const Weight w = weight_of(t);
+    py::gil_scoped_release release;
+    ref::linear(w, ptr<void>(x), ldx, type, rows, ptr<void>(y), ptr<void>(bias), bias_type);
+  });
+  m.def("ref_embedding", [](const py::tuple& t, uintptr_t ids, int64_t count, uintptr_t y, int type) {
+    const Weight w = weight_of(t);
+    py::gil_scoped_release release;
+    ref::embedding(w, ptr<int64_t>(ids), count, ptr<void>(y), type);
+  });
+
+  // formats.h as data, for the test that holds it to mxq_ext/formats.py.
+  m.attr("NF4_LEVELS") = std::vector<float>(NF4_LEVELS, NF4_LEVELS + 16);
+  m.def("format_name", [](const py::tuple& f) { return format_name(format_of(f)); });
+  m.def("canonical_row_bytes", [](const py::tuple& f, int64_t cols) {
+    const Format g = format_of(f);
+    return py::make_tuple(code_row_bytes(g, cols), scale_row_bytes(g, cols), zero_row_bytes(g, cols));
+  });
+  m.def("canonical_nbytes", [](const py::tuple& f, int64_t rows, int64_t cols) { return canonical_nbytes(format_of(f), rows, cols); });
+}

@@ -1,0 +1,75 @@
+// The prepacked weight: one block of bytes that describes itself and can be moved (all references are offsets from its start).
+//
+//   Header | Band[] | Piece[] | Rect[] | Slot[] | permutations | sparse part | data of each piece
+//
+// It is made by prepack() at load and lives in a torch uint8 tensor, so that deepcopy, pickle and shared memory work. It is never read
+// from a file: native code may trust what it says.
+//
+// Rectangles are cut at every row where any rectangle begins or ends. What lies between two cuts is a band, a rectangle's part in a band
+// is a piece. So all pieces of a band share their row tiles, and a tile of outputs is finished in one pass over its pieces, in a fixed order.
+#pragma once
+
+#include "formats.h"
+
+namespace mxq {
+
+static constexpr uint64_t BLOB_MAGIC = 0x31424f4c4251584dull;  // "MXQBLOB1"
+
+enum SlotLayout : uint32_t {
+  INTERLEAVED = 0,  // [column][m]            for row lanes: m inputs of one column lie side by side
+  SLICED = 1,       // [column/16][m][16]     for column lanes (gemv only)
+  ORIGINAL = 2,     // [column][m], columns in their original order: the sparse part reads it
+};
+
+// One float32 copy of (part of) the input, made once per call and shared by all pieces that read the same columns in the same layout.
+struct Slot {
+  uint32_t c0, c1;   // columns of the permuted weight
+  uint32_t layout;   // SlotLayout
+  uint32_t group;    // columns per sum of inputs (0: no sums); a whole row counts as `padded` columns
+  uint64_t padded;   // columns stored
+  uint64_t start;    // first float per input row: slot data of a block of M rows begins at start * M
+  uint64_t groups;   // sums per input row
+  uint64_t sums;     // first sum per input row, likewise
+};
+
+struct Rect {
+  uint32_t r0, r1, c0, c1;
+  Format format;
+};
+
+struct Piece {
+  uint32_t rect, slot;
+  uint32_t c0, c1;
+  Format format;
+  uint64_t groups;
+  uint64_t codes, scales, zeros;                    // offsets in the blob; `scales` is the tables for lut
+  uint64_t code_step, scale_step, zero_step;        // bytes per tile of 16 rows (per row for lut)
+};
+
+struct Band {
+  uint32_t r0, r1;             // rows of the permuted weight
+  uint32_t first_tile;         // number of row tiles in the bands before
+  uint32_t first_piece, pieces;
+  uint32_t pad;
+};
+
+struct Header {
+  uint64_t magic, nbytes;
+  uint32_t n, k;
+  uint32_t bands, pieces, rects, slots;
+  uint32_t tiles;              // of all bands
+  uint32_t pad;
+  uint64_t slot_floats, slot_sums;  // per input row, over all slots
+  uint64_t work;               // bytes of codes: what one pass over the weight reads
+  uint64_t off_bands, off_pieces, off_rects, off_slots;
+  uint64_t off_perm_rows, off_row_of, off_perm_cols;  // int32[]; 0: none. perm_rows[i]: original row of row i; row_of is its inverse
+  uint64_t off_rowptr, off_cols, off_values, nnz;     // CSR in original coordinates; off_rowptr 0: none
+};
+
+static inline const Header& header(const uint8_t* blob) { return *reinterpret_cast<const Header*>(blob); }
+template <class T>
+static inline const T* at(const uint8_t* blob, uint64_t offset) {
+  return reinterpret_cast<const T*>(blob + offset);
+}
+
+}  // namespace mxq

@@ -1,0 +1,67 @@
+// y = x W^T + bias over a prepacked weight: what the driver (linear.cpp) and the kernels of each target (linear.inl) share.
+#pragma once
+
+#include "../blob.h"
+
+namespace mxq {
+
+enum Type : int { F32 = 0, BF16 = 1, F16 = 2 };  // of activations, outputs and bias
+
+// One pass over the weight for up to MAX_ROWS rows of x. They are processed in blocks of nearly equal size; a block is what a micro-kernel
+// takes at once.
+struct Job {
+  const uint8_t* blob;
+  const void* x;      // [m][ldx], first k columns used
+  int64_t ldx;
+  int type;           // of x and y
+  void* y;            // [m][n]
+  const void* bias;   // [n] or null
+  int bias_type;
+  int64_t m;
+  int64_t blocks;
+  bool gemm;          // its panels have rows as lanes for every format, so that all slots are interleaved
+  float* xs;          // slots: the input as the kernels want it, see blob.h
+  float* sums;        // slots: sums of the input over each group
+};
+
+static inline int64_t block_start(const Job& j, int64_t b) {
+  const int64_t size = j.m / j.blocks, rest = j.m % j.blocks;
+  return b * size + (b < rest ? b : rest);
+}
+
+// Rows of x in one pass: bounds the scratch (MAX_ROWS * K floats) and keeps a chunk's accumulators (MAX_ROWS * 32 floats) in L2.
+static constexpr int64_t MAX_ROWS = 512;
+// Up to this M the weights are decoded in registers (gemv), above it into a panel of float32 that a plain matrix kernel reads (gemm).
+static constexpr int64_t GEMV_ROWS = 8;
+
+// The kernels of one instruction set. Chunks are runs of row tiles of one band; any number of threads may take them in any order.
+struct Target {
+  const char* name;
+  int gemv_block;   // rows of x that the gemv micro-kernel takes at most
+  int gemm_block;
+  int gemm_tiles;   // row tiles of a gemm chunk
+  void (*prepare)(const Job&, int64_t block);
+  void (*gemv)(const Job&, int64_t tile0, int64_t tile1, float* scratch);
+  void (*gemm)(const Job&, int64_t tile0, int64_t tile1, float* scratch);
+  int64_t (*gemm_scratch)(int64_t m);  // floats per thread
+};
+
+// Tiles tile0 .. tile1-1 (of one band) of band `band`.
+struct TileRun {
+  const Band* band;
+  int64_t first, count;  // within the band
+};
+static inline TileRun find_tiles(const uint8_t* blob, int64_t tile0, int64_t tile1) {
+  const Header& h = header(blob);
+  const Band* band = at<Band>(blob, h.off_bands);
+  for (uint32_t i = 1; i < h.bands && band[1].first_tile <= tile0; i++) band++;
+  return {band, tile0 - band->first_tile, tile1 - tile0};
+}
+
+extern const Target target_scalar;
+#if defined(__x86_64__)
+extern const Target target_avx2;
+extern const Target target_avx512;
+#endif
+
+}  // namespace mxq

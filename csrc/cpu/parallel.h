@@ -1,0 +1,18 @@
+// A small persistent thread pool. No OpenMP: a second runtime beside torch's would compete with it for the cores.
+#pragma once
+
+#include <stdint.h>
+
+namespace mxq {
+
+// Calls fn(context, item, worker) for each item in 0 .. items-1, on at most `threads` threads, the caller among them (worker 0).
+// Items are handed out one by one in ascending order; worker < threads. fn must not throw.
+// Safe from several threads (a call that finds the pool busy runs on its caller alone) and after fork (the child gets a pool of its own).
+void parallel_for(int64_t items, int threads, void (*fn)(void* context, int64_t item, int worker), void* context);
+
+template <class F>
+void parallel_for(int64_t items, int threads, F&& f) {
+  parallel_for(items, threads, [](void* c, int64_t item, int worker) { (*static_cast<F*>(c))(item, worker); }, &f);
+}
+
+}  // namespace mxq

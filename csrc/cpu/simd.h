@@ -1,0 +1,279 @@
+// The few vector operations that linear.inl is written in, once per target. A vector is always 16 lanes: one AVX-512 register, two AVX2
+// registers, or a plain array. The including file defines MXQ_TARGET to avx512, avx2 or scalar and gets everything in that namespace.
+//
+// Nothing here may be shared between targets (see formats.h): every name lies in the target's namespace and every function is inlined.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+#define MXQ_INLINE static inline __attribute__((always_inline))
+#define MXQ_LAMBDA __attribute__((always_inline))
+
+namespace mxq {
+namespace MXQ_TARGET {
+
+template <int N>
+struct Int {
+  static constexpr int value = N;
+};
+
+// Calls f(Int<0>), f(Int<1>), ... f(Int<N-1>): indices that are constants, so that arrays of vectors stay in registers.
+template <int N, int I = 0, class F>
+MXQ_INLINE void unroll(F&& f) {
+  if constexpr (I < N) {
+    f(Int<I>{});
+    unroll<N, I + 1>(f);
+  }
+}
+
+// Portable conversions, used by the scalar target and for single values.
+MXQ_INLINE float bits_to_float(uint32_t u) { float f; memcpy(&f, &u, 4); return f; }
+MXQ_INLINE uint32_t float_to_bits(float f) { uint32_t u; memcpy(&u, &f, 4); return u; }
+MXQ_INLINE float bf16_to_float(uint16_t h) { return bits_to_float((uint32_t)h << 16); }
+MXQ_INLINE float half_to_float(uint16_t h) {
+  const uint32_t sign = (uint32_t)(h & 0x8000) << 16, exp = (h >> 10) & 31, man = h & 0x3ff;
+  if (exp == 31) return bits_to_float(sign | 0x7f800000 | man << 13);
+  if (exp) return bits_to_float(sign | (exp + 112) << 23 | man << 13);
+  return bits_to_float(sign | float_to_bits((float)man * 0x1p-24f));  // zero and subnormals: man * 2^-24 is exact
+}
+// Both round to nearest, ties to even, as torch does.
+MXQ_INLINE uint16_t float_to_bf16(float f) {
+  const uint32_t u = float_to_bits(f);
+  if ((u & 0x7fffffff) > 0x7f800000) return (uint16_t)(u >> 16 | 0x40);
+  return (uint16_t)((u + 0x7fff + (u >> 16 & 1)) >> 16);
+}
+MXQ_INLINE uint16_t float_to_half(float f) {
+  const uint32_t u = float_to_bits(f), sign = u >> 16 & 0x8000, a = u & 0x7fffffff;
+  if (a > 0x7f800000) return (uint16_t)(sign | 0x7e00);
+  if (a >= 0x477ff000) return (uint16_t)(sign | 0x7c00);  // 65520 and above round to infinity
+  if (a < 0x38800000) return (uint16_t)(sign | (float_to_bits(bits_to_float(a) + 0.5f) & 0xffff));  // subnormal: the adder rounds at 2^-24
+  return (uint16_t)(sign | (a - 0x38000000 + 0xfff + (a >> 13 & 1)) >> 13);
+}
+MXQ_INLINE float load_one(const void* p, int64_t i, int type) {
+  return type == F32 ? ((const float*)p)[i] : type == BF16 ? bf16_to_float(((const uint16_t*)p)[i]) : half_to_float(((const uint16_t*)p)[i]);
+}
+MXQ_INLINE void store_one(void* p, int64_t i, int type, float v) {
+  if (type == F32) ((float*)p)[i] = v;
+  else ((uint16_t*)p)[i] = type == BF16 ? float_to_bf16(v) : float_to_half(v);
+}
+
+#if defined(MXQ_AVX512)
+// ------------------------------------------------------------------------------------------------------------------- AVX-512
+
+using V = __m512;      // 16 floats
+using W = __m512i;     // 16 words of codes
+using Book = __m512;   // what codes decode to; shorter tables are repeated until all 16 entries are filled
+
+MXQ_INLINE V zero() { return _mm512_setzero_ps(); }
+MXQ_INLINE V set1(float f) { return _mm512_set1_ps(f); }
+MXQ_INLINE V load(const float* p) { return _mm512_loadu_ps(p); }
+MXQ_INLINE void store(float* p, V v) { _mm512_storeu_ps(p, v); }
+MXQ_INLINE V add(V a, V b) { return _mm512_add_ps(a, b); }
+MXQ_INLINE V sub(V a, V b) { return _mm512_sub_ps(a, b); }
+MXQ_INLINE V mul(V a, V b) { return _mm512_mul_ps(a, b); }
+MXQ_INLINE V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
+MXQ_INLINE V fnma(V a, V b, V c) { return _mm512_fnmadd_ps(a, b, c); }  // c - a*b
+MXQ_INLINE float hsum(V v) { return _mm512_reduce_add_ps(v); }
+MXQ_INLINE V load_half(const void* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+MXQ_INLINE V load_bf16(const void* p) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
+}
+MXQ_INLINE V load_s8(const void* p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p))); }
+MXQ_INLINE void store_half(void* p, V v) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT)); }
+MXQ_INLINE void store_bf16(void* p, V v) {
+  const __m512i u = _mm512_castps_si512(v), odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+  const __m512i r = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd), 16);
+  const __m512i nan = _mm512_or_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(0x40));
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(r, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), nan)));
+}
+MXQ_INLINE W load_words(const void* p) { return _mm512_loadu_si512(p); }
+template <int S>
+MXQ_INLINE W shift(W w) { return S ? _mm512_srli_epi32(w, S) : w; }
+MXQ_INLINE W shift_by(W w, int s) { return _mm512_srl_epi32(w, _mm_cvtsi32_si128(s)); }
+// a >> 30 with bit 2 taken from b >> S: codes 30 and 31 of a 3-bit stripe.
+template <int S>
+MXQ_INLINE W spare(W a, W b) {
+  return _mm512_ternarylogic_epi32(_mm512_srli_epi32(a, 30), _mm512_srli_epi32(b, S), _mm512_set1_epi32(4), 0xf8);  // a | (b & c)
+}
+template <int BITS>
+MXQ_INLINE V lookup(Book book, W w) { return _mm512_permutexvar_ps(w, book); }
+// Field of BITS bits at bit S as a signed number; `book` says the same as a table.
+template <int BITS, int S>
+MXQ_INLINE V centred(Book book, W w) { return lookup<BITS>(book, shift<S>(w)); }
+// r[i] lane j <-> r[j] lane i
+MXQ_INLINE void transpose(V* r) {
+  V t[16];
+  unroll<8>([&](auto i) MXQ_LAMBDA {
+    constexpr int I = decltype(i)::value;
+    t[2 * I] = _mm512_unpacklo_ps(r[2 * I], r[2 * I + 1]);
+    t[2 * I + 1] = _mm512_unpackhi_ps(r[2 * I], r[2 * I + 1]);
+  });
+  unroll<4>([&](auto i) MXQ_LAMBDA {
+    constexpr int I = decltype(i)::value * 4;
+    r[I] = _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(t[I]), _mm512_castps_pd(t[I + 2])));
+    r[I + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(t[I]), _mm512_castps_pd(t[I + 2])));
+    r[I + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(t[I + 1]), _mm512_castps_pd(t[I + 3])));
+    r[I + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(t[I + 1]), _mm512_castps_pd(t[I + 3])));
+  });
+  unroll<4>([&](auto i) MXQ_LAMBDA {
+    constexpr int I = decltype(i)::value;
+    t[I] = _mm512_shuffle_f32x4(r[I], r[I + 4], 0x88);
+    t[I + 4] = _mm512_shuffle_f32x4(r[I], r[I + 4], 0xdd);
+    t[I + 8] = _mm512_shuffle_f32x4(r[I + 8], r[I + 12], 0x88);
+    t[I + 12] = _mm512_shuffle_f32x4(r[I + 8], r[I + 12], 0xdd);
+  });
+  unroll<4>([&](auto i) MXQ_LAMBDA {
+    constexpr int I = decltype(i)::value;
+    r[I] = _mm512_shuffle_f32x4(t[I], t[I + 8], 0x88);
+    r[I + 8] = _mm512_shuffle_f32x4(t[I], t[I + 8], 0xdd);
+    r[I + 4] = _mm512_shuffle_f32x4(t[I + 4], t[I + 12], 0x88);
+    r[I + 12] = _mm512_shuffle_f32x4(t[I + 4], t[I + 12], 0xdd);
+  });
+}
+
+#elif defined(MXQ_AVX2)
+// ---------------------------------------------------------------------------------------------------------------------- AVX2
+
+struct V { __m256 a, b; };
+struct W { __m256i a, b; };
+struct Book { __m256 a, b; };
+
+MXQ_INLINE V zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+MXQ_INLINE V set1(float f) { const __m256 v = _mm256_set1_ps(f); return {v, v}; }
+MXQ_INLINE V load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+MXQ_INLINE void store(float* p, V v) { _mm256_storeu_ps(p, v.a); _mm256_storeu_ps(p + 8, v.b); }
+MXQ_INLINE V add(V x, V y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
+MXQ_INLINE V sub(V x, V y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
+MXQ_INLINE V mul(V x, V y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
+MXQ_INLINE V fma(V x, V y, V z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
+MXQ_INLINE V fnma(V x, V y, V z) { return {_mm256_fnmadd_ps(x.a, y.a, z.a), _mm256_fnmadd_ps(x.b, y.b, z.b)}; }
+MXQ_INLINE float hsum(V v) {
+  const __m256 s = _mm256_add_ps(v.a, v.b);
+  __m128 q = _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
+  q = _mm_add_ps(q, _mm_movehl_ps(q, q));
+  return _mm_cvtss_f32(_mm_add_ss(q, _mm_movehdup_ps(q)));
+}
+MXQ_INLINE V load_half(const void* p) {
+  return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p + 1))};
+}
+MXQ_INLINE __m256 bf16x8(const __m128i* p) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(p)), 16));
+}
+MXQ_INLINE V load_bf16(const void* p) { return {bf16x8((const __m128i*)p), bf16x8((const __m128i*)p + 1)}; }
+MXQ_INLINE V load_s8(const void* p) {
+  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p))),
+          _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)((const char*)p + 8))))};
+}
+MXQ_INLINE void store_half(void* p, V v) {
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(v.a, _MM_FROUND_TO_NEAREST_INT));
+  _mm_storeu_si128((__m128i*)p + 1, _mm256_cvtps_ph(v.b, _MM_FROUND_TO_NEAREST_INT));
+}
+MXQ_INLINE void store_bf16(void* p, V v) {
+  float f[16];
+  store(f, v);
+  for (int i = 0; i < 16; i++) ((uint16_t*)p)[i] = float_to_bf16(f[i]);
+}
+MXQ_INLINE W load_words(const void* p) { return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)p + 1)}; }
+template <int S>
+MXQ_INLINE W shift(W w) { return {_mm256_srli_epi32(w.a, S), _mm256_srli_epi32(w.b, S)}; }
+MXQ_INLINE W shift_by(W w, int s) {
+  const __m128i n = _mm_cvtsi32_si128(s);
+  return {_mm256_srl_epi32(w.a, n), _mm256_srl_epi32(w.b, n)};
+}
+template <int S>
+MXQ_INLINE __m256i spare8(__m256i a, __m256i b) {
+  return _mm256_or_si256(_mm256_srli_epi32(a, 30), _mm256_and_si256(_mm256_srli_epi32(b, S), _mm256_set1_epi32(4)));
+}
+template <int S>
+MXQ_INLINE W spare(W x, W y) { return {spare8<S>(x.a, y.a), spare8<S>(x.b, y.b)}; }
+// vpermps reads 3 bits: tables of 16 need two lookups and a blend by bit 3.
+template <int BITS>
+MXQ_INLINE __m256 lookup8(Book book, __m256i w) {
+  const __m256 low = _mm256_permutevar8x32_ps(book.a, w);
+  if constexpr (BITS < 4) return low;
+  return _mm256_blendv_ps(low, _mm256_permutevar8x32_ps(book.b, w), _mm256_castsi256_ps(_mm256_slli_epi32(w, 28)));
+}
+template <int BITS>
+MXQ_INLINE V lookup(Book book, W w) { return {lookup8<BITS>(book, w.a), lookup8<BITS>(book, w.b)}; }
+template <int S>
+MXQ_INLINE __m256 signed4(__m256i w) { return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(w, 28 - S), 28)); }
+template <int BITS, int S>
+MXQ_INLINE V centred(Book book, W w) {
+  if constexpr (BITS == 4) return {signed4<S>(w.a), signed4<S>(w.b)};  // cheaper than two lookups and a blend
+  else return lookup<BITS>(book, shift<S>(w));
+}
+MXQ_INLINE void transpose(V* r) {
+  float t[16][16];
+  for (int i = 0; i < 16; i++) store(t[i], r[i]);
+  float u[16][16];
+  for (int i = 0; i < 16; i++)
+    for (int j = 0; j < 16; j++) u[i][j] = t[j][i];
+  for (int i = 0; i < 16; i++) r[i] = load(u[i]);
+}
+
+#else
+// -------------------------------------------------------------------------------------------------------------------- scalar
+
+struct V { float v[16]; };
+struct W { uint32_t v[16]; };
+struct Book { float v[16]; };
+
+#define MXQ_EACH(expr)                      \
+  V out;                                    \
+  for (int i = 0; i < 16; i++) out.v[i] = (expr); \
+  return out
+MXQ_INLINE V zero() { MXQ_EACH(0.0f); }
+MXQ_INLINE V set1(float f) { MXQ_EACH(f); }
+MXQ_INLINE V load(const float* p) { MXQ_EACH(p[i]); }
+MXQ_INLINE void store(float* p, V v) { memcpy(p, v.v, 64); }
+MXQ_INLINE V add(V a, V b) { MXQ_EACH(a.v[i] + b.v[i]); }
+MXQ_INLINE V sub(V a, V b) { MXQ_EACH(a.v[i] - b.v[i]); }
+MXQ_INLINE V mul(V a, V b) { MXQ_EACH(a.v[i] * b.v[i]); }
+MXQ_INLINE V fma(V a, V b, V c) { MXQ_EACH(a.v[i] * b.v[i] + c.v[i]); }  // rounds twice: the old CPUs have no fused one
+MXQ_INLINE V fnma(V a, V b, V c) { MXQ_EACH(c.v[i] - a.v[i] * b.v[i]); }
+MXQ_INLINE float hsum(V v) {
+  for (int h = 8; h; h /= 2)
+    for (int i = 0; i < h; i++) v.v[i] += v.v[i + h];
+  return v.v[0];
+}
+MXQ_INLINE V load_half(const void* p) { MXQ_EACH(half_to_float(((const uint16_t*)p)[i])); }
+MXQ_INLINE V load_bf16(const void* p) { MXQ_EACH(bf16_to_float(((const uint16_t*)p)[i])); }
+MXQ_INLINE V load_s8(const void* p) { MXQ_EACH((float)((const int8_t*)p)[i]); }
+MXQ_INLINE void store_half(void* p, V v) { for (int i = 0; i < 16; i++) ((uint16_t*)p)[i] = float_to_half(v.v[i]); }
+MXQ_INLINE void store_bf16(void* p, V v) { for (int i = 0; i < 16; i++) ((uint16_t*)p)[i] = float_to_bf16(v.v[i]); }
+MXQ_INLINE W load_words(const void* p) { W w; memcpy(w.v, p, 64); return w; }
+template <int S>
+MXQ_INLINE W shift(W w) { for (int i = 0; i < 16; i++) w.v[i] >>= S; return w; }
+MXQ_INLINE W shift_by(W w, int s) { for (int i = 0; i < 16; i++) w.v[i] >>= s; return w; }
+template <int S>
+MXQ_INLINE W spare(W a, W b) { for (int i = 0; i < 16; i++) a.v[i] = a.v[i] >> 30 | (b.v[i] >> S & 4); return a; }
+template <int BITS>
+MXQ_INLINE V lookup(const Book& book, W w) { MXQ_EACH(book.v[w.v[i] & 15]); }
+template <int BITS, int S>
+MXQ_INLINE V centred(const Book&, W w) { MXQ_EACH((float)((int32_t)(w.v[i] << (32 - BITS - S)) >> (32 - BITS))); }
+MXQ_INLINE void transpose(V* r) {
+  for (int i = 0; i < 16; i++)
+    for (int j = 0; j < i; j++) { const float t = r[i].v[j]; r[i].v[j] = r[j].v[i]; r[j].v[i] = t; }
+}
+#undef MXQ_EACH
+#endif
+
+MXQ_INLINE Book make_book(V v) {
+  Book book;
+  static_assert(sizeof book == sizeof v, "a table is one vector");
+  memcpy(&book, &v, sizeof book);
+  return book;
+}
+MXQ_INLINE V load_scale(const void* p, bool bf16) { return bf16 ? load_bf16(p) : load_half(p); }
+MXQ_INLINE V load_any(const void* p, int64_t i, int type) {
+  return type == F32 ? load((const float*)p + i) : type == BF16 ? load_bf16((const uint16_t*)p + i) : load_half((const uint16_t*)p + i);
+}
+MXQ_INLINE void store_any(void* p, int64_t i, int type, V v) {
+  if (type == F32) store((float*)p + i, v);
+  else if (type == BF16) store_bf16((uint16_t*)p + i, v);
+  else store_half((uint16_t*)p + i, v);
+}
+
+}  // namespace MXQ_TARGET
+}  // namespace mxq

@@ -1,0 +1,400 @@
+"""The native ops: what goes in and out, the checks, and their registration with ``torch.library``.
+
+    prepack(QTensor) -> Packed          once at load: the canonical tensors in the order in which the kernels read them
+    linear(x, packed, bias)             x W^T + bias
+    embedding(ids, packed, dtype)       rows of W
+    dequantize(packed)                  W itself
+
+Each op has a plain-loop twin (``linear_ref`` and so on) that reads the canonical layout and accumulates in double precision.
+Checks live in the ``check_*`` functions, which the real and the fake (shape-only) paths both call; native code trusts them.
+Outside of ``torch.compile`` the functions call native code directly, because a registered op costs more than a small layer.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from . import _native, env
+from ._native import set_target  # noqa: F401  (public: ops.set_target)
+from .errors import NativeError, ShapeError
+from .formats import Format
+from .qtensor import QTensor, Rectangle, Sparse
+
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/cpu/linear.h, enum Type
+_KINDS = {"uniform": 0, "nf": 1, "lut": 2, "float": 3}  # csrc/formats.h, enum Kind
+_ZEROS = {"sym": 0, "int": 1, "float": 2}
+
+
+class Packed:
+    """A weight [N, K] in the layout of the CPU kernels.
+
+    Attributes:
+        blob: uint8 [nbytes], one block that describes itself (csrc/blob.h); it may be copied, pickled and shared like any tensor.
+        shape: (N, K).
+        format_name: as :attr:`QTensor.format_name`.
+    """
+
+    __slots__ = ("blob", "shape", "format_name")
+
+    def __init__(self, blob: torch.Tensor, shape: tuple[int, int], format_name: str):
+        self.blob, self.shape, self.format_name = blob, tuple(shape), format_name
+
+    @staticmethod
+    def from_blob(blob: torch.Tensor) -> Packed:
+        """A Packed around bytes that :func:`prepack` made. Raises NativeError if they are something else."""
+        d = _describe(blob)
+        return Packed(blob, (d["n"], d["k"]), d["format_name"])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory (padding and header included; the bytes on disk are ``QTensor.nbytes()``)."""
+        return self.blob.numel()
+
+    def __repr__(self) -> str:
+        return f"Packed({self.shape[0]} x {self.shape[1]}, {self.format_name}, {self.nbytes} bytes)"
+
+    def __getstate__(self):
+        return self.blob, self.shape, self.format_name
+
+    def __setstate__(self, state):
+        self.blob, self.shape, self.format_name = state
+
+
+# ------------------------------------------------------------------------------------------------------------------ prepack
+
+
+def format_tuple(f: Format) -> tuple[int, int, int, int, int]:
+    """A Format as native code takes it: kind, bits, zero, bf16, group."""
+    return _KINDS[f.kind], f.bits, _ZEROS[f.zero], int(f.scale_dtype == "bf16"), f.group
+
+
+def _pointer(t: torch.Tensor | None) -> int:
+    return 0 if t is None or t.is_meta else t.data_ptr()
+
+
+def _rectangle_tuple(r: Rectangle) -> tuple:
+    t = r.tensors
+    codes, scales = t.get("codes", t.get("values")), t.get("scales", t.get("table"))
+    return r.r0, r.r1, r.c0, r.c1, format_tuple(r.format), _pointer(codes), _pointer(scales), _pointer(t.get("zeros"))
+
+
+def _canonical(q: QTensor) -> tuple[tuple, QTensor]:
+    """(what native code takes, a QTensor that keeps the memory behind its pointers alive)."""
+    whole = QTensor(q.shape, [Rectangle(r.r0, r.r1, r.c0, r.c1, r.format, {n: t.contiguous() for n, t in r.tensors.items()})
+                              for r in q.rectangles],
+                    *(None if p is None else p.contiguous() for p in (q.perm_rows, q.perm_cols)),
+                    None if q.sparse is None else Sparse(*(getattr(q.sparse, f).contiguous() for f in ("rowptr", "cols", "values"))))
+    s = whole.sparse
+    args = (*whole.shape, [_rectangle_tuple(r) for r in whole.rectangles], _pointer(whole.perm_rows), _pointer(whole.perm_cols),
+            *((0, 0, 0, 0) if s is None else (_pointer(s.rowptr), _pointer(s.cols), _pointer(s.values), s.values.numel())))
+    return args, whole
+
+
+def prepack(q: QTensor) -> Packed:
+    """Brings a weight into the layout of the CPU kernels. Lossless; :func:`unpack` is the inverse.
+
+    Validates ``q`` first (ShapeError), since native code trusts its index tensors. Runs on all torch threads.
+    """
+    q.validate()
+    tensors = list(q.to_tensors().values())
+    bad = next((t for t in tensors if t.device.type != "cpu"), None)
+    if bad is not None:
+        raise ShapeError(f"packing a weight of {q.shape[0]} x {q.shape[1]}", f"the kernels run on the CPU, its tensors are on {bad.device}",
+                         "move them to the CPU, or load them first if the device is meta")
+    args, keep = _canonical(q)
+    blob = torch.empty(_native.cpu.blob_nbytes(args), dtype=torch.uint8)
+    _native.cpu.prepack(args, blob.data_ptr(), torch.get_num_threads())
+    del keep
+    return Packed(blob, q.shape, q.format_name)
+
+
+def _check_blob(blob: torch.Tensor) -> None:
+    if blob.device.type != "cpu" or blob.dtype != torch.uint8 or blob.dim() != 1 or not blob.is_contiguous():
+        raise NativeError(f"packed weight as {str(blob.dtype)[6:]} {tuple(blob.shape)} on {blob.device}",
+                          "it must be a contiguous uint8 vector on the CPU", "use the blob of ops.prepack() unchanged")
+
+
+def _describe(blob: torch.Tensor) -> dict:
+    _check_blob(blob)
+    try:
+        return _native.cpu.describe(blob.data_ptr(), blob.numel())
+    except ValueError as error:
+        raise NativeError(f"packed weight of {blob.numel()} bytes", str(error), "make it again with ops.prepack()") from None
+
+
+def unpack(p: Packed) -> QTensor:
+    """The QTensor that :func:`prepack` was given, bit for bit (without its ``info``)."""
+    d = _describe(p.blob)
+    rects, args = [], []
+    for r0, r1, c0, c1, name in d["rectangles"]:
+        fmt = Format.parse(name)
+        tensors = {n: torch.empty(shape, dtype=getattr(torch, dtype)) for n, (shape, dtype) in fmt.tensor_shapes(r1 - r0, c1 - c0).items()}
+        rects.append(Rectangle(r0, r1, c0, c1, fmt, tensors))
+        args.append(_rectangle_tuple(rects[-1]))
+    _native.cpu.unpack(p.blob.data_ptr(), args, torch.get_num_threads())
+
+    def vector(offset, dtype, count):
+        size = count * dtype.itemsize
+        return p.blob[offset : offset + size].clone().view(dtype) if d[offset_name(offset)] else None
+
+    def offset_name(offset):
+        return next(n for n in ("perm_rows", "perm_cols", "rowptr", "cols", "values") if d[n] == offset)
+
+    n, k, nnz = d["n"], d["k"], d["nnz"]
+    sparse = None
+    if d["rowptr"]:
+        sparse = Sparse(vector(d["rowptr"], torch.int32, n + 1), vector(d["cols"], torch.int32, nnz), vector(d["values"], torch.float16, nnz))
+    return QTensor((n, k), rects, vector(d["perm_rows"], torch.int32, n) if d["perm_rows"] else None,
+                   vector(d["perm_cols"], torch.int32, k) if d["perm_cols"] else None, sparse)
+
+
+# ------------------------------------------------------------------------------------------------------------------- checks
+
+
+def check_linear(x: torch.Tensor, n: int, k: int, bias: torch.Tensor | None) -> None:
+    """Rules of :func:`linear` for x [..., K], a weight [N, K] and bias [N]. Raises ShapeError."""
+    asked = f"linear of x {tuple(x.shape)} {str(x.dtype)[6:]} by a weight of {n} x {k}"
+    if x.dtype not in _TYPES:
+        raise ShapeError(asked, f"x must be float32, bfloat16 or float16, it is {str(x.dtype)[6:]}", "convert it")
+    if x.dim() == 0 or x.shape[-1] != k:
+        raise ShapeError(asked, f"the last dimension of x must be {k}, it is {x.shape[-1] if x.dim() else 'absent'}", "check which layer this weight belongs to")
+    if bias is not None and (tuple(bias.shape) != (n,) or bias.dtype not in _TYPES or bias.device != x.device):
+        raise ShapeError(asked, f"bias must be a float vector of {n} on {x.device}, it is {str(bias.dtype)[6:]} {tuple(bias.shape)} on {bias.device}",
+                         "reshape, convert or move it")
+    if x.device.type not in ("cpu", "meta"):
+        raise ShapeError(asked, f"the kernels run on the CPU, x is on {x.device}", "move x and the module to the CPU")
+
+
+def check_embedding(ids: torch.Tensor, n: int, k: int, dtype: torch.dtype, values: bool = True) -> None:
+    """Rules of :func:`embedding` for ids [...] and a weight [N, K]; ``values`` also checks the range. Raises ShapeError."""
+    asked = f"embedding of ids {tuple(ids.shape)} {str(ids.dtype)[6:]} in a table of {n} x {k}"
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise ShapeError(asked, f"ids must be int64 or int32, they are {str(ids.dtype)[6:]}", "convert them")
+    if dtype not in _TYPES:
+        raise ShapeError(asked, f"the result must be float32, bfloat16 or float16, asked for {str(dtype)[6:]}", "choose one of those")
+    if ids.device.type not in ("cpu", "meta"):
+        raise ShapeError(asked, f"the kernels run on the CPU, ids are on {ids.device}", "move ids and the module to the CPU")
+    if values and ids.numel():
+        low, high = (int(v) for v in ids.aminmax())
+        if low < 0 or high >= n:
+            raise ShapeError(asked, f"ids must lie in 0..{n - 1}, found {low}..{high}", "check the tokenizer's vocabulary")
+
+
+# ------------------------------------------------------------------------------------------------------------------- linear
+
+
+def _linear(x: torch.Tensor, blob: torch.Tensor, n: int, k: int, bias: torch.Tensor | None, name: str | None = None) -> torch.Tensor:
+    """The native call. Only this function and its twins below hand pointers over."""
+    check_linear(x, n, k, bias)
+    shape = x.shape
+    rows = x.numel() // k if k else shape[:-1].numel()
+    if x.dim() == 2 and x.stride(1) == 1:  # rows at any distance are fine
+        stride = x.stride(0)
+    else:
+        if not x.is_contiguous():
+            x = x.contiguous()
+        stride = k
+    y = x.new_empty(*shape[:-1], n)
+    if bias is None:
+        pointer, bias_type = 0, 0
+    else:
+        bias = bias.contiguous()
+        pointer, bias_type = bias.data_ptr(), _TYPES[bias.dtype]
+    if rows and n:
+        if _PRINT:
+            _print_config(blob, n, k, rows, name)
+        _native.cpu.linear(blob.data_ptr(), x.data_ptr(), stride, _TYPES[x.dtype], rows, y.data_ptr(), pointer, bias_type, torch.get_num_threads())
+    return y
+
+
+def linear(x: torch.Tensor, p: Packed, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """``x W^T + bias`` in float32 accumulation.
+
+    Args:
+        x: [..., K], float32, bfloat16 or float16, any strides (rows of unit stride are not copied).
+        p: weight [N, K].
+        bias: [N] of any of these types, added in float32.
+
+    Returns:
+        [..., N] of x's dtype. The result depends neither on the number of threads nor on what ran before. Not finite weights or
+        inputs give not finite outputs, but perhaps NaN where floating-point layers would give an infinity.
+
+    Gradients flow to x (through the dequantized weight) and to bias. Raises ShapeError, and NativeError without the extension.
+    """
+    if torch.compiler.is_compiling() or x.is_meta or (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))):
+        return torch.ops.mxq_ext.linear(x, p.blob, p.shape[0], bias)
+    n, k = p.shape
+    return _linear(x, p.blob, n, k, bias, p.format_name)
+
+
+def linear_ref(x: torch.Tensor, p: Packed | QTensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """The twin of :func:`linear`: plain loops over the canonical layout, double accumulation."""
+    q = unpack(p) if isinstance(p, Packed) else p
+    n, k = q.shape
+    check_linear(x, n, k, bias)
+    args, keep = _canonical(q)
+    rows, y = x.contiguous(), x.new_empty(*x.shape[:-1], n)
+    bias = None if bias is None else bias.contiguous()
+    _native.cpu.ref_linear(args, rows.data_ptr(), k, _TYPES[x.dtype], x.shape[:-1].numel(), y.data_ptr(), _pointer(bias),
+                           0 if bias is None else _TYPES[bias.dtype])
+    del keep
+    return y
+
+
+# ---------------------------------------------------------------------------------------------------------------- embedding
+
+
+def _embedding(ids: torch.Tensor, blob: torch.Tensor, n: int, k: int, dtype: torch.dtype) -> torch.Tensor:
+    check_embedding(ids, n, k, dtype)
+    flat = ids.to(torch.int64).contiguous()
+    y = torch.empty(*ids.shape, k, dtype=dtype)
+    if y.numel():
+        _native.cpu.embedding(blob.data_ptr(), flat.data_ptr(), flat.numel(), y.data_ptr(), _TYPES[dtype], torch.get_num_threads())
+    return y
+
+
+def embedding(ids: torch.Tensor, p: Packed, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Rows ``ids`` [...] (int64 or int32) of the weight [N, K]: [..., K] of ``dtype``. Raises ShapeError for an id out of range."""
+    if torch.compiler.is_compiling() or ids.is_meta:
+        return torch.ops.mxq_ext.embedding(ids, p.blob, p.shape[0], p.shape[1], dtype)
+    return _embedding(ids, p.blob, *p.shape, dtype)
+
+
+def embedding_ref(ids: torch.Tensor, p: Packed | QTensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """The twin of :func:`embedding`."""
+    q = unpack(p) if isinstance(p, Packed) else p
+    n, k = q.shape
+    check_embedding(ids, n, k, dtype)
+    args, keep = _canonical(q)
+    flat, y = ids.to(torch.int64).contiguous(), torch.empty(*ids.shape, k, dtype=dtype)
+    _native.cpu.ref_embedding(args, flat.data_ptr(), flat.numel(), y.data_ptr(), _TYPES[dtype])
+    del keep
+    return y
+
+
+def dequantize(p: Packed) -> torch.Tensor:
+    """The weight, float32 [N, K] in original order: the bits of ``QTensor.dequantize()``."""
+    return _dequantize(p.blob, *p.shape)
+
+
+def _dequantize(blob: torch.Tensor, n: int, k: int) -> torch.Tensor:
+    y = torch.empty(n, k)
+    if y.numel():
+        _native.cpu.embedding(blob.data_ptr(), 0, n, y.data_ptr(), 0, torch.get_num_threads())
+    return y
+
+
+def dequantize_ref(p: Packed | QTensor) -> torch.Tensor:
+    """The twin of :func:`dequantize`."""
+    q = unpack(p) if isinstance(p, Packed) else p
+    args, keep = _canonical(q)
+    y = torch.empty(*q.shape)
+    _native.cpu.ref_dequantize(args, y.data_ptr())
+    del keep
+    return y
+
+
+# --------------------------------------------------------------------------------------------------------- kernels by name
+
+
+def targets() -> list[str]:
+    """Instruction sets that this CPU and build can use, slowest first."""
+    return _native.cpu.targets()
+
+
+def target() -> str:
+    """The instruction set in use (``MXQ_CPU_TARGET`` or :func:`set_target` choose another)."""
+    return _native.cpu.target()
+
+
+def kernel_name(format_name: str, rows: int) -> str:
+    return f"{'gemm' if _native.cpu.uses_gemm(rows) else 'gemv'}_{format_name}_a16__{target()}"
+
+
+def explain(p: Packed, m: int, dtype: torch.dtype = torch.float32) -> str:
+    """Name of the kernel that computes ``m`` rows of x: ``<op>_<format>_a16__<target>``, for example ``gemv_w4g64_a16__avx512``.
+
+    ``dtype`` is x's; all float types share one kernel (they are converted to float32 once per call), so that it must only be one of them.
+    """
+    if dtype not in _TYPES:
+        raise ShapeError(f"kernel for x of {str(dtype)[6:]}", "x must be float32, bfloat16 or float16", "choose one of those")
+    return kernel_name(p.format_name, m)
+
+
+_PRINT = env.flag("MXQ_PRINT_CONFIG")
+_printed: set = set()
+
+
+def _print_config(blob: torch.Tensor, n: int, k: int, rows: int, name: str | None) -> None:
+    name = name or _describe(blob)["format_name"]
+    if (key := (n, k, rows, name)) not in _printed:
+        _printed.add(key)
+        print(f"mxq_ext: linear M={rows} N={n} K={k}: {kernel_name(name, rows)}", file=sys.stderr)
+
+
+# ------------------------------------------------------------------------------------------------------------ torch.library
+
+_library = torch.library.Library("mxq_ext", "DEF")
+_library.define("linear(Tensor x, Tensor blob, int n, Tensor? bias) -> Tensor")
+_library.define("embedding(Tensor ids, Tensor blob, int n, int k, ScalarType dtype) -> Tensor")
+
+
+def _trusted(blob: torch.Tensor, n: int, k: int, op: str) -> None:
+    """A registered op can be called by anyone with anything: the blob must say the same as the arguments."""
+    _check_blob(blob)
+    try:
+        have = _native.cpu.shape(blob.data_ptr(), blob.numel())
+    except ValueError as error:
+        raise NativeError(f"mxq_ext::{op} with a packed weight of {blob.numel()} bytes", str(error), "make it again with ops.prepack()") from None
+    if have != (n, k):
+        raise ShapeError(f"mxq_ext::{op} of {n} x {k}", f"the packed weight is {have[0]} x {have[1]}", "check which layer this weight belongs to")
+
+
+def _op_linear(x, blob, n, bias):
+    k = x.shape[-1] if x.dim() else -1
+    if x.dim():
+        _trusted(blob, n, k, "linear")
+    return _linear(x, blob, n, k, bias)
+
+
+def _fake_linear(x, blob, n, bias):
+    check_linear(x, n, x.shape[-1] if x.dim() else -1, bias)
+    return x.new_empty(*x.shape[:-1], n)
+
+
+def _op_embedding(ids, blob, n, k, dtype):
+    _trusted(blob, n, k, "embedding")
+    return _embedding(ids, blob, n, k, dtype)
+
+
+def _fake_embedding(ids, blob, n, k, dtype):
+    check_embedding(ids, n, k, dtype, values=False)
+    return ids.new_empty(*ids.shape, k, dtype=dtype)
+
+
+def _linear_setup(ctx, inputs, output):
+    x, blob, n, bias = inputs
+    ctx.save_for_backward(blob)
+    ctx.shape, ctx.bias_dtype = (n, x.shape[-1]), None if bias is None else bias.dtype
+
+
+def _linear_backward(ctx, grad):
+    """dx = dy W; dbias = sum of dy. The weight is packed and has no gradient."""
+    (blob,) = ctx.saved_tensors
+    n, k = ctx.shape
+    dx = dbias = None
+    if ctx.needs_input_grad[0]:
+        every = torch.arange(n, dtype=torch.int64)
+        dx = (grad.float() @ torch.ops.mxq_ext.embedding(every, blob, n, k, torch.float32)).to(grad.dtype)
+    if ctx.needs_input_grad[3]:
+        dbias = grad.reshape(-1, n).float().sum(0).to(ctx.bias_dtype)
+    return dx, None, None, dbias
+
+
+_library.impl("linear", _op_linear, "CPU")
+_library.impl("embedding", _op_embedding, "CPU")
+torch.library.register_fake("mxq_ext::linear", _fake_linear, lib=_library)
+torch.library.register_fake("mxq_ext::embedding", _fake_embedding, lib=_library)
+torch.library.register_autograd("mxq_ext::linear", _linear_backward, setup_context=_linear_setup, lib=_library)
