@@ -1,0 +1,7 @@
+"""Modules that compute with packed weights, and the function that puts them into a model."""
+
+from .embedding import QuantEmbedding
+from .linear import Held, QuantLinear, QuantModule
+from .swap import quantized_modules, replace_linear
+
+__all__ = ["Held", "QuantEmbedding", "QuantLinear", "QuantModule", "quantized_modules", "replace_linear"]
