@@ -1,0 +1,357 @@
+"""The command ``mxq``: one verb for each step of the line, and one for the whole of it.
+
+A verb checks its arguments, calls one function of the package, and shows what that returns: as a table, or with ``--json`` as
+JSON on stdout, with progress on stderr in both cases. Exit codes: 0 done, 1 a bug (with its traceback), 2 a mistake that the
+user can mend (one line, no traceback), 130 interrupted.
+
+Heavy modules are imported inside the verbs, so that ``mxq --help`` needs neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .errors import BudgetError, MxqError, MxqWarning
+from .formats import Format
+from .progress import Progress
+
+app = typer.Typer(
+    name="mxq",
+    help="Mixed-precision quantization of language models.\n\nmodel + text -> calibrate -> sense -> plan -> quantize -> eval, generate",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+#: What a user's path, disk or permission can cause; any other OSError is a bug and keeps its traceback.
+_USER_ERRNO = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EEXIST}
+
+# ---------------------------------------------------------------------------------------------------------------- plumbing
+
+
+def _complain(text: str, label: str, color: str) -> None:
+    """One line on stderr, colored on a terminal."""
+    line = f"{label}: {' '.join(text.split())}"
+    plain = not sys.stderr.isatty() or "NO_COLOR" in os.environ
+    print(line if plain else f"\033[{color}m{line}\033[0m", file=sys.stderr, flush=True)
+
+
+def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
+    if issubclass(category, MxqWarning):
+        _complain(str(message), "warning", "33")
+    else:
+        _other_warnings(message, category, filename, lineno, file, line)
+
+
+_other_warnings = warnings.showwarning
+
+
+def verb(function: Callable[..., None]) -> Callable[..., None]:
+    """Registers a function as a verb and turns what the user can mend into one line and exit code 2."""
+
+    @functools.wraps(function)
+    def run(*args, **kwargs):
+        warnings.showwarning = _show_warning
+        try:
+            function(*args, **kwargs)
+        except MxqError as error:
+            _complain(str(error), "error", "31")
+            raise typer.Exit(2) from None
+        except OSError as error:
+            if error.errno not in _USER_ERRNO:
+                raise
+            _complain(f"{error.filename or 'writing'}: {os.strerror(error.errno).lower()}; check the path", "error", "31")
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            _complain("run the same command again to resume", "interrupted", "33")
+            raise typer.Exit(130) from None
+        finally:
+            warnings.showwarning = _other_warnings
+
+    app.command()(run)
+    return run
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """The options that the user set: the defaults of the rest belong to the function that is called."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _formats(text: str | None) -> list[str] | None:
+    """``"w4g64, w8"`` -> ``["w4g64", "w8"]``, each a valid name. Raises FormatError."""
+    return None if text is None else [Format.parse(name.strip()).name for name in text.split(",") if name.strip()]
+
+
+def _plain(value: Any) -> Any:
+    """JSON for what json does not know: paths, numpy and torch scalars and arrays, objects with ``to_json`` or ``to_dict``."""
+    if isinstance(value, Path):
+        return str(value)
+    for method in ("to_json", "to_dict", "tolist"):
+        if hasattr(value, method):
+            return getattr(value, method)()
+    raise TypeError(f"a result holds a {type(value).__name__}, which has no JSON form")
+
+
+def _cell(value: Any) -> str:
+    """A value as people read it."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}" if abs(value) >= 10_000 else str(value)
+    if isinstance(value, float):
+        return f"{value:,.4g}" if abs(value) < 10_000 else f"{value:,.0f}"
+    if isinstance(value, list | tuple):
+        return ", ".join(_cell(v) for v in value)
+    return str(value)
+
+
+def _table(rows: list[dict[str, Any]], title: str) -> None:
+    """Prints dicts of one kind as a table with the keys as headings; a number stands on the right."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", show_edge=False, pad_edge=False)
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    for name in names:
+        number = all(isinstance(row.get(name), int | float | None) for row in rows)
+        table.add_column(name.replace("_", " "), justify="right" if number else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(_cell(row.get(name)) for name in names))
+    # A pipe has no width: keep each row on one line there.
+    Console(**({} if sys.stdout.isatty() else {"width": 240}), markup=False, highlight=False).print(table)
+
+
+def _show(result: dict[str, Any], title: str, as_json: bool) -> None:
+    """Prints a result: single values as one table, each list of dicts as another, nested dicts under ``outer.inner``."""
+    if as_json:
+        print(json.dumps(result, default=_plain))
+        return
+    single: dict[str, Any] = {}
+    tables: dict[str, list[dict[str, Any]]] = {}
+
+    def visit(prefix: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for name, inner in value.items():
+                visit(f"{prefix}.{name}" if prefix else str(name), inner)
+        elif isinstance(value, list) and value and all(isinstance(v, dict) for v in value):
+            tables[prefix] = value
+        else:
+            single[prefix] = value
+
+    visit("", result)
+    for name, rows in tables.items():
+        _table(rows, f"{title}: {name}" if single else title)
+    if single:
+        width = max(map(len, single))
+        print("\n".join([title, *(f"  {name:<{width}}  {_cell(value)}" for name, value in single.items())]))
+
+
+# ------------------------------------------------------------------------------------------------------ shared declarations
+
+Model = Annotated[Path, typer.Argument(metavar="MODEL", help="A Hugging Face directory or a GGUF file; nothing is downloaded.")]
+Checkpoint = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A directory written by `mxq quantize`.")]
+Out = Annotated[Path, typer.Option("-o", "--out", help="Where the result goes.")]
+Text = Annotated[Path | None, typer.Option("--text", help="Plain UTF-8 text to use instead of the built-in one.")]
+Windows = Annotated[int | None, typer.Option("--windows", min=1, help="How many windows of text to use.")]
+Length = Annotated[int | None, typer.Option("--length", min=2, help="Tokens in a window.")]
+Bits = Annotated[float | None, typer.Option("--bits", help="Budget in stored bits per weight: scales and tables count.")]
+Bytes = Annotated[int | None, typer.Option("--bytes", min=1, help="Budget in bytes on disk, instead of --bits.")]
+Candidates = Annotated[str | None, typer.Option("--candidates", help="Formats to choose from, for example w2g64_asym,w3g64_asym,w4g64,w8.")]
+Metric = Annotated[str | None, typer.Option("--metric", help="How the loss of a format is estimated, for example linear_kl.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, and nothing else there.")]
+
+
+def _one_budget(what: str, **budgets: Any) -> None:
+    """Raises BudgetError unless exactly one of the options is set."""
+    options = {"nbytes": "--bytes", "uniform": "--format"}
+    names = [options.get(name, f"--{name}") for name in budgets]
+    found = [name for name, value in zip(names, budgets.values()) if value is not None]
+    if len(found) != 1:
+        raise BudgetError(f"mxq {what}", f"exactly one of {', '.join(names)} is needed, {' and '.join(found) or 'none'} given",
+                          "for example --bits 3.5" if not found else f"keep one of {', '.join(found)}")
+
+
+# -------------------------------------------------------------------------------------------------------------------- verbs
+
+
+@verb
+def quantize(model: Model, out: Out, bits: Bits = None, nbytes: Bytes = None,
+             preset: Annotated[str | None, typer.Option("--preset", help="A named choice of candidates, metric and method.")] = None,
+             text: Text = None, candidates: Candidates = None, metric: Metric = None,
+             method: Annotated[str | None, typer.Option("--method", help="gptq, rtn, hqq or kmeans.")] = None,
+             windows: Windows = None,
+             uniform: Annotated[str | None, typer.Option("--format", help="One format for all, instead of a budget: w4g64.")] = None,
+             plan: Annotated[Path | None, typer.Option("--plan", help="A plan made by `mxq plan`, instead of a budget.")] = None,
+             work: Annotated[Path | None, typer.Option("--work", help="Directory of intermediate files; default OUT.work.")] = None,
+             overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
+             as_json: Json = False) -> None:
+    """The whole line: calibrate, sense, plan and quantize MODEL, and write a checkpoint. Resumes what was interrupted."""
+    _one_budget("quantize", bits=bits, nbytes=nbytes, uniform=uniform, plan=plan)
+    if uniform is not None:
+        uniform = Format.parse(uniform).name
+    chosen = _formats(candidates)
+    from . import pipeline
+
+    with Progress() as progress:
+        result = pipeline.quantize_checkpoint(
+            model, out, overwrite=overwrite, progress=progress,
+            **_given(bits=bits, nbytes=nbytes, preset=preset, text=text, candidates=chosen, metric=metric, method=method, windows=windows,
+                     uniform=uniform, plan=plan, work=work))
+    _show(result, f"quantized {model} -> {out}", as_json)
+
+
+@verb
+def calibrate(model: Model, out: Out, text: Text = None, windows: Windows = None, as_json: Json = False) -> None:
+    """Run MODEL over text and write what was seen: second moments, channel statistics, gradients."""
+    from . import pipeline
+
+    with Progress() as progress:
+        result = pipeline.calibrate_model(model, out, progress=progress, **_given(text_path=text, windows=windows))
+    _show(result, f"statistics in {out}", as_json)
+
+
+@verb
+def sense(model: Model, stats: Annotated[Path, typer.Argument(metavar="STATS", help="A directory written by `mxq calibrate`.")],
+          out: Out, candidates: Candidates = None, metric: Metric = None, as_json: Json = False) -> None:
+    """Estimate what each candidate format costs in each unit, and write the table."""
+    chosen = _formats(candidates)
+    from . import pipeline
+
+    with Progress() as progress:
+        result = pipeline.sense_model(model, stats, out, progress=progress, **_given(candidates=chosen, metric=metric))
+    _show(result, f"cost table in {out}", as_json)
+
+
+@verb
+def plan(cost: Annotated[Path, typer.Argument(metavar="COST", help="A table written by `mxq sense`.")],
+         out: Out, bits: Bits = None, nbytes: Bytes = None,
+         front: Annotated[Path | None, typer.Option("--front", help="Also write the whole front of size against loss as CSV.")] = None,
+         as_json: Json = False) -> None:
+    """Choose a format for each unit: the least loss within a budget, exactly solved."""
+    _one_budget("plan", bits=bits, nbytes=nbytes)
+    from . import pipeline
+
+    result = pipeline.plan_from_table(cost, out, **_given(bits=bits, nbytes=nbytes, front=front))
+    _show(result, f"plan in {out}", as_json)
+
+
+@verb
+def eval(checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A directory written by `mxq quantize`, or a model.")],
+         reference: Annotated[Path | None, typer.Option("--reference", help="The float model, for the KL divergence to it.")] = None,
+         text: Text = None, windows: Windows = None, length: Length = None, as_json: Json = False) -> None:
+    """Perplexity on held-out text, and with --reference the mean KL divergence and the greedy agreement."""
+    from . import pipeline
+
+    with Progress() as progress:
+        result = pipeline.evaluate_checkpoint(checkpoint, progress=progress,
+                                              **_given(reference=reference, text=text, windows=windows, length=length))
+    _show(result, f"evaluation of {checkpoint}", as_json)
+
+
+@verb
+def generate(checkpoint: Checkpoint, prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to continue.")],
+             max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="How many tokens to write at most.")] = 64,
+             as_json: Json = False) -> None:
+    """Continue PROMPT greedily."""
+    from . import pipeline
+
+    result = pipeline.generate_text(checkpoint, prompt, max_new_tokens=max_new_tokens)
+    if as_json:
+        _show(result, "", True)
+    else:
+        print(result["text"])
+
+
+@verb
+def inspect(path: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A directory written by `mxq quantize`, or a plan.json.")],
+            as_json: Json = False) -> None:
+    """What is stored for each unit: format, stored bits, estimated loss; and the bit map of the model."""
+    if path.suffix == ".json":
+        from .plan import Plan
+
+        plan = Plan.load(path)
+        result: dict[str, Any] = {"plan": plan.to_json(), "formats": plan.counts()}
+        rows = [{"unit": name, "format": entry} for name, entry in {"(default)": plan.default or "keep", **plan.units}.items()]
+        summary, picture = {"quantizer": plan.quantizer, "meta": plan.meta}, ""
+    else:
+        from . import checkpoint
+        from .report import bit_map_text
+
+        result = checkpoint.inspect(path)
+        rows = [{"unit": u["name"], "format": u["format"], "stored_bits": u["stored_bits"], "bytes": u["bytes"],
+                 "output_error": u["info"].get("output_error")} for u in result["units"]]
+        picture = bit_map_text([(u["name"], u["layer"], u["name"].rpartition(".")[2], u["format"], u["stored_bits"])
+                                for u in result["units"]])
+        summary = {name: result[name] for name in ("totals", "model", "producer")}
+    if as_json:
+        _show(result, "", True)
+        return
+    _table(rows, str(path))
+    if picture:
+        print(f"\n{picture}\n")
+    _show(summary, str(path), False)
+
+
+@verb
+def bench(checkpoint: Annotated[Path | None, typer.Argument(metavar="CHECKPOINT", help="A checkpoint or model; else layers.")] = None,
+          formats: Annotated[str | None, typer.Option("--formats", help="Of the single layers, for example w4g64,nf4g64.")] = None,
+          size: Annotated[int, typer.Option("--size", min=1, help="Of the single layers: SIZE x SIZE.")] = 4096,
+          rows: Annotated[int, typer.Option("--rows", min=1, help="Of their input: 1 as in decoding, hundreds as in prefill.")] = 1,
+          as_json: Json = False) -> None:
+    """Tokens per second of CHECKPOINT; without one, a linear layer in each format against torch's float32."""
+    chosen = _formats(formats)
+    with Progress() as progress:
+        if checkpoint is None:
+            from .bench import linear_speed
+
+            result = linear_speed(n=size, k=size, rows=rows, progress=progress, **_given(formats=chosen))
+        else:
+            from . import evaluate, pipeline
+
+            result = {"model": str(checkpoint), **evaluate.speed(pipeline.load(checkpoint)[0])}
+    _show(result, "bench", as_json)
+
+
+@verb
+def doctor(as_json: Json = False) -> None:
+    """What is built, what is found, and what to do."""
+    from . import doctor as module
+
+    report = module.examine()
+    if as_json:
+        _show(report, "doctor", True)
+    else:
+        print("\n".join(module.lines(report)))
+
+
+@verb
+def demo(out: Annotated[Path, typer.Option("-o", "--out", help="Where checkpoints, tables and pictures go.")] = Path("mxq-demo"),
+         quick: Annotated[bool, typer.Option("--quick", help="Fewer plans and less text: a few minutes.")] = False,
+         as_json: Json = False) -> None:
+    """Quantize a real model by mixed precision, compare it with uniform formats, and show where it lies."""
+    from . import demo as module
+
+    # The demo prints its tables as it goes; with --json they are progress.
+    with Progress() as progress, contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        result = module.run_demo(out, quick, progress)
+    if as_json:
+        _show(result, "demo", True)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of the script ``mxq``; always ends in SystemExit."""
+    app(arguments, prog_name="mxq")

@@ -1,0 +1,61 @@
+"""Shared fixtures: random tiny models, a byte tokenizer, and a guard against the network."""
+
+import os
+
+# Before anything imports transformers or the hub client: the suite must pass without a network, so it must not look for one.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def no_mxq_environment(monkeypatch):
+    """The developer's own MXQ_* settings must not change what a test sees."""
+    for name in [n for n in os.environ if n.startswith("MXQ_") and n != "MXQ_CPU_TARGET"]:
+        monkeypatch.delenv(name)
+
+
+def make_tokenizer():
+    """A byte-level tokenizer that needs no file: token = byte, 256 is the end of text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate([*alphabet, "<eos>"])}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>")
+
+
+def make_model(vocab: int = 257, hidden: int = 64, layers: int = 2, intermediate: int = 96, tied: bool = True, seed: int = 0):
+    """A random Llama in float32 and eval mode; the same seed gives the same weights."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(vocab_size=vocab, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
+                         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=tied,
+                         bos_token_id=None, eos_token_id=vocab - 1)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture
+def tiny_model():
+    return make_model()
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def tiny_dir(tmp_path_factory):
+    """A Hugging Face directory with the tiny model and its tokenizer. Read only: it is shared by the whole run."""
+    path = tmp_path_factory.mktemp("tiny") / "model"
+    make_model().save_pretrained(path)
+    make_tokenizer().save_pretrained(path)
+    return path

@@ -1,0 +1,265 @@
+"""The command line: what each verb hands to the pipeline, what it prints, and how it fails."""
+
+import importlib
+import inspect
+import json
+import os
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from mxq_ext import cli
+from mxq_ext.errors import ModelError, MxqWarning
+from mxq_ext.plan import Plan
+
+VERBS = ["quantize", "calibrate", "sense", "plan", "eval", "generate", "inspect", "bench", "doctor", "demo"]
+ROOT = Path(__file__).parents[1]
+
+
+def run(*args):
+    return CliRunner().invoke(cli.app, [str(a) for a in args])
+
+
+@pytest.fixture
+def record(monkeypatch):
+    """record("pipeline.f", result): replaces f by a stand-in that accepts only what the real f accepts, and keeps the arguments."""
+
+    def patch(path, result=None, error=None):
+        module_name, _, name = path.rpartition(".")
+        module = importlib.import_module(f"mxq_ext.{module_name}")
+        signature = inspect.signature(getattr(module, name))
+        seen = {}
+
+        def stand_in(*args, **kwargs):
+            seen.update(signature.bind(*args, **kwargs).arguments)
+            if error is not None:
+                raise error
+            return result
+
+        monkeypatch.setattr(module, name, stand_in)
+        return seen
+
+    return patch
+
+
+def without(seen, *names):
+    return {k: v for k, v in seen.items() if k not in names}
+
+
+# ------------------------------------------------------------------------------------------------- what reaches the pipeline
+
+
+def test_quantize_passes_what_was_given_and_nothing_else(record):
+    seen = record("pipeline.quantize_checkpoint", {"stored_bits": 3.5, "bytes": 12345})
+    done = run("quantize", "m", "-o", "out", "--bits", "3.5")
+    assert done.exit_code == 0, done.output
+    assert without(seen, "progress") == {"model_path": Path("m"), "out": Path("out"), "bits": 3.5, "overwrite": False}
+    assert "stored_bits  3.5" in done.stdout and "12,345" in done.stdout
+
+
+def test_quantize_passes_every_option(record):
+    seen = record("pipeline.quantize_checkpoint", {})
+    done = run("quantize", "m", "-o", "out", "--bytes", 1000, "--preset", "p", "--text", "t.txt", "--candidates", "w4g64,w2g64_asym",
+               "--metric", "obq", "--method", "rtn", "--windows", 8, "--work", "w", "--overwrite")
+    assert done.exit_code == 0, done.output
+    assert without(seen, "progress") == {
+        "model_path": Path("m"), "out": Path("out"), "nbytes": 1000, "preset": "p", "text": Path("t.txt"),
+        "candidates": ["w4g64", "w2g64_asym"], "metric": "obq", "method": "rtn", "windows": 8, "work": Path("w"), "overwrite": True}
+
+
+@pytest.mark.parametrize("option, value, name, expected", [
+    ("--format", "w4g64_sym", "uniform", "w4g64"), ("--plan", "plan.json", "plan", Path("plan.json")), ("--bytes", 10, "nbytes", 10)])
+def test_quantize_takes_one_of_four_budgets(record, option, value, name, expected):
+    seen = record("pipeline.quantize_checkpoint", {})
+    assert run("quantize", "m", "-o", "o", option, value).exit_code == 0
+    assert seen[name] == expected
+
+
+def test_calibrate(record):
+    seen = record("pipeline.calibrate_model")
+    assert run("calibrate", "m", "-o", "stats", "--text", "t", "--windows", 4).exit_code == 0
+    assert without(seen, "progress") == {"model_path": Path("m"), "out": Path("stats"), "text_path": Path("t"), "windows": 4}
+
+
+def test_sense(record):
+    seen = record("pipeline.sense_model")
+    assert run("sense", "m", "stats", "-o", "cost.json", "--candidates", "w8", "--metric", "linear_kl").exit_code == 0
+    assert without(seen, "progress") == {
+        "model_path": Path("m"), "stats_dir": Path("stats"), "out": Path("cost.json"), "candidates": ["w8"], "metric": "linear_kl"}
+
+
+def test_plan(record):
+    seen = record("pipeline.plan_from_table")
+    assert run("plan", "cost.json", "-o", "plan.json", "--bits", 3, "--front", "front.csv").exit_code == 0
+    assert seen == {"cost_path": Path("cost.json"), "out": Path("plan.json"), "bits": 3.0, "front": Path("front.csv")}
+
+
+def test_eval(record):
+    seen = record("pipeline.evaluate_checkpoint", {"perplexity": 20.5, "kl": 0.25})
+    done = run("eval", "q", "--reference", "m", "--windows", 2, "--length", 64)
+    assert without(seen, "progress") == {"path": Path("q"), "reference": Path("m"), "windows": 2, "length": 64}
+    assert "perplexity  20.5" in done.stdout
+
+
+def test_demo(record):
+    seen = record("demo.run_demo", {"rows": [{"name": "float"}]})
+    done = run("demo", "-o", "d", "--quick", "--json")
+    assert (seen["out"], seen["quick"]) == (Path("d"), True)
+    assert json.loads(done.stdout) == {"rows": [{"name": "float"}]}
+
+
+# ---------------------------------------------------------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize("args, message", [
+    (["quantize", "m", "-o", "o"], "mxq quantize: exactly one of --bits, --bytes, --format, --plan is needed, none given"),
+    (["quantize", "m", "-o", "o", "--bits", "3", "--format", "w8"], "--bits and --format given; keep one of --bits, --format"),
+    (["plan", "c", "-o", "o"], "exactly one of --bits, --bytes is needed"),
+    (["quantize", "m", "-o", "o", "--format", "w5"], "bits must be one of (2, 3, 4, 8)"),
+    (["sense", "m", "s", "-o", "o", "--candidates", "w4g64,x"], "format 'x': the name does not follow the grammar"),
+    (["plan", "nowhere.json", "-o", "o", "--bits", "3"], "nowhere.json: there is no such file; check the path"),
+    (["inspect", "nowhere.json"], "nowhere.json: there is no such file; check the path"),
+    (["inspect", "nowhere"], "nowhere"),
+    (["eval", "nowhere"], "nowhere"),
+    (["generate", "nowhere", "Hello"], "nowhere"),
+    (["bench", "nowhere"], "nowhere"),
+    (["quantize", "nowhere", "-o", "o", "--bits", "3"], "nowhere"),
+    (["calibrate", "nowhere", "-o", "o"], "nowhere"),
+])
+def test_a_mistake_is_one_line_and_exit_code_2(args, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = run(*args)
+    assert done.exit_code == 2, (done.output, done.exception)
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0]
+    assert done.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plan_that_was_cut_short(tmp_path):
+    path = tmp_path / "plan.json"
+    Plan.uniform("w4g64").save(path)
+    path.write_text(path.read_text()[:-20])
+    done = run("inspect", path)
+    assert done.exit_code == 2 and "it is not valid JSON" in done.stderr
+
+
+@pytest.mark.parametrize("error, line", [
+    (ModelError("model x", "broken\nin two lines", "fix it"), "error: model x: broken in two lines; fix it"),
+    (FileNotFoundError(2, "No such file or directory", "text.txt"), "error: text.txt: no such file or directory; check the path"),
+    (PermissionError(13, "Permission denied", "out"), "error: out: permission denied; check the path"),
+    (OSError(28, "No space left on device"), "error: writing: no space left on device; check the path"),
+])
+def test_errors_of_the_pipeline(record, error, line):
+    record("pipeline.calibrate_model", error=error)
+    done = run("calibrate", "m", "-o", "s")
+    assert (done.exit_code, done.stderr.strip()) == (2, line)
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), OSError("no errno: a bug")])
+def test_a_bug_keeps_its_traceback(record, error):
+    record("pipeline.calibrate_model", error=error)
+    done = run("calibrate", "m", "-o", "s")
+    assert done.exit_code == 1 and done.exception is error
+
+
+def test_interrupt(record):
+    record("pipeline.calibrate_model", error=KeyboardInterrupt())
+    done = run("calibrate", "m", "-o", "s")
+    assert (done.exit_code, done.stderr.strip()) == (130, "interrupted: run the same command again to resume")
+
+
+def test_errors_are_red_on_a_terminal(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    cli._complain("text", "error", "31")
+    monkeypatch.setenv("NO_COLOR", "1")
+    cli._complain("text", "error", "31")
+    assert capsys.readouterr().err == "\033[31merror: text\033[0m\nerror: text\n"
+
+
+def test_warnings_of_mxq_are_one_line_and_others_stay(record, monkeypatch):
+    shown = []
+    monkeypatch.setattr(cli, "_other_warnings", lambda message, *rest: shown.append(str(message)))
+    module = importlib.import_module("mxq_ext.pipeline")
+
+    def calibrate_model(*args, **kwargs):
+        warnings.warn("slow kernel", MxqWarning, stacklevel=1)
+        warnings.warn("old api", DeprecationWarning, stacklevel=1)
+
+    monkeypatch.setattr(module, "calibrate_model", calibrate_model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        done = run("calibrate", "m", "-o", "s")
+    assert "warning: slow kernel" in done.stderr.splitlines()
+    assert shown == ["old api"]
+
+
+def test_usage_error_is_exit_code_2():
+    for args in (["nope"], ["quantize"], ["plan", "x", "-o", "y", "--bits", "many"]):
+        assert run(*args).exit_code == 2
+
+
+# -------------------------------------------------------------------------------------------------------------------- help
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help_and_json(verb):
+    done = run(verb, "--help")
+    assert done.exit_code == 0 and "--json" in done.stdout
+
+
+def test_help_is_instant_and_lists_the_verbs():
+    env = {k: v for k, v in os.environ.items() if not k.startswith("COVERAGE_")}
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, "-m", "mxq_ext", "--help"], capture_output=True, text=True, env=env, cwd=ROOT)
+        seconds.append(time.perf_counter() - start)
+        assert done.returncode == 0
+    assert all(f"\n  {verb} " in done.stdout for verb in VERBS)
+    assert min(seconds) < 0.5
+
+
+def test_module_without_arguments_is_the_doctor():
+    done = subprocess.run([sys.executable, "-m", "mxq_ext"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and done.stdout.startswith("mxq_ext")
+
+
+# ----------------------------------------------------------------------------------------------------------------- results
+
+
+def test_json_of_paths_arrays_and_objects(capsys):
+    import numpy as np
+    import torch
+
+    cli._show({"path": Path("a"), "array": np.arange(2), "scalar": torch.tensor(1.5), "plan": Plan.uniform("w8")}, "", True)
+    out = json.loads(capsys.readouterr().out)
+    assert (out["path"], out["array"], out["scalar"], out["plan"]["default"]) == ("a", [0, 1], 1.5, "w8")
+    with pytest.raises(TypeError, match="a result holds a object"):
+        cli._show({"x": object()}, "", True)
+
+
+def test_tables(capsys):
+    units = [{"name": "a", "stored_bits": 4.25}, {"name": "b", "stored_bits": None}]
+    cli._show({"total": {"bytes": 123456, "ok": True}, "units": units}, "T", False)
+    out = capsys.readouterr().out
+    assert "T: units" in out and "stored bits" in out and "4.25" in out and "-" in out
+    assert "total.bytes  123,456" in out and "total.ok     yes" in out
+
+
+@pytest.mark.parametrize("value, text", [(None, "-"), (False, "no"), (9999, "9999"), (12345, "12,345"), (0.123456, "0.1235"),
+                                         (123456.7, "123,457"), ([1, 2.5], "1, 2.5"), ("x", "x")])
+def test_cells(value, text):
+    assert cli._cell(value) == text
+
+
+def test_doctor():
+    done = run("doctor")
+    assert done.exit_code == 0 and len(done.stdout.splitlines()) >= 10
+    assert json.loads(run("doctor", "--json").stdout)["advice"] == done.stdout.splitlines()[-1]
