@@ -129,7 +129,7 @@ def capture_calls(model: nn.Module, tokens: torch.Tensor) -> Calls:
     def before(block, args, kwargs):
         hidden, args, kwargs = _hidden_of(args, kwargs)
         if len(chained) == len(seen.args) and chained and chained[-1] is not hidden and not torch.equal(chained[-1], hidden):
-            raise ModelError(f"model {type(model).__name__}", f"block {len(seen.args)} does not take the output of block {len(seen.args) - 1}",
+            raise ModelError(f"model {type(model).__name__}", f"block {len(seen.args)} does not take the output of the one before",
                              "only models whose blocks form a chain can be walked")
         seen.args.append(args)
         seen.kwargs.append(kwargs)
@@ -299,7 +299,8 @@ def linears_of(model: nn.Module) -> tuple[list[dict[str, nn.Linear]], str, nn.Li
         if head is not None and any(modules[n] is head for n in (unit.name, *unit.tied)):
             head_name = unit.name
     if head_name is None or not isinstance(head, nn.Linear):
-        raise ModelError(f"model {type(model).__name__}", "it has no linear output head", "load it as a causal language model (AutoModelForCausalLM)")
+        raise ModelError(f"model {type(model).__name__}", "it has no linear output head",
+                         "load it as a causal language model (AutoModelForCausalLM)")
     return per_block, head_name, head
 
 
@@ -344,7 +345,8 @@ def window_uniform(seed: int, window: int, length: int) -> torch.Tensor:
     return torch.rand(length, generator=torch.Generator().manual_seed(seed * 1_000_003 + window))
 
 
-def head_backward(model: nn.Module, head: nn.Linear, hidden: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def head_backward(model: nn.Module, head: nn.Linear, hidden: torch.Tensor,
+                  uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradient of L = sum_t CE(logits_t, y_t), y_t drawn from the model itself, at the last block's output ``hidden`` [1, T, H].
 
     Returns (dL/dhidden [1, T, H], head inputs x [T, K], dL/d(head output) g [T, V]). Holds T * V floats for g and SLICE * V at a time else.
@@ -381,7 +383,7 @@ def block_backward(block: nn.Module, index: int, hidden: torch.Tensor, grad: tor
 
 def backward_walk(model: nn.Module, tokens: torch.Tensor, callback: Callable[[str, torch.Tensor, torch.Tensor], None], *, seed: int = 0,
                   calls: Calls | None = None, progress: Progress = SILENT) -> None:
-    """For each window of ``tokens`` [W, T]: the gradient of L = sum_t CE(logits_t, y_t), y_t ~ the model (true Fisher), seen at every linear.
+    """Shows the gradient of L = sum_t CE(logits_t, y_t), y_t ~ the model, at every linear, for each window of ``tokens`` [W, T].
 
     ``callback(unit, x [T, K], g [T, N])`` is called once per window and unit, head first, then the blocks from last to first;
     ``g`` is dL/dy of that linear's output. g^T x is the gradient of its weight for this window.
