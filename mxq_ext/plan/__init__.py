@@ -1,0 +1,7 @@
+"""From costs to a plan: what a Plan is (``schema``), and how a byte budget is spent (``allocate``, on ``knapsack``)."""
+
+from .allocate import FrontPoint, choose, pareto_front, plan_of, solve
+from .knapsack import Allocation
+from .schema import KEEP, Bands, Decision, Plan
+
+__all__ = ["KEEP", "Allocation", "Bands", "Decision", "FrontPoint", "Plan", "choose", "pareto_front", "plan_of", "solve"]

@@ -1,0 +1,174 @@
+"""CostTable + budget -> Plan, and the whole Pareto front: the knapsack of ``knapsack.py`` in the words of units and formats.
+
+    plan = solve(table, bits=3.5)                      exact, from the average stored bits over all units of the table
+    for point in pareto_front(table): ...              every trade between bytes and loss on the hull, in one call
+    plan_of(table, point.choice)
+
+Constraints: ``groups`` are lists of units that must share one format (q, k and v that share an input permutation, say);
+``allowed`` narrows the candidates of single units or patterns.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..errors import BudgetError, PlanError
+from ..sensitivity.table import CostTable
+from . import knapsack
+from .knapsack import Allocation
+from .schema import PATTERN, Plan, closest, compile_pattern
+
+Groups = Sequence[Sequence[str]]
+Allowed = Mapping[str, Sequence[str]]
+
+
+@dataclass(frozen=True)
+class FrontPoint:
+    """One point of the Pareto front: total bytes, total loss, and the candidate index of every unit, int64 [U]."""
+
+    nbytes: int
+    loss: float
+    choice: np.ndarray
+
+
+@dataclass(frozen=True)
+class _Merged:
+    """The table as the knapsack sees it: one row per unit or tie group."""
+
+    loss: np.ndarray  # float64 [G, F]
+    nbytes: np.ndarray  # int64 [G, F]
+    row: np.ndarray  # int64 [U], which row decides for a unit
+
+
+def _merge(table: CostTable, groups: Groups | None, allowed: Allowed | None) -> _Merged:
+    """Applies the constraints. Raises PlanError for unknown names, overlapping groups, and constraints that leave nothing."""
+    where = {n: i for i, n in enumerate(table.units)}
+
+    def index(name, what):
+        if name not in where:
+            raise PlanError(f"{what} {name!r}", f"no unit of the cost table ({len(where)} units) has such a name",
+                            closest(str(name), table.units))
+        return where[name]
+
+    loss = table.loss.copy()
+    for name, formats in (allowed or {}).items():
+        if isinstance(formats, str):
+            raise PlanError(f"allowed formats of {name!r}: {formats!r}", "a list of formats is expected, found one string",
+                            f"write [{formats!r}]")
+        if name.startswith(PATTERN):
+            pattern = compile_pattern(name)
+            rows = [i for n, i in where.items() if pattern.fullmatch(n)]
+            if not rows:
+                raise PlanError(f"allowed formats of {name!r}", f"the pattern matches none of {len(where)} units",
+                                closest(name, table.units))
+        else:
+            rows = [index(name, "allowed formats of")]
+        banned = np.ones(len(table.formats), dtype=bool)
+        banned[[table.column(f) for f in formats]] = False
+        loss[np.ix_(rows, np.flatnonzero(banned))] = np.inf
+        for i in rows:
+            if not np.isfinite(loss[i]).any():
+                raise PlanError(f"unit {table.units[i]}",
+                                f"the allowed formats ({', '.join(formats) or 'none'}) leave it no possible candidate",
+                                f"allow one of {', '.join(f for f, ok in zip(table.formats, table.possible[i], strict=True) if ok)}")
+
+    leader, grouped = np.arange(len(where)), set()
+    for number, group in enumerate(groups or ()):
+        members = [index(n, f"group {number}:") for n in group]
+        for i in members:
+            if i in grouped:
+                raise PlanError(f"group {number}: {table.units[i]!r}", "the unit is in two groups, or twice in one",
+                                "list every unit once; merge groups that overlap")
+            grouped.add(i)
+        for i in members[1:]:
+            leader[i] = members[0]
+        if members and not np.isfinite(loss[members].sum(axis=0)).any():
+            raise PlanError(f"group {number} ({', '.join(group)})", "no format is possible for all of its units",
+                            "allow a common format, or split the group")
+    leaders, row = np.unique(leader, return_inverse=True)
+    merged_loss, merged_bytes = np.zeros((len(leaders), len(table.formats))), np.zeros((len(leaders), len(table.formats)), dtype=np.int64)
+    np.add.at(merged_loss, row, loss)
+    np.add.at(merged_bytes, row, table.nbytes)
+    return _Merged(merged_loss, merged_bytes, row)
+
+
+def budget_bytes(table: CostTable, bits: float | None = None, nbytes: int | None = None) -> int:
+    """The budget in bytes: ``nbytes``, or the floor of ``bits * weights / 8``.
+
+    Raises BudgetError unless exactly one of the two is given, and is positive.
+    """
+    if (bits is None) == (nbytes is None):
+        raise BudgetError(f"budget bits={bits}, nbytes={nbytes}", "exactly one of the two must be given",
+                          "pass bits=3.5 (average stored bits) or nbytes=...")
+    given = bits if nbytes is None else nbytes
+    if isinstance(given, bool) or not isinstance(given, int | float | np.number) or not math.isfinite(given) or given <= 0:
+        raise BudgetError(f"budget of {given!r} {'stored bits' if nbytes is None else 'bytes'}", "a budget is a positive, finite number",
+                          "pass for example bits=3.5")
+    if nbytes is not None:
+        return int(nbytes)
+    exact = float(bits) * int(table.numel.sum()) / 8
+    # stored_bits() of a choice, given back as a budget, must allow that very choice whatever way its last bit was rounded.
+    return round(exact) if abs(exact - round(exact)) <= 4 * np.spacing(exact) else math.floor(exact)
+
+
+def choose(table: CostTable, *, bits: float | None = None, nbytes: int | None = None, method: str = "dp", groups: Groups | None = None,
+           allowed: Allowed | None = None) -> Allocation:
+    """Best candidate per unit within a budget, with the proof of how good it is; see :class:`Allocation`.
+
+    Args:
+        bits: average stored bits over all units of the table; or ``nbytes``: total bytes.
+        method: ``dp`` (exact, default), ``milp`` (exact, HiGHS), ``lagrangian``, ``greedy``, ``brute``.
+        groups: lists of unit names that must share one format.
+        allowed: unit name or ``re:`` pattern -> candidates that it may take.
+
+    Raises BudgetError if nothing fits (with the shortfall in bytes and the smallest feasible stored bits), PlanError for unknown names.
+    """
+    if method not in knapsack.METHODS:
+        raise PlanError(f"allocation method {method!r}", f"the methods are {', '.join(knapsack.METHODS)}", "use the default, dp")
+    merged = _merge(table, groups, allowed)
+    budget = budget_bytes(table, bits, nbytes)
+    least = knapsack.Problem.of(merged.loss, merged.nbytes).smallest
+    if budget < least:
+        constrained = " under these constraints" if groups or allowed else ""
+        asked_bits = table.stored_bits(budget) if bits is None else bits
+        raise BudgetError(f"budget of {asked_bits:.6g} stored bits ({budget:,} bytes) for {len(table.units)} units",
+                          f"the smallest choice of {', '.join(table.formats)}{constrained} takes {least:,} bytes, {least - budget:,} more",
+                          f"allow at least {math.ceil(table.stored_bits(least) * 1e4) / 1e4:.4f} stored bits, or add a smaller candidate")
+    a = knapsack.METHODS[method](merged.loss, merged.nbytes, budget)
+    return Allocation(a.choice[merged.row], a.loss, a.nbytes, a.bound, a.exact, a.method)
+
+
+def plan_of(table: CostTable, choice: Sequence[int] | np.ndarray, *, quantizer: dict | None = None, meta: dict | None = None) -> Plan:
+    """The Plan that names every unit of the table.
+
+    Its meta states the ``loss``, ``nbytes`` and ``stored_bits`` that the table predicts; ``meta`` comes on top.
+    """
+    loss, nbytes = table.total(choice)
+    predicted = {"loss": loss, "nbytes": nbytes, "stored_bits": table.stored_bits(nbytes)}
+    units = {n: table.formats[c] for n, c in zip(table.units, choice, strict=True)}
+    return Plan(units=units, meta=predicted | (meta or {}), **({} if quantizer is None else {"quantizer": quantizer}))
+
+
+def solve(table: CostTable, *, bits: float | None = None, nbytes: int | None = None, method: str = "dp", groups: Groups | None = None,
+          allowed: Allowed | None = None, quantizer: dict | None = None, meta: dict | None = None) -> Plan:
+    """The Plan of :func:`choose`. Its meta has, beside those of :func:`plan_of`, ``allocation``: method, budget_bytes, bits, exact, gap."""
+    a = choose(table, bits=bits, nbytes=nbytes, method=method, groups=groups, allowed=allowed)
+    how = {"method": a.method, "budget_bytes": budget_bytes(table, bits, nbytes), "bits": None if bits is None else float(bits),
+           "exact": a.exact, "gap": a.gap}
+    return plan_of(table, a.choice, quantizer=quantizer, meta={"allocation": how} | (meta or {}))
+
+
+def pareto_front(table: CostTable, *, exact: bool = False, groups: Groups | None = None,
+                 allowed: Allowed | None = None) -> list[FrontPoint]:
+    """The trade between bytes and loss, smallest first; bytes rise and losses fall strictly.
+
+    By default the vertices of the front's convex hull: each is optimal for its own size, and between two of them at most one unit's step
+    can be gained. ``exact=True`` gives every Pareto-optimal choice, and raises PlanError where those are too many to list.
+    """
+    merged = _merge(table, groups, allowed)
+    front = (knapsack.full_front if exact else knapsack.hull_front)(merged.loss, merged.nbytes)
+    return [FrontPoint(m, s, choice[merged.row]) for m, s, choice in front]

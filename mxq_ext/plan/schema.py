@@ -1,0 +1,392 @@
+"""Plan: which Format each unit of a model gets. The file that people read, edit, diff and hand around.
+
+A plan is a JSON object::
+
+    {"mxq_plan": 1,                       version of this schema
+     "default": "w4g64",                  units that no entry names; null keeps them in float
+     "units": {"model.layers.0.mlp.up_proj": "w3g64",         exact module name
+               "re:.*\\\\.down_proj": "w8",                     fullmatch on the module name
+               "model.layers.1.mlp.up_proj": {"cols": [[448, "w3g64"], [128, "w8"]], "permute": true},
+               "lm_head": "keep"},                            stays in float
+     "quantizer": {"name": "gptq"},       how codes are found, with its options
+     "kv": null, "activations": null,     reserved: version 1 quantizes weights only
+     "meta": {}}                          anything; never read by the code that applies the plan
+
+Exact names win over patterns, patterns are tried in the order in which they stand, then ``default`` applies. An entry that
+matches no unit is an error, never ignored: a misspelt name would otherwise silently get the default.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from ..errors import FormatError, PlanError
+from ..fileio import read_json, write_json
+from ..formats import Format
+from ..structure import Unit
+
+VERSION = 1
+KEEP = "keep"  #: the entry that leaves a unit in floating point
+PATTERN = "re:"  #: prefix of an entry's name that makes it a regular expression
+
+#: Band boundaries are multiples of these, so that a kernel tile never straddles two formats. The last band takes the rest.
+ROW_TILE, COL_TILE = 8, 32
+
+_KEYS = ("mxq_plan", "default", "units", "quantizer", "kv", "activations", "meta")
+_ENTRY_FIX = 'write a format such as "w4g64", "keep", {"rows": [[count, format], ...]} or {"cols": [[count, format], ...]}'
+
+
+def closest(name: str, names: Iterable[str], count: int = 3) -> str:
+    """``did you mean a, b`` for an unknown ``name``, patterns included; the first few names when nothing comes near."""
+    names = list(names)
+    # A pattern is compared by the letters in it: its metacharacters are no part of any module name.
+    bare = re.sub(r"\\[a-zA-Z]|[\\*+?^$()|\[\]{}]", "", name.removeprefix(PATTERN)) if name.startswith(PATTERN) else name
+    near = difflib.get_close_matches(bare, names, count, 0.5)
+    if not near:  # a bare role such as down_porj is far from every full name, but near to the last part of one
+        by_tail = {n.rpartition(".")[2]: n for n in reversed(names)}
+        near = [by_tail[t] for t in difflib.get_close_matches(bare.rpartition(".")[2], by_tail, count, 0.6)]
+    if near:
+        return f"did you mean {', '.join(near)}"
+    return f"names are for example {', '.join(names[:count])}" if names else "there are no units at all"
+
+
+def compile_pattern(name: str) -> re.Pattern:
+    """The regular expression of an entry ``re:...``. Raises PlanError if it does not compile."""
+    try:
+        return re.compile(name.removeprefix(PATTERN))
+    except re.error as e:
+        raise PlanError(f"plan entry {name!r}", f"it is no valid regular expression ({e})",
+                        "correct it; a literal dot is written \\.") from None
+
+
+def _format(value: object, where: str) -> Format:
+    if not isinstance(value, str):
+        raise PlanError(f"{where} {value!r}", f"a format name is expected, found {type(value).__name__}", _ENTRY_FIX)
+    try:
+        return Format.parse(value)
+    except FormatError as e:
+        raise PlanError(f"{where} {value!r}", e.rule, e.fix) from None
+
+
+@dataclass(frozen=True)
+class Bands:
+    """One unit cut along one axis into bands of different formats.
+
+    Attributes:
+        axis: ``"rows"`` or ``"cols"`` of the weight [N, K].
+        parts: (count, Format) from row (column) 0 on; the counts sum to N (K), and code bits never fall, because quantizers that
+            propagate errors from left to right need the most precise columns last.
+        permute: the unit stores an int32 permutation of that axis, so that any rows (columns) can be gathered in a band. Without it
+            the bands cover the weight in its own order.
+    """
+
+    axis: str
+    parts: tuple[tuple[int, Format], ...]
+    permute: bool = False
+
+    @property
+    def name(self) -> str:
+        """For example ``w3g64+w8``, as :attr:`QTensor.format_name` prints it."""
+        return "+".join(dict.fromkeys(f.name for _, f in self.parts))
+
+    def __str__(self) -> str:
+        return self.name
+
+    @staticmethod
+    def parse(value: Mapping, where: str) -> Bands:
+        """Bands of a JSON entry ``{"rows"|"cols": [[count, format], ...], "permute": bool}``. Raises PlanError."""
+        axis = "rows" if "rows" in value else "cols"
+        if set(value) - {axis, "permute"} or axis not in value:
+            raise PlanError(f"{where} {dict(value)!r}",
+                            "an entry object has exactly one of the keys format, rows, cols, and permute beside the last two",
+                            _ENTRY_FIX)
+        permute = value.get("permute", False)
+        if not isinstance(permute, bool):
+            raise PlanError(f"{where}: permute {permute!r}", f"it must be true or false, found {type(permute).__name__}",
+                            "write true or false")
+        listed = value[axis]
+        if not isinstance(listed, list | tuple) or not listed:
+            raise PlanError(f"{where}: {axis} {listed!r}", "a non-empty list of [count, format] is expected", _ENTRY_FIX)
+        parts, tile, end = [], ROW_TILE if axis == "rows" else COL_TILE, 0
+        for i, part in enumerate(listed):
+            if not isinstance(part, list | tuple) or len(part) != 2:
+                raise PlanError(f"{where}: band {part!r}", "a band is a pair [count, format]", _ENTRY_FIX)
+            count, fmt = part[0], _format(part[1], f"{where}: format of band {i}")
+            if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+                raise PlanError(f"{where}: band {part!r}", f"its count must be a positive integer, found {count!r}",
+                                f"give a number of {axis}")
+            end += count
+            if i < len(listed) - 1 and end % tile:
+                raise PlanError(f"{where}: band {i} ends at {axis[:-1]} {end}",
+                                f"bands end at multiples of {tile} {axis}, the last one excepted",
+                                f"use {end // tile * tile or tile} or {-(-end // tile) * tile}")
+            if parts and fmt.bits < parts[-1][1].bits:
+                raise PlanError(f"{where}: band {i} is {fmt} after {parts[-1][1]}",
+                                f"code bits must not fall from band to band ({parts[-1][1].bits} to {fmt.bits})",
+                                "put the most precise band last")
+            parts.append((count, fmt))
+        return Bands(axis, tuple(parts), permute)
+
+    def rectangles(self, shape: tuple[int, int], name: str = "unit") -> list[tuple[int, int, int, int, Format]]:
+        """(r0, r1, c0, c1, Format) that tile a weight of ``shape`` [N, K]. Raises PlanError if the counts do not sum to the axis."""
+        n, k = shape
+        total, size = sum(c for c, _ in self.parts), n if self.axis == "rows" else k
+        if total != size:
+            raise PlanError(f"bands of {name} ({n} x {k})", f"the counts of {self.axis} must sum to {size}, they sum to {total}",
+                            f"{'add' if total < size else 'take away'} {abs(size - total)} {self.axis}")
+        out, start = [], 0
+        for count, fmt in self.parts:
+            out.append((start, start + count, 0, k, fmt) if self.axis == "rows" else (0, n, start, start + count, fmt))
+            start += count
+        return out
+
+    def nbytes(self, rows: int, cols: int) -> int:
+        """Exact stored bytes of a [rows, cols] weight, the permutation included (4 bytes per entry)."""
+        dense = sum(f.nbytes(r1 - r0, c1 - c0) for r0, r1, c0, c1, f in self.rectangles((rows, cols)))
+        return dense + (4 * (rows if self.axis == "rows" else cols) if self.permute else 0)
+
+    def to_json(self) -> dict:
+        out = {self.axis: [[c, f.name] for c, f in self.parts]}
+        return out | {"permute": True} if self.permute else out
+
+
+#: What a plan decides for a unit: a Format, Bands, or None for float.
+Decision = Format | Bands | None
+
+
+def parse_entry(value: object, where: str = "plan entry") -> Decision:
+    """Decision of one JSON entry (format name, ``"keep"`` or an object). Raises PlanError."""
+    if value == KEEP:
+        return None
+    if isinstance(value, Format | Bands):
+        return value
+    if isinstance(value, Mapping):
+        if set(value) == {"format"}:
+            return parse_entry(value["format"], where) if not isinstance(value["format"], Mapping) else _format(value["format"], where)
+        return Bands.parse(value, where)
+    return _format(value, where)
+
+
+def entry_json(decision: Decision) -> str | dict:
+    """Inverse of :func:`parse_entry`, in canonical form."""
+    return KEEP if decision is None else decision.name if isinstance(decision, Format) else decision.to_json()
+
+
+def _checked_object(value: object, what: str) -> dict:
+    """``value`` as a dict with string keys that JSON can hold; PlanError otherwise."""
+    if not isinstance(value, Mapping) or not all(isinstance(k, str) for k in value):
+        raise PlanError(f"plan: {what} {value!r}", f"an object with string keys is expected, found {type(value).__name__}",
+                        f'write "{what}": {{...}}')
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError) as e:
+        raise PlanError(f"plan: {what}", f"it cannot be written as JSON ({e})", "use numbers, strings, lists and objects only") from None
+    return dict(value)
+
+
+@dataclass
+class Plan:
+    """The precision map of a model; see the head of this file for the JSON form.
+
+    Attributes:
+        default: canonical format name for units that no entry names, or None to keep them in float.
+        units: entry name (module name or ``re:`` pattern) -> entry in its canonical JSON form, in order.
+        quantizer: ``{"name": ..., options}``; the names and options are checked where quantizers live.
+        kv, activations: must be None in version 1.
+        meta: free notes, for example how the plan was found.
+
+    Everything is validated on construction; raises PlanError.
+    """
+
+    default: str | None = None
+    units: dict[str, str | dict] = field(default_factory=dict)
+    quantizer: dict = field(default_factory=lambda: {"name": "gptq"})
+    kv: None = None
+    activations: None = None
+    meta: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        self.validate()
+
+    # -- making, reading, writing ---------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def uniform(fmt: str | Format, *, keep: Sequence[str] = (), quantizer: dict | None = None, meta: dict | None = None) -> Plan:
+        """One format for all units but those named in ``keep`` (names or ``re:`` patterns), which stay in float."""
+        if isinstance(keep, str):
+            raise PlanError(f"uniform plan with keep={keep!r}", "keep is a sequence of names, found one string", f"write keep=({keep!r},)")
+        rest = {} if quantizer is None else {"quantizer": quantizer}
+        return Plan(default=Format.parse(fmt).name, units=dict.fromkeys(keep, KEEP), meta=meta or {}, **rest)
+
+    @staticmethod
+    def from_json(obj: object, where: str = "plan") -> Plan:
+        """Plan of a parsed JSON object. Raises PlanError for a missing or other version, unknown keys and malformed entries."""
+        if not isinstance(obj, Mapping):
+            raise PlanError(f"{where} {obj!r}", f"a JSON object is expected, found {type(obj).__name__}",
+                            'write {"mxq_plan": 1, "default": "w4g64"}')
+        if "mxq_plan" not in obj:
+            raise PlanError(f"{where} with keys {', '.join(map(str, obj)) or '(none)'}",
+                            "the key mxq_plan, the version of the schema, is missing",
+                            f'add "mxq_plan": {VERSION} if this is a plan')
+        version = obj["mxq_plan"]
+        if isinstance(version, bool) or version != VERSION:
+            raise PlanError(f"{where} of version {version!r}", f"this mxq_ext reads version {VERSION}",
+                            "install the mxq_ext that wrote it, or make the plan again")
+        for key in obj:
+            if key not in _KEYS:
+                raise PlanError(f"{where}: key {key!r}", f"a plan has the keys {', '.join(_KEYS)}", closest(str(key), _KEYS))
+        return Plan(**{k: obj[k] for k in _KEYS[1:] if k in obj})
+
+    def to_json(self) -> dict:
+        """JSON object in canonical form; ``Plan.from_json(p.to_json()) == p``."""
+        return {"mxq_plan": VERSION, "default": self.default, "units": dict(self.units), "quantizer": dict(self.quantizer), "kv": self.kv,
+                "activations": self.activations, "meta": dict(self.meta)}
+
+    @staticmethod
+    def load(path: str | os.PathLike) -> Plan:
+        """Reads a plan file. Raises CheckpointError if it is missing or no JSON, PlanError if it is no plan."""
+        return Plan.from_json(read_json(path), f"plan {path}")
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes the plan atomically."""
+        self.validate()
+        write_json(path, self.to_json())
+
+    # -- checking and applying -----------------------------------------------------------------------------------------------
+
+    def validate(self, units: Sequence[Unit] | None = None) -> None:
+        """Checks every value and brings it to canonical form; with ``units``, also that the plan fits that model. Raises PlanError."""
+        if self.default is not None:
+            decision = parse_entry(self.default, "plan: default")
+            if isinstance(decision, Bands):
+                raise PlanError(f"plan: default {self.default!r}", "bands belong to one unit, they cannot be the default",
+                                'write a format such as "w4g64", or null')
+            self.default = None if decision is None else decision.name
+        if not isinstance(self.units, Mapping):
+            raise PlanError(f"plan: units {self.units!r}", f"an object of name -> format is expected, found {type(self.units).__name__}",
+                            'write "units": {"model.layers.0.mlp.up_proj": "w3g64"}')
+        entries = {}
+        for name, value in self.units.items():
+            if not isinstance(name, str) or not name:
+                raise PlanError(f"plan entry {name!r}", "the name of a unit is a non-empty string",
+                                "name a module, or write re:<regular expression>")
+            if name.startswith(PATTERN):
+                compile_pattern(name)
+            entries[name] = entry_json(parse_entry(value, f"plan entry {name!r}:"))
+        self.units = entries
+        self.quantizer = _checked_object(self.quantizer, "quantizer")
+        if not isinstance(self.quantizer.get("name"), str) or not self.quantizer["name"]:
+            raise PlanError(f"plan: quantizer {self.quantizer!r}", "it must have a name, a non-empty string",
+                            'write for example {"name": "gptq"}')
+        for what in ("kv", "activations"):
+            if getattr(self, what) is not None:
+                raise PlanError(f"plan: {what} {getattr(self, what)!r}",
+                                f"version {VERSION} of the plan quantizes weights only, {what} must be null", "write null")
+        self.meta = _checked_object(self.meta, "meta")
+        if units is not None:
+            self.resolve(units)
+
+    def _for_names(self, names: Sequence[str], patterns: list[tuple[str, re.Pattern]]) -> Decision:
+        """Decision for the one weight that is called by all of ``names`` (a unit and the modules tied to it)."""
+        exact = [(n, self.units[n]) for n in names if n in self.units]
+        if exact:
+            self._agree(exact)
+            return parse_entry(exact[0][1])
+        winner = None
+        for text, pattern in patterns:
+            hits = {n for n in names if pattern.fullmatch(n)}
+            if not hits:
+                continue
+            if winner is None:
+                winner, taken = text, hits
+            elif not hits & taken:  # e.g. one pattern for embeddings, another for heads: no order of patterns can honour both
+                self._agree([(winner, self.units[winner]), (text, self.units[text])], names)
+        return parse_entry(self.units[winner]) if winner is not None else parse_entry(KEEP if self.default is None else self.default)
+
+    @staticmethod
+    def _agree(entries: list[tuple[str, object]], names: Sequence[str] = ()) -> None:
+        if any(e != entries[0][1] for _, e in entries):
+            listed = ", ".join(f"{n} = {e}" for n, e in entries)
+            weight = f" ({', '.join(names)})" if names else ""
+            raise PlanError(f"plan entries {listed}", f"these modules share one weight{weight}, which can have one format only",
+                            "leave one of the entries")
+
+    def resolve(self, units: Sequence[Unit]) -> dict[str, Decision]:
+        """Unit name -> Format, :class:`Bands`, or None for float, in the order of ``units``.
+
+        The name of a module tied to a unit stands for that unit, in exact entries and in patterns. Raises PlanError if an entry matches
+        no unit (with the closest names), if tied modules are given different formats, or if bands do not fit the shape.
+        """
+        self.validate()
+        patterns = [(n, compile_pattern(n)) for n in self.units if n.startswith(PATTERN)]
+        names = [n for u in units for n in (u.name, *u.tied)]
+        known = set(names)
+        lost = [n for n in self.units if not n.startswith(PATTERN) and n not in known]
+        lost += [n for n, pattern in patterns if not any(map(pattern.fullmatch, names))]
+        if lost:
+            more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
+            raise PlanError(f"plan entries {', '.join(map(repr, lost[:3]))}{more}",
+                            f"no unit of the model ({len(units)} units) has such a name",
+                            "; ".join(dict.fromkeys(closest(n, names) for n in lost[:3])))
+        out = {}
+        for u in units:
+            decision = self._for_names((u.name, *u.tied), patterns)
+            if isinstance(decision, Bands):
+                decision.rectangles(u.shape, u.name)
+            out[u.name] = decision
+        return out
+
+    # -- what it amounts to --------------------------------------------------------------------------------------------------
+
+    def predicted_bytes(self, units: Sequence[Unit], float_bytes: int = 2) -> dict:
+        """``{"total": int, "units": {name: int}}``: exact bytes on disk of every unit.
+
+        A unit that is kept in float counts ``float_bytes`` per weight: 2 for a checkpoint in fp16 or bf16, 4 for fp32. What is no unit
+        (norms, biases) is not counted.
+        """
+        per_unit = {u.name: u.numel * float_bytes if d is None else d.nbytes(*u.shape) for u,
+                    d in zip(units, self.resolve(units).values(), strict=True)}
+        return {"total": sum(per_unit.values()), "units": per_unit}
+
+    def stored_bits(self, units: Sequence[Unit], float_bytes: int = 2) -> float:
+        """Average stored bits per weight over all units, scales and tables included."""
+        return 8 * self.predicted_bytes(units, float_bytes)["total"] / max(1, sum(u.numel for u in units))
+
+    def counts(self, units: Sequence[Unit] | None = None) -> dict[str, int]:
+        """Format name (or ``keep``) -> how many units get it, most frequent first; without ``units``, how many entries say so."""
+        if units is not None:
+            names = [KEEP if d is None else d.name for d in self.resolve(units).values()]
+        else:
+            names = [KEEP if (d := parse_entry(e)) is None else d.name for e in self.units.values()]
+        return dict(Counter(names).most_common())
+
+    def diff(self, other: Plan, units: Sequence[Unit] | None = None) -> list[tuple[str, str | dict, str | dict]]:
+        """What differs: (unit, entry here, entry there), empty for plans that do the same.
+
+        With ``units`` the two are compared unit by unit. Without, every module that either plan names is looked up in both (by name,
+        pattern, default); patterns are compared as text. Rows ``default`` and ``quantizer`` follow where those differ; meta never counts.
+        """
+        out = []
+        if units is not None:
+            here, there = self.resolve(units), other.resolve(units)
+            out += [(n, entry_json(here[n]), entry_json(there[n])) for n in here if here[n] != there[n]]
+        else:
+            pa, pb = ([(n, compile_pattern(n)) for n in p.units if n.startswith(PATTERN)] for p in (self, other))
+            for name in dict.fromkeys([*self.units, *other.units]):
+                if name.startswith(PATTERN):
+                    a, b = self.units.get(name, "absent"), other.units.get(name, "absent")
+                else:
+                    a, b = entry_json(self._for_names((name,), pa)), entry_json(other._for_names((name,), pb))
+                if a != b:
+                    out.append((name, a, b))
+            if self.default != other.default:
+                out.append(("default", *(KEEP if p.default is None else p.default for p in (self, other))))
+        if self.quantizer != other.quantizer:
+            out.append(("quantizer", dict(self.quantizer), dict(other.quantizer)))
+        return out

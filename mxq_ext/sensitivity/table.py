@@ -1,0 +1,173 @@
+"""CostTable: what each candidate Format would cost each unit, in loss and in bytes. The file between ``sense`` and ``plan``."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ..errors import FormatError, PlanError
+from ..fileio import read_json, write_json, write_text
+from ..formats import Format
+
+VERSION = 1
+KEEP = "keep"  #: a candidate beside the Formats: the unit stays in float
+
+_FIX = "measure the table again"
+
+
+@dataclass
+class CostTable:
+    """Loss estimate, stored bytes and measured time of U units under F candidates.
+
+    Attributes:
+        units: unit names, in model order.
+        formats: candidate names (canonical format names, or ``keep``).
+        loss: float64 [U, F], estimated rise of the end loss in the unit that ``meta["metric"]`` names; +inf marks an impossible pair.
+        nbytes: int64 [U, F], exact bytes on disk.
+        numel: int64 [U], weights of the unit.
+        seconds: float64 [U, F] measured time, or None.
+        meta: model and text hash, metric, versions; plain JSON.
+
+    Arrays of any kind that numpy understands are accepted (CPU tensors too). Raises PlanError if shapes, names or values do not fit.
+    """
+
+    units: list[str]
+    formats: list[str]
+    loss: np.ndarray
+    nbytes: np.ndarray
+    numel: np.ndarray
+    seconds: np.ndarray | None = None
+    meta: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        self.units = list(self.units)
+        try:
+            self.formats = [f if f == KEEP else Format.parse(f).name for f in self.formats]
+        except (FormatError, TypeError) as e:
+            raise PlanError("cost table", f"its candidates must be formats or 'keep' ({e})", _FIX) from None
+        nbytes, numel = np.asarray(self.nbytes), np.asarray(self.numel)
+        for what, a in (("nbytes", nbytes), ("numel", numel)):
+            if a.size and not (np.issubdtype(a.dtype, np.integer) or np.array_equal(a, np.floor(a))):
+                raise PlanError("cost table", f"{what} must be whole numbers, found {a.dtype}", _FIX)
+        self.loss, self.nbytes, self.numel = np.asarray(self.loss, np.float64), nbytes.astype(np.int64), numel.astype(np.int64)
+        if self.seconds is not None:
+            self.seconds = np.asarray(self.seconds, np.float64)
+        self._check()
+
+    def _check(self) -> None:
+        u, f = len(self.units), len(self.formats)
+
+        def need(ok, rule):
+            if not ok:
+                raise PlanError(f"cost table of {u} units x {f} formats", rule, _FIX)
+
+        need(u and f, "it needs at least one unit and one format")
+        for what, names in (("unit", self.units), ("format", self.formats)):
+            need(all(isinstance(n, str) and n for n in names), f"every {what} needs a name")
+            twice = [n for i, n in enumerate(names) if n in names[:i]] if len(set(names)) < len(names) else []
+            need(not twice, f"{what} {twice[0] if twice else ''} is listed twice")
+        for what, array, shape in (("loss", self.loss, (u, f)), ("nbytes", self.nbytes, (u, f)), ("numel", self.numel, (u,)),
+                                   ("seconds", self.seconds, (u, f))):
+            need(array is None or array.shape == shape, f"{what} must have shape {shape}, it has {None if array is None else array.shape}")
+        bad = np.isnan(self.loss) | (self.loss == -np.inf)
+        if bad.any():
+            i, j = np.argwhere(bad)[0]
+            need(False,
+                 f"loss of {self.units[i]} as {self.formats[j]} is {self.loss[i, j]}; losses are finite, or +inf for an impossible pair")
+        dead = ~np.isfinite(self.loss).any(axis=1)
+        need(not dead.any(), f"unit {self.units[int(dead.argmax())]} has no possible format")
+        need((self.nbytes >= 0).all(), "bytes must not be negative")
+        need((self.numel > 0).all(), "every unit has at least one weight")
+        need(isinstance(self.meta, dict), f"meta must be an object, found {type(self.meta).__name__}")
+
+    # -- reading values --------------------------------------------------------------------------------------------------------
+
+    @property
+    def possible(self) -> np.ndarray:
+        """bool [U, F]: which pairs may be chosen."""
+        return np.isfinite(self.loss)
+
+    def column(self, fmt: str | Format) -> int:
+        """Index of a candidate. Raises PlanError with the candidates there are."""
+        name = fmt if fmt == KEEP else Format.parse(fmt).name
+        if name not in self.formats:
+            raise PlanError(f"format {name} of a cost table", f"its candidates are {', '.join(self.formats)}",
+                            "choose one of them, or measure the table with it")
+        return self.formats.index(name)
+
+    def uniform(self, fmt: str | Format) -> tuple[float, int]:
+        """(loss, bytes) of one format for every unit; the loss is inf if some unit cannot have it."""
+        j = self.column(fmt)
+        return math.fsum(self.loss[:, j]), int(self.nbytes[:, j].sum())
+
+    def total(self, choice: Sequence[int] | np.ndarray) -> tuple[float, int]:
+        """(loss, bytes) of one candidate index per unit, int [U]."""
+        choice = np.asarray(choice)
+        if choice.shape != (len(self.units),) or not np.issubdtype(choice.dtype,
+                                                                   np.integer) or (choice < 0).any() or (choice >= len(self.formats)).any():
+            raise PlanError(f"choice of shape {choice.shape} in a cost table",
+                            f"{len(self.units)} indices in 0..{len(self.formats) - 1} are expected",
+                            "pass the choice of an allocation on this very table")
+        rows = np.arange(len(self.units))
+        return math.fsum(self.loss[rows, choice]), int(self.nbytes[rows, choice].sum())
+
+    def stored_bits(self, nbytes: int) -> float:
+        """Average stored bits per weight that ``nbytes`` in all amount to."""
+        return 8 * nbytes / int(self.numel.sum())
+
+    def subset(self, formats: Sequence[str | Format]) -> CostTable:
+        """The same units with these candidates only, in this order."""
+        j = [self.column(f) for f in formats]
+        return CostTable(self.units, [self.formats[i] for i in j], self.loss[:, j], self.nbytes[:, j], self.numel,
+                         None if self.seconds is None else self.seconds[:, j], dict(self.meta))
+
+    # -- files -----------------------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes JSON atomically. Values survive bit for bit; +inf is written as null, since JSON has no infinity."""
+        def rows(a):
+            return None if a is None else [[v if math.isfinite(v) else None for v in row] for row in a.tolist()]
+
+        write_json(path, {"mxq_cost_table": VERSION, "units": self.units, "formats": self.formats, "numel": self.numel.tolist(),
+                          "nbytes": self.nbytes.tolist(), "loss": rows(self.loss), "seconds": rows(self.seconds), "meta": self.meta})
+
+    @staticmethod
+    def load(path: str | os.PathLike) -> CostTable:
+        """Reads what :meth:`save` wrote. Raises CheckpointError if the file is unreadable, PlanError if it is no valid table."""
+        obj = read_json(path)
+        if obj.get("mxq_cost_table") != VERSION:
+            raise PlanError(f"cost table {path} of version {obj.get('mxq_cost_table')!r}", f"this mxq_ext reads version {VERSION}", _FIX)
+        want = ("mxq_cost_table", "units", "formats", "numel", "nbytes", "loss", "seconds", "meta")
+        if set(obj) != set(want):
+            raise PlanError(f"cost table {path} with keys {', '.join(obj)}", f"it must have exactly the keys {', '.join(want)}", _FIX)
+
+        def array(key, none):
+            try:
+                return np.array([[none if v is None else v for v in row] for row in obj[key]], dtype=np.float64)
+            except (TypeError, ValueError) as e:
+                raise PlanError(f"cost table {path}", f"{key} is no rectangular list of numbers ({e})", _FIX) from None
+
+        try:
+            ints = {k: np.array(obj[k], dtype=np.int64) for k in ("nbytes", "numel")}
+        except (TypeError, ValueError, OverflowError) as e:
+            raise PlanError(f"cost table {path}", f"nbytes and numel must be lists of whole numbers ({e})", _FIX) from None
+        return CostTable(obj["units"], obj["formats"], array("loss", np.inf), ints["nbytes"], ints["numel"],
+                         None if obj["seconds"] is None else array("seconds", np.nan), obj["meta"])
+
+    def to_csv(self, path: str | os.PathLike) -> None:
+        """Writes one line per (unit, format) for spreadsheets: unit, format, loss, nbytes, stored_bits, seconds (empty if unknown)."""
+        out = io.StringIO()
+        w = csv.writer(out, lineterminator="\n")
+        w.writerow(["unit", "format", "loss", "nbytes", "stored_bits", "seconds"])
+        for i, unit in enumerate(self.units):
+            for j, fmt in enumerate(self.formats):
+                seconds = "" if self.seconds is None else float(self.seconds[i, j])
+                w.writerow([unit, fmt, float(self.loss[i, j]), int(self.nbytes[i, j]), 8 * int(self.nbytes[i, j]) / int(self.numel[i]),
+                            seconds])
+        write_text(path, out.getvalue())
