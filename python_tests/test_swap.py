@@ -142,6 +142,46 @@ def test_bands_become_rectangles():
         assert module.held.nbytes == predicted[name]
 
 
+def test_bands_on_the_meta_device():
+    plan = Plan(default=None, units={"model.layers.0.mlp.down_proj": {"cols": [[64, "w3g32"], [32, "w8"]], "permute": True}})
+    with torch.device("meta"):
+        model = make_model()
+    replace_linear(model, plan)
+    meta = model.model.layers[0].mlp.down_proj.held.meta
+    assert meta["rectangles"] == [[0, 64, 0, 64, "w3g32"], [0, 64, 64, 96, "w8"]] and meta["perm_cols"] and not meta["perm_rows"]
+    model = make_model()
+    with pytest.raises(PlanError, match=r"unit model.layers.0.mlp.down_proj: bands w3g32\+w8 with a permutation.*pass the finished weight"):
+        replace_linear(model, plan)
+    assert not quantized_modules(model)
+
+
+def test_bands_get_their_part_of_the_statistics(monkeypatch):
+    from mxq_ext.nn import swap
+
+    seen = []
+    real = swap.quantize_weight
+    monkeypatch.setattr(swap, "quantize_weight", lambda w, f, **o: seen.append((tuple(w.shape), f.name, o)) or real(w, f, **o))
+    unit = "model.layers.0.mlp.down_proj"
+    plan = Plan(default=None, units={unit: {"cols": [[64, "lut3"], [32, "lut4"]]}}, quantizer={"name": "kmeans"})
+    stats = FakeStats()
+    fisher = torch.rand(64, 96)
+    stats.fisher = lambda name: fisher
+    replace_linear(make_model(), plan, stats)
+    h = stats.hessian(unit, "none")
+    for (shape, fmt, options), (c0, c1) in zip(seen, [(0, 64), (64, 96)], strict=True):
+        assert shape == (64, c1 - c0) and fmt == {0: "lut3", 64: "lut4"}[c0] and options["method"] == "kmeans"
+        assert torch.equal(options["hessian"], h[c0:c1, c0:c1]) and torch.equal(options["fisher"], fisher[:, c0:c1])
+
+    def permuting(w, f, **options):
+        q = real(w, f, **options)
+        q.perm_cols = torch.arange(w.shape[1], dtype=torch.int32)
+        return q
+
+    monkeypatch.setattr(swap, "quantize_weight", permuting)
+    with pytest.raises(PlanError, match="the quantizer permuted a band"):
+        replace_linear(make_model(), plan, stats)
+
+
 class FakeStats:
     """Remembers what was asked for; every Hessian is that of correlated inputs."""
 
@@ -178,6 +218,14 @@ def test_stats_make_it_gptq_with_the_weighting_of_each_role():
 def test_quantizer_overrides_the_plan(quantizer, method):
     model = replace_linear(make_model(), "w4g64_asym", quantizer=quantizer)
     assert {m.qtensor().info["method"] for m in quantized_modules(model).values()} == {method}
+
+
+def test_the_plans_own_method_needs_no_stats_unless_it_is_gptq():
+    for name, method in (("hqq", "hqq"), ("rtn", "rtn"), ("gptq", "rtn")):
+        model = replace_linear(make_model(), Plan(default="w4g64_asym", quantizer={"name": name}))
+        assert {m.qtensor().info["method"] for m in quantized_modules(model).values()} == {method}
+    with pytest.raises(QuantizationError, match="unit model.layers.0.self_attn.q_proj"):
+        replace_linear(make_model(), "w4g64", quantizer="gptq")
 
 
 def test_quantizer_as_a_function():

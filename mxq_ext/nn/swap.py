@@ -52,7 +52,7 @@ def replace_linear(model: nn.Module, plan: Plan | Format | str | os.PathLike, st
     Args:
         model: on the CPU, or on the meta device (then the modules wait for ``load_state_dict`` and no value is read).
         plan: a Plan, a format for all units (``"w4g64"``), or the path of a plan file.
-        stats: what calibration saw; None quantizes by RTN (k-means for LUT formats) whatever the plan's quantizer is.
+        stats: what calibration saw; without it GPTQ, the default of a plan, gives way to RTN (k-means for LUT formats).
         qtensors: finished weights by unit name, which are taken as they are; they must have the plan's formats.
         quantizer: overrides the plan's: a method name, ``{"name": ..., "weighting": ..., options}``, or a function
             (unit, weight float32 [N, K], Format | Bands) -> QTensor. ``weighting`` is one of the weightings of the second moments,
@@ -181,9 +181,8 @@ def _maker(plan: Plan, stats, quantizer: str | Mapping | Quantizer | None) -> Qu
     options = dict(plan.quantizer if quantizer is None else {"name": quantizer} if isinstance(quantizer, str) else quantizer)
     weighting = options.pop("weighting", DEFAULT_WEIGHTING)
     method = options.pop("name", "auto")
-    if stats is None and quantizer is None:
-        # The plan's method and its options belong to calibrated data, which is not there.
-        method, options = "auto", {}
+    if stats is None and quantizer is None and method == "gptq":
+        method, options = "auto", {}  # every plan says gptq unless it says otherwise, and without Stats there is no Hessian
 
     def make(unit: Unit, weight: torch.Tensor, decision: Format | Bands) -> QTensor:
         if unit.kind == "embedding":
