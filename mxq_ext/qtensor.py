@@ -1,0 +1,230 @@
+"""QTensor: one quantized weight as it is stored, whatever framework produced it.
+
+A weight [N, K] is an optional row and column permutation, a list of rectangles that tile it, and an optional sparse fp16 part
+that is added to them. Uniform layers are one rectangle; row bands, column bands and outlier columns are several.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from .errors import ShapeError
+from .formats import NF4_LEVELS, Format
+from .pack import pack_codes, unpack_codes
+
+
+@dataclass
+class Rectangle:
+    """Rows r0:r1 and columns c0:c1 of the permuted weight, in one Format.
+
+    ``tensors`` holds what ``format.tensor_shapes(r1-r0, c1-c0)`` lists. Groups are counted from c0.
+    """
+
+    r0: int
+    r1: int
+    c0: int
+    c1: int
+    format: Format
+    tensors: dict[str, torch.Tensor]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.r1 - self.r0, self.c1 - self.c0
+
+    def codes(self) -> torch.Tensor:
+        """Unpacked codes, uint8 [rows, cols]."""
+        return unpack_codes(self.tensors["codes"], self.format.bits, self.c1 - self.c0)
+
+    def zeros(self) -> torch.Tensor:
+        """Zero points as float32 [rows, groups] (the constant of the format when it is symmetric)."""
+        rows, cols = self.shape
+        g = self.format.groups(cols)
+        if self.format.zero == "sym":
+            return torch.full((rows, g), float(self.format.symmetric_zero))
+        if self.format.zero == "int":
+            return unpack_codes(self.tensors["zeros"], self.format.bits, g).float()
+        return self.tensors["zeros"].float()
+
+    def dequantize(self) -> torch.Tensor:
+        """The weights, float32 [rows, cols].
+
+        uniform: ``s * (q - z)``, float zero: ``s * q + z``, nf: ``s * level[q]``, lut: ``table[row, q]``. With 16-bit scales the
+        first is exact in float32 and the others round once, so kernels can be held to these bits.
+        """
+        f = self.format
+        if f.kind == "float":
+            return self.tensors["values"].float()
+        q = self.codes()
+        if f.kind == "lut":
+            return torch.gather(self.tensors["table"].float(), 1, q.long())
+        rows, cols = self.shape
+        width = f.group or max(cols, 1)
+
+        def spread(t):
+            return t.repeat_interleave(width, dim=1)[:, :cols]
+
+        s = spread(self.tensors["scales"].float())
+        if f.kind == "nf":
+            return s * torch.tensor(NF4_LEVELS, dtype=torch.float32)[q.long()]
+        z = spread(self.zeros())
+        return s * q.float() + z if f.zero == "float" else s * (q.float() - z)
+
+    def nbytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+
+
+@dataclass
+class Sparse:
+    """fp16 values added to the dense part, by rows (CSR), in the coordinates of the original weight.
+
+    rowptr int32 [N+1], cols int32 [nnz] ascending within a row, values float16 [nnz].
+    """
+
+    rowptr: torch.Tensor
+    cols: torch.Tensor
+    values: torch.Tensor
+
+    def nbytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in (self.rowptr, self.cols, self.values))
+
+    def dense(self, n: int, k: int) -> torch.Tensor:
+        out = torch.zeros(n, k)
+        rows = torch.repeat_interleave(torch.arange(n), (self.rowptr[1:] - self.rowptr[:-1]).long())
+        out[rows, self.cols.long()] = self.values.float()
+        return out
+
+
+@dataclass
+class QTensor:
+    """A quantized weight [N, K].
+
+    ``perm_rows[i]`` (``perm_cols[j]``), int32, is the original row (column) that sits at row i (column j) of the rectangles.
+    """
+
+    shape: tuple[int, int]
+    rectangles: list[Rectangle]
+    perm_rows: torch.Tensor | None = None
+    perm_cols: torch.Tensor | None = None
+    sparse: Sparse | None = None
+    info: dict = field(default_factory=dict)  #: what the quantizer reports (method, damping, error); not needed to dequantize
+
+    @staticmethod
+    def from_codes(fmt: Format | str, codes: torch.Tensor, *, scales=None, zeros=None, table=None, perm_rows=None, perm_cols=None) -> QTensor:
+        """One rectangle from codes [N, K] and float scales / zeros [N, groups] or table [N, 2**bits], rounded to their stored types."""
+        fmt = Format.parse(fmt)
+        n, k = codes.shape
+        half = torch.bfloat16 if fmt.scale_dtype == "bf16" else torch.float16
+        t = {"codes": pack_codes(codes, fmt.bits)}
+        if table is not None:
+            t["table"] = table.to(torch.float16).contiguous()
+        if scales is not None:
+            t["scales"] = scales.to(half).contiguous()
+        if fmt.zero == "int":
+            t["zeros"] = pack_codes(zeros.round().to(torch.int64), fmt.bits)
+        elif fmt.zero == "float":
+            t["zeros"] = zeros.to(half).contiguous()
+        q = QTensor((n, k), [Rectangle(0, n, 0, k, fmt, t)], perm_rows, perm_cols)
+        q.validate()
+        return q
+
+    @staticmethod
+    def from_float(weight: torch.Tensor) -> QTensor:
+        """One fp16 rectangle that holds ``weight`` [N, K] rounded to half precision."""
+        n, k = weight.shape
+        return QTensor((n, k), [Rectangle(0, n, 0, k, Format.parse("fp16"), {"values": weight.to(torch.float16).contiguous()})])
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The whole weight [N, K] in original row and column order."""
+        n, k = self.shape
+        w = torch.zeros(n, k)
+        for r in self.rectangles:
+            w[r.r0 : r.r1, r.c0 : r.c1] = r.dequantize()
+        if self.perm_rows is not None:
+            w = torch.empty_like(w).index_copy_(0, self.perm_rows.long(), w)
+        if self.perm_cols is not None:
+            w = torch.empty_like(w).index_copy_(1, self.perm_cols.long(), w)
+        if self.sparse is not None:
+            w += self.sparse.dense(n, k)
+        return w.to(dtype)
+
+    @property
+    def format_name(self) -> str:
+        """The format when there is one, else for example ``"w3g64+w8"``, with ``+sparse`` for a sparse part."""
+        names = list(dict.fromkeys(r.format.name for r in self.rectangles))
+        return "+".join(names + (["sparse"] if self.sparse is not None else []))
+
+    def nbytes(self) -> int:
+        """Bytes on disk: every tensor of :meth:`to_tensors`."""
+        return sum(t.numel() * t.element_size() for t in self.to_tensors().values())
+
+    def stored_bits(self) -> float:
+        return 8 * self.nbytes() / max(1, self.shape[0] * self.shape[1])
+
+    def to_tensors(self, prefix: str = "") -> dict[str, torch.Tensor]:
+        """All stored tensors, named ``<prefix>r<i>.<tensor>``, ``<prefix>perm_rows``, ``<prefix>sparse.values`` and so on."""
+        out = {f"{prefix}r{i}.{name}": t for i, r in enumerate(self.rectangles) for name, t in r.tensors.items()}
+        if self.perm_rows is not None:
+            out[f"{prefix}perm_rows"] = self.perm_rows
+        if self.perm_cols is not None:
+            out[f"{prefix}perm_cols"] = self.perm_cols
+        if self.sparse is not None:
+            out |= {f"{prefix}sparse.{f}": getattr(self.sparse, f) for f in ("rowptr", "cols", "values")}
+        return out
+
+    def meta(self) -> dict:
+        """What is needed beside :meth:`to_tensors` to rebuild it; plain JSON."""
+        return {"shape": list(self.shape), "rectangles": [[r.r0, r.r1, r.c0, r.c1, r.format.name] for r in self.rectangles],
+                "perm_rows": self.perm_rows is not None, "perm_cols": self.perm_cols is not None, "sparse": self.sparse is not None}
+
+    @staticmethod
+    def from_tensors(meta: dict, tensors: dict[str, torch.Tensor], prefix: str = "") -> QTensor:
+        """Inverse of :meth:`to_tensors` and :meth:`meta`. Everything is validated; raises ShapeError."""
+        def get(name):
+            if prefix + name not in tensors:
+                raise ShapeError(f"weight {prefix.rstrip('.') or '(unnamed)'}", f"tensor {prefix + name} is missing", "quantize and save the model again")
+            return tensors[prefix + name]
+
+        rects = []
+        for i, (r0, r1, c0, c1, name) in enumerate(meta["rectangles"]):
+            fmt = Format.parse(name)
+            rects.append(Rectangle(r0, r1, c0, c1, fmt, {n: get(f"r{i}.{n}") for n in fmt.tensor_shapes(r1 - r0, c1 - c0)}))
+        q = QTensor(tuple(meta["shape"]), rects, get("perm_rows") if meta["perm_rows"] else None, get("perm_cols") if meta["perm_cols"] else None,
+                    Sparse(get("sparse.rowptr"), get("sparse.cols"), get("sparse.values")) if meta["sparse"] else None)
+        q.validate(prefix.rstrip("."))
+        return q
+
+    def validate(self, name: str = "QTensor") -> None:
+        """Checks shapes, dtypes, tiling, permutations and index ranges, so that native code may trust them. Raises ShapeError."""
+        n, k = self.shape
+
+        def need(ok, rule, fix="quantize the weight again"):
+            if not ok:
+                raise ShapeError(f"{name} of {n} x {k}", rule, fix)
+
+        need(n >= 0 and k >= 0 and (self.rectangles or n * k == 0), "a weight needs at least one rectangle")
+        need(sum(r.shape[0] * r.shape[1] for r in self.rectangles) == n * k, "the rectangles must cover every weight exactly once")
+        for i, r in enumerate(self.rectangles):
+            need(0 <= r.r0 < r.r1 <= n and 0 <= r.c0 < r.c1 <= k, f"rectangle {i} [{r.r0}:{r.r1}, {r.c0}:{r.c1}] lies outside the weight")
+            for o in self.rectangles[:i]:
+                need(r.r1 <= o.r0 or o.r1 <= r.r0 or r.c1 <= o.c0 or o.c1 <= r.c0, f"rectangle {i} overlaps another")
+            want = r.format.tensor_shapes(*r.shape)
+            need(set(want) == set(r.tensors), f"rectangle {i} ({r.format}) must have tensors {sorted(want)}, it has {sorted(r.tensors)}")
+            for t, (shape, dtype) in want.items():
+                have = r.tensors[t]
+                need(tuple(have.shape) == shape and str(have.dtype) == f"torch.{dtype}",
+                     f"rectangle {i} ({r.format}): {t} must be {dtype} {shape}, it is {str(have.dtype)[6:]} {tuple(have.shape)}")
+        for what, perm, size in (("perm_rows", self.perm_rows, n), ("perm_cols", self.perm_cols, k)):
+            if perm is not None:
+                need(perm.dtype == torch.int32 and tuple(perm.shape) == (size,), f"{what} must be int32 of {size} entries")
+                if not perm.is_meta:
+                    need(torch.equal(perm.long().sort().values, torch.arange(size)), f"{what} is not a permutation of 0..{size - 1}")
+        if (s := self.sparse) is not None:
+            need(s.rowptr.dtype == torch.int32 and tuple(s.rowptr.shape) == (n + 1,), f"sparse.rowptr must be int32 of {n + 1} entries")
+            need(s.cols.dtype == torch.int32 and s.values.dtype == torch.float16 and s.cols.shape == s.values.shape and s.cols.dim() == 1,
+                 "sparse.cols (int32) and sparse.values (float16) must be vectors of one length")
+            if not s.rowptr.is_meta:
+                d = s.rowptr[1:] - s.rowptr[:-1]
+                need(int(s.rowptr[0]) == 0 and int(s.rowptr[-1]) == s.cols.numel() and bool((d >= 0).all()), "sparse.rowptr must rise from 0 to the value count")
+                need(s.cols.numel() == 0 or (int(s.cols.min()) >= 0 and int(s.cols.max()) < k), f"sparse.cols must lie in 0..{k - 1}")
