@@ -133,7 +133,8 @@ class NinjaBuild(build_ext):
         # The longest compilations first, so that they do not run alone at the end.
         for source, extra in reversed(objects):
             lines += [f"build {source.replace('/', '_')}.o: compile {escape(ROOT / 'csrc' / source)}", f"  extra = {extra}"]
-        lines += [f"build {escape(output)}: link {' '.join(s.replace('/', '_') + '.o' for s, _ in objects)}", f"default {escape(output)}", ""]
+        linked = " ".join(source.replace("/", "_") + ".o" for source, _ in objects)
+        lines += [f"build {escape(output)}: link {linked}", f"default {escape(output)}", ""]
         path.write_text("\n".join(lines))
 
 

@@ -25,19 +25,17 @@ class Missing:
 
         def refuse(*args, **kwargs):
             missing = isinstance(self._cause, ModuleNotFoundError)
-            rule = "the compiled extension mxq_ext._cpu was not built" if missing else f"the compiled extension does not load ({self._cause})"
+            rule = "the compiled extension mxq_ext._cpu was not built" if missing else f"the extension does not load ({self._cause})"
             raise NativeError(f"native function {name}", rule, _BUILD) from self._cause
 
         return refuse
 
 
 def _load():
-    """The module with the target of ``MXQ_CPU_TARGET`` set. A wrong value is reported on use as well, not at import."""
     try:
-        module = importlib.import_module(f"{__package__}._cpu")
+        return importlib.import_module(f"{__package__}._cpu")
     except ImportError as error:
         return Missing(error)
-    return module
 
 
 def set_target(name: str) -> None:
@@ -45,7 +43,8 @@ def set_target(name: str) -> None:
     try:
         cpu.set_target(name)
     except ValueError as error:
-        raise NativeError(f"CPU target {name!r}", f"this CPU and build can use {error}", "set MXQ_CPU_TARGET to one of them, or unset it") from None
+        raise NativeError(f"CPU target {name!r}", f"this CPU and build can use {error}",
+                          "set MXQ_CPU_TARGET to one of them, or unset it") from None
 
 
 cpu = _load()

@@ -24,6 +24,7 @@ from .qtensor import QTensor, Rectangle, Sparse
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/cpu/linear.h, enum Type
 _KINDS = {"uniform": 0, "nf": 1, "lut": 2, "float": 3}  # csrc/formats.h, enum Kind
+_WHICH = "check which layer this weight belongs to"
 _ZEROS = {"sym": 0, "int": 1, "float": 2}
 
 
@@ -135,19 +136,14 @@ def unpack(p: Packed) -> QTensor:
         args.append(_rectangle_tuple(rects[-1]))
     _native.cpu.unpack(p.blob.data_ptr(), args, torch.get_num_threads())
 
-    def vector(offset, dtype, count):
-        size = count * dtype.itemsize
-        return p.blob[offset : offset + size].clone().view(dtype) if d[offset_name(offset)] else None
-
-    def offset_name(offset):
-        return next(n for n in ("perm_rows", "perm_cols", "rowptr", "cols", "values") if d[n] == offset)
+    def vector(name, dtype, count):
+        return p.blob[d[name] : d[name] + count * dtype.itemsize].clone().view(dtype) if d[name] else None
 
     n, k, nnz = d["n"], d["k"], d["nnz"]
     sparse = None
     if d["rowptr"]:
-        sparse = Sparse(vector(d["rowptr"], torch.int32, n + 1), vector(d["cols"], torch.int32, nnz), vector(d["values"], torch.float16, nnz))
-    return QTensor((n, k), rects, vector(d["perm_rows"], torch.int32, n) if d["perm_rows"] else None,
-                   vector(d["perm_cols"], torch.int32, k) if d["perm_cols"] else None, sparse)
+        sparse = Sparse(vector("rowptr", torch.int32, n + 1), vector("cols", torch.int32, nnz), vector("values", torch.float16, nnz))
+    return QTensor((n, k), rects, vector("perm_rows", torch.int32, n), vector("perm_cols", torch.int32, k), sparse)
 
 
 # ------------------------------------------------------------------------------------------------------------------- checks
@@ -159,10 +155,10 @@ def check_linear(x: torch.Tensor, n: int, k: int, bias: torch.Tensor | None) -> 
     if x.dtype not in _TYPES:
         raise ShapeError(asked, f"x must be float32, bfloat16 or float16, it is {str(x.dtype)[6:]}", "convert it")
     if x.dim() == 0 or x.shape[-1] != k:
-        raise ShapeError(asked, f"the last dimension of x must be {k}, it is {x.shape[-1] if x.dim() else 'absent'}", "check which layer this weight belongs to")
+        raise ShapeError(asked, f"the last dimension of x must be {k}, it is {x.shape[-1] if x.dim() else 'absent'}", _WHICH)
     if bias is not None and (tuple(bias.shape) != (n,) or bias.dtype not in _TYPES or bias.device != x.device):
-        raise ShapeError(asked, f"bias must be a float vector of {n} on {x.device}, it is {str(bias.dtype)[6:]} {tuple(bias.shape)} on {bias.device}",
-                         "reshape, convert or move it")
+        have = f"{str(bias.dtype)[6:]} {tuple(bias.shape)} on {bias.device}"
+        raise ShapeError(asked, f"bias must be a float vector of {n} on {x.device}, it is {have}", "reshape, convert or move it")
     if x.device.type not in ("cpu", "meta"):
         raise ShapeError(asked, f"the kernels run on the CPU, x is on {x.device}", "move x and the module to the CPU")
 
@@ -205,7 +201,8 @@ def _linear(x: torch.Tensor, blob: torch.Tensor, n: int, k: int, bias: torch.Ten
     if rows and n:
         if _PRINT:
             _print_config(blob, n, k, rows, name)
-        _native.cpu.linear(blob.data_ptr(), x.data_ptr(), stride, _TYPES[x.dtype], rows, y.data_ptr(), pointer, bias_type, torch.get_num_threads())
+        _native.cpu.linear(blob.data_ptr(), x.data_ptr(), stride, _TYPES[x.dtype], rows, y.data_ptr(), pointer, bias_type,
+                           torch.get_num_threads())
     return y
 
 
@@ -223,7 +220,8 @@ def linear(x: torch.Tensor, p: Packed, bias: torch.Tensor | None = None) -> torc
 
     Gradients flow to x (through the dequantized weight) and to bias. Raises ShapeError, and NativeError without the extension.
     """
-    if torch.compiler.is_compiling() or x.is_meta or (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))):
+    differentiate = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+    if differentiate or torch.compiler.is_compiling() or x.is_meta:
         return torch.ops.mxq_ext.linear(x, p.blob, p.shape[0], bias)
     n, k = p.shape
     return _linear(x, p.blob, n, k, bias, p.format_name)
@@ -347,9 +345,10 @@ def _trusted(blob: torch.Tensor, n: int, k: int, op: str) -> None:
     try:
         have = _native.cpu.shape(blob.data_ptr(), blob.numel())
     except ValueError as error:
-        raise NativeError(f"mxq_ext::{op} with a packed weight of {blob.numel()} bytes", str(error), "make it again with ops.prepack()") from None
+        raise NativeError(f"mxq_ext::{op} with a packed weight of {blob.numel()} bytes", str(error),
+                          "make it again with ops.prepack()") from None
     if have != (n, k):
-        raise ShapeError(f"mxq_ext::{op} of {n} x {k}", f"the packed weight is {have[0]} x {have[1]}", "check which layer this weight belongs to")
+        raise ShapeError(f"mxq_ext::{op} of {n} x {k}", f"the packed weight is {have[0]} x {have[1]}", _WHICH)
 
 
 def _op_linear(x, blob, n, bias):

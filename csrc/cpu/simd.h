@@ -87,7 +87,12 @@ MXQ_INLINE void store_bf16(void* p, V v) {
   const __m512i nan = _mm512_or_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(0x40));
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(r, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), nan)));
 }
-MXQ_INLINE W load_words(const void* p) { return _mm512_loadu_si512(p); }
+// The empty asm pins the words in a register: gcc would otherwise fold the load into every shift and spend the load ports on it.
+MXQ_INLINE W load_words(const void* p) {
+  W w = _mm512_loadu_si512(p);
+  __asm__("" : "+v"(w));
+  return w;
+}
 template <int S>
 MXQ_INLINE W shift(W w) { return S ? _mm512_srli_epi32(w, S) : w; }
 MXQ_INLINE W shift_by(W w, int s) { return _mm512_srl_epi32(w, _mm_cvtsi32_si128(s)); }

@@ -1,0 +1,101 @@
+"""What the formats mean, read from the document alone: Python integers and numpy float64, no tensor library and no native code.
+
+Deliberately naive. It shares no line with ``pack.py``, ``qtensor.py`` or the C++ sources, so that a mistake in one of them shows up as a
+difference. Small weights only.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .formats import NF4_LEVELS, Format
+from .qtensor import QTensor, Rectangle
+
+
+def read_stream(row: bytes, bits: int, count: int) -> list[int]:
+    """The first ``count`` codes of a bit stream: the row is one little-endian number, code j its bits [j*bits, (j+1)*bits)."""
+    number = int.from_bytes(row, "little")
+    return [number >> (j * bits) & ((1 << bits) - 1) for j in range(count)]
+
+
+def write_stream(codes: list[int], bits: int) -> bytes:
+    """Inverse of :func:`read_stream`: whole bytes, the bits behind the last code are zero."""
+    number = sum(int(c) << (j * bits) for j, c in enumerate(codes))
+    return number.to_bytes(-(-len(codes) * bits // 8), "little")
+
+
+def read_half(data: bytes, bf16: bool = False) -> float:
+    """Two little-endian bytes as IEEE half precision, or as bfloat16 (the upper half of a float32)."""
+    if bf16:
+        return float(np.frombuffer(b"\0\0" + data, "<f4")[0])
+    return float(np.frombuffer(data, "<f2")[0])
+
+
+def _rows(tensor) -> list[bytes]:
+    """Raw bytes of each row of a stored tensor."""
+    import torch
+
+    flat = tensor.contiguous().view(torch.uint8).numpy()
+    return [flat[i].tobytes() for i in range(flat.shape[0])]
+
+
+def dequantize_rectangle(r: Rectangle) -> np.ndarray:
+    """float64 [rows, cols], by the table of formulas in docs/formats.md. Products and sums are not rounded."""
+    f: Format = r.format
+    rows, cols = r.shape
+    out = np.zeros((rows, cols))
+    bf16 = f.scale_dtype == "bf16"
+    if f.kind == "float":
+        for i, row in enumerate(_rows(r.tensors["values"])):
+            out[i] = [read_half(row[2 * j : 2 * j + 2]) for j in range(cols)]
+        return out
+    stored = {name: _rows(t) for name, t in r.tensors.items()}
+    groups = f.groups(cols)
+    for i in range(rows):
+        codes = read_stream(stored["codes"][i], f.bits, cols)
+        if f.kind == "lut":
+            table = [read_half(stored["table"][i][2 * q : 2 * q + 2]) for q in range(2**f.bits)]
+            out[i] = [table[q] for q in codes]
+            continue
+        scales = [read_half(stored["scales"][i][2 * g : 2 * g + 2], bf16) for g in range(groups)]
+        if f.zero == "int":
+            zeros = read_stream(stored["zeros"][i], f.bits, groups)
+        elif f.zero == "float":
+            zeros = [read_half(stored["zeros"][i][2 * g : 2 * g + 2], bf16) for g in range(groups)]
+        else:
+            zeros = [2 ** (f.bits - 1)] * groups
+        for j, q in enumerate(codes):
+            g = j // f.group if f.group else 0
+            if f.kind == "nf":
+                out[i, j] = scales[g] * NF4_LEVELS[q]
+            elif f.zero == "float":
+                out[i, j] = scales[g] * q + zeros[g]
+            else:
+                out[i, j] = scales[g] * (q - zeros[g])
+    return out
+
+
+def dequantize(q: QTensor) -> np.ndarray:
+    """The whole weight, float64 [N, K]: rectangles, then permutations, then the sparse part is added."""
+    n, k = q.shape
+    stored = np.zeros((n, k))
+    for r in q.rectangles:
+        stored[r.r0 : r.r1, r.c0 : r.c1] = dequantize_rectangle(r)
+    rows = range(n) if q.perm_rows is None else q.perm_rows.tolist()
+    cols = range(k) if q.perm_cols is None else q.perm_cols.tolist()
+    out = np.zeros((n, k))
+    for i, row in enumerate(rows):
+        for j, col in enumerate(cols):
+            out[row, col] = stored[i, j]
+    if q.sparse is not None:
+        start, columns, values = q.sparse.rowptr.tolist(), q.sparse.cols.tolist(), _rows(q.sparse.values[:, None])
+        for i in range(n):
+            for e in range(start[i], start[i + 1]):
+                out[i, columns[e]] += read_half(values[e])
+    return out
+
+
+def linear(x, q: QTensor, bias=None) -> np.ndarray:
+    """``x W^T + bias`` in float64; x [M, K] is a float tensor of any type."""
+    y = x.double().numpy() @ dequantize(q).T
+    return y if bias is None else y + bias.double().numpy()
