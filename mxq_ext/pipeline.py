@@ -1,0 +1,306 @@
+"""The whole line: model + text -> Stats -> CostTable -> Plan -> QTensors -> swapped model -> checkpoint.
+
+The only module that knows every step. Each step reads and writes a file of a work directory, so an interrupted run goes on where
+it stopped, and each file can be opened and replaced by hand::
+
+    work/stats/            what calibration saw              (stats.Stats)
+    work/trials/<key>/     one quantized weight per file     (QTensor; key = quantizer settings)
+    work/cost-<key>.json   loss and bytes of each candidate  (sensitivity.CostTable)
+    work/plan.json         the formats chosen                (plan.Plan)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from . import text as texts
+from .errors import CheckpointError, MxqError, PlanError
+from .fileio import load_tensors, save_tensors
+from .formats import Format
+from .nn import replace_linear
+from .plan import Plan, pareto_front, plan_of, solve
+from .progress import SILENT, Progress
+from .qtensor import QTensor
+from .quantizers import prepare_hessian, quantize
+from .recipes import Recipe, find_recipe
+from .sensitivity import CostTable, sense
+from .stats import Stats, calibrate
+from .stats.store import model_fingerprint
+from .structure import Unit, find_units
+
+WINDOWS = 48  #: calibration windows of LENGTH tokens
+LENGTH = 512
+TOKENS = "tokens.safetensors"  #: beside the Stats of ``mxq calibrate``: the windows, for the probes of ``mxq sense``
+
+
+@dataclass
+class Result:
+    """What a run of the line made: the swapped model, and the files it was made from."""
+
+    model: nn.Module
+    plan: Plan
+    table: CostTable | None
+    stats: Stats | None
+    stored_bits: float
+    nbytes: int
+
+
+# Steps ----------------------------------------------------------------------------------------------------------------------------
+
+
+def calibration_tokens(tokenizer, text: str | None = None, windows: int = WINDOWS, length: int = LENGTH) -> torch.Tensor:
+    """Calibration windows [W, length] of the given text, spread evenly over it; of the built-in text when None. W <= ``windows``."""
+    if tokenizer is None:
+        raise CheckpointError("calibrating", "the model directory holds no tokenizer", "add tokenizer.json to it")
+    every = texts.windows(tokenizer, texts.calibration_text() if text is None else text, length)
+    keep = torch.linspace(0, every.shape[0] - 1, min(windows, every.shape[0])).round().long()
+    return every[keep]
+
+
+class Trials:
+    """Quantized weights by (unit, format), made once and kept in files: sensing tries them, the final plan takes them.
+
+    The weight and its second moment decide the result, not the plan, so one file serves every budget.
+    """
+
+    def __init__(self, directory: Path, stats: Stats | None, recipe: Recipe):
+        settings = {"quantizer": recipe.quantizer(), "stats": None if stats is None else stats.meta}
+        key = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:12]
+        self.key, self.directory, self.stats, self.recipe = key, directory / key, stats, recipe
+        self._factor: tuple[str, object] | None = None
+
+    def path(self, unit: Unit, fmt: Format) -> Path:
+        return self.directory / f"{unit.name}.{fmt}.safetensors"
+
+    def __call__(self, unit: Unit, weight: torch.Tensor, fmt: Format) -> QTensor:
+        """The QTensor of ``weight`` [N, K] in ``fmt``, from its file if there is one."""
+        path = self.path(unit, fmt)
+        if path.exists():
+            tensors, meta = load_tensors(path)
+            q = QTensor.from_tensors(json.loads(meta["qtensor"]), tensors)
+            q.info = json.loads(meta["info"])
+            return q
+        q = self._quantize(unit, weight, fmt)
+        save_tensors(path, q.to_tensors(), {"qtensor": json.dumps(q.meta()), "info": json.dumps(q.info)})
+        return q
+
+    def _quantize(self, unit: Unit, weight: torch.Tensor, fmt: Format) -> QTensor:
+        method, options = self.recipe.method, dict(self.recipe.options)
+        if self.stats is None or unit.name not in self.stats:
+            return quantize(weight, fmt, method="auto" if method in ("auto", "gptq") else method, **({} if method == "gptq" else options))
+        fisher = self.stats.fisher(unit.name) if method == "kmeans" else None
+        return quantize(weight, fmt, method=method, hessian=self._hessian(unit), fisher=fisher, **options)
+
+    def _hessian(self, unit: Unit):
+        """The factorized second moment; the last one is kept, since all formats of a unit come in a row."""
+        if self._factor is None or self._factor[0] != unit.name:
+            self._factor = (unit.name, prepare_hessian(self.stats.hessian(unit.name, self.recipe.weighting)))
+        return self._factor[1]
+
+
+def make_table(model: nn.Module, tokens: torch.Tensor, stats: Stats, recipe: Recipe, work: Path, progress: Progress = SILENT) -> CostTable:
+    """The cost table of a recipe, read from the work directory when it is there."""
+    trials = Trials(work / "trials", stats, recipe)
+    asked = {"candidates": list(recipe.candidates), "metric": recipe.metric, "trials": trials.key}
+    key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
+    path = work / f"cost-{key}.json"
+    if path.exists():
+        return CostTable.load(path)
+    table = sense(model, tokens, stats, recipe.candidates, metric=recipe.metric, trial=trials, progress=progress)
+    table.save(path)
+    return table
+
+
+def quantize_by_plan(model: nn.Module, plan: Plan, trials: Trials, progress: Progress = SILENT) -> dict[str, QTensor]:
+    """QTensors of every unit that the plan does not keep in float, by name; made or read one by one."""
+    modules = dict(model.named_modules())
+    units = find_units(model)
+    out = {}
+    for unit, decision in progress.track(list(zip(units, plan.resolve(units).values(), strict=True)), "quantize"):
+        if isinstance(decision, Format):
+            out[unit.name] = trials(unit, modules[unit.name].weight.detach().float(), decision)
+        elif decision is not None:
+            raise PlanError(f"bands of unit {unit.name}", "the pipeline makes one format per unit", "use replace_linear(model, plan, stats) for plans with bands")
+    return out
+
+
+def quantize_model(model: nn.Module, tokenizer, *, bits: float | None = None, nbytes: int | None = None, plan: Plan | str | None = None,
+                   text: str | os.PathLike | None = None, preset: str | None = None, candidates=None, metric: str | None = None,
+                   method: str | None = None, weighting: str | None = None, windows: int = WINDOWS, work: str | os.PathLike | None = None,
+                   progress: Progress = SILENT) -> Result:
+    """Calibrates, senses, plans and quantizes ``model`` in place.
+
+    Args:
+        bits: average stored bits per weight over all units, scales and tables counted; or ``nbytes``, the same as bytes; or ``plan``, a Plan,
+            a plan file or a format name, which skips the search. Exactly one of the three.
+        text: path of a UTF-8 text file to calibrate on; the built-in text when None.
+        preset: a name of ``recipes.RECIPES``; ``candidates``, ``metric``, ``method`` and ``weighting`` replace parts of it.
+        windows: calibration windows of 512 tokens.
+        work: directory of intermediate files; kept, and reused by a later call. A temporary one when None.
+
+    Raises:
+        BudgetError: no mix of candidates fits; says by how much.
+        MxqError: any other mistake of the caller.
+    """
+    if sum(x is not None for x in (bits, nbytes, plan)) != 1:
+        raise PlanError(f"quantize_model(bits={bits}, nbytes={nbytes}, plan={plan})", "exactly one of the three must be given", "drop the others")
+    recipe = find_recipe(preset, candidates=candidates, metric=metric, method=method, weighting=weighting)
+    with contextual_directory(work) as directory:
+        tokens = calibration_tokens(tokenizer, None if text is None else texts.read_text(text), windows)
+        stats = calibrate(model, tokens, directory / "stats", fisher=needs_fisher(recipe), progress=progress)
+        table = None
+        if plan is None:
+            table = make_table(model, tokens, stats, recipe, directory, progress)
+            plan = solve(table, bits=bits, nbytes=nbytes, quantizer=recipe.quantizer())
+        else:
+            plan = as_plan(plan, recipe)
+        plan.save(directory / "plan.json")
+        units = find_units(model)
+        nbytes, stored = plan.predicted_bytes(units)["total"], plan.stored_bits(units)
+        qtensors = quantize_by_plan(model, plan, Trials(directory / "trials", stats, recipe), progress)
+        replace_linear(model, plan, qtensors=qtensors, progress=SILENT)
+    return Result(model, plan, table, stats if work is not None else None, stored, nbytes)
+
+
+def contextual_directory(work: str | os.PathLike | None):
+    """A context manager: the given directory, made if missing and kept; or a temporary one."""
+    if work is None:
+        return _Temporary()
+    return _Kept(Path(work))
+
+
+class _Kept:
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __enter__(self) -> Path:
+        self.path.mkdir(parents=True, exist_ok=True)
+        return self.path
+
+    def __exit__(self, *exc) -> None:
+        pass
+
+
+class _Temporary:
+    def __enter__(self) -> Path:
+        self._holder = tempfile.TemporaryDirectory(prefix="mxq-")
+        return Path(self._holder.name)
+
+    def __exit__(self, *exc) -> None:
+        self._holder.cleanup()
+
+
+def needs_fisher(recipe: Recipe) -> bool:
+    """Whether a recipe reads weight-sized Fisher diagonals, which cost a file as large as the model."""
+    return recipe.metric == "fisher_diag" or recipe.method == "kmeans"
+
+
+def as_plan(plan: Plan | str | os.PathLike, recipe: Recipe) -> Plan:
+    """A Plan from a Plan, a file, or the name of a format for all units."""
+    if isinstance(plan, Plan):
+        return plan
+    if str(plan).endswith(".json"):
+        return Plan.load(plan)
+    return Plan.uniform(Format.parse(str(plan)), quantizer=recipe.quantizer())
+
+
+# Verbs: the same on paths -----------------------------------------------------------------------------------------------------------
+
+
+def load(path: str | os.PathLike) -> tuple[nn.Module, object]:
+    """(model, tokenizer) of a Hugging Face directory, a GGUF file or an mxq checkpoint."""
+    from .hf import load_model
+
+    return load_model(path)
+
+
+def calibrate_model(model_path, out, *, text_path=None, windows: int = WINDOWS, progress: Progress = SILENT) -> dict:
+    """``mxq calibrate``: writes Stats of a model to the directory ``out`` and returns their summary."""
+    model, tokenizer = load(model_path)
+    text = None if text_path is None else texts.read_text(text_path)
+    tokens = calibration_tokens(tokenizer, text, windows)
+    stats = calibrate(model, tokens, out, progress=progress)
+    save_tensors(Path(out) / TOKENS, {"tokens": tokens})
+    return {"out": str(out), "text": texts.text_hash(texts.calibration_text() if text is None else text), **stats.meta}
+
+
+def sense_model(model_path, stats_dir, out, *, candidates=None, metric: str | None = None, progress: Progress = SILENT) -> dict:
+    """``mxq sense``: writes the CostTable to the JSON file ``out`` (and a CSV beside it); trials are kept beside the Stats."""
+    recipe = find_recipe(None, candidates=candidates, metric=metric)
+    model, tokenizer = load(model_path)
+    stats = Stats.load(stats_dir)
+    if stats.meta["model"]["hash"] != model_fingerprint(model):
+        raise CheckpointError(f"sensing {model_path} with the statistics in {stats_dir}", "they were collected on another model", "calibrate this model first")
+    tokens = load_tensors(Path(stats_dir) / TOKENS)[0]["tokens"]
+    trials = Trials(Path(stats_dir) / "trials", stats, recipe)
+    table = sense(model, tokens, stats, recipe.candidates, metric=recipe.metric, trial=trials, progress=progress)
+    table.save(out)
+    table.to_csv(Path(out).with_suffix(".csv"))
+    rows = [{"format": f, "loss": loss, "nbytes": size, "stored_bits": table.stored_bits(size)} for f in table.formats for loss, size in [table.uniform(f)]]
+    return {"out": str(out), "metric": recipe.metric, "units": len(table.units), "uniform": rows}
+
+
+def plan_from_table(cost_path, out, *, bits: float | None = None, nbytes: int | None = None, front=None) -> dict:
+    """``mxq plan``: solves for a budget and writes the Plan; ``front`` names a CSV for the whole front."""
+    table = CostTable.load(cost_path)
+    plan = solve(table, bits=bits, nbytes=nbytes)
+    plan.save(out)
+    if front is not None:
+        from .fileio import write_text
+
+        points = pareto_front(table)
+        write_text(front, "nbytes,stored_bits,loss\n" + "".join(f"{p.nbytes},{table.stored_bits(p.nbytes):.6f},{p.loss:.9g}\n" for p in points))
+    return {"out": str(out), "formats": plan.counts(), **{k: plan.meta[k] for k in ("nbytes", "stored_bits", "loss") if k in plan.meta}}
+
+
+def quantize_checkpoint(model_path, out, *, bits: float | None = None, nbytes: int | None = None, preset: str | None = None, text=None,
+                        candidates=None, metric: str | None = None, method: str | None = None, windows: int = WINDOWS,
+                        uniform: str | None = None, plan=None, work=None, overwrite: bool = False, progress: Progress = SILENT) -> dict:
+    """``mxq quantize``: the whole line on paths. Resumes from ``work`` (default ``<out>.work``, removed after success)."""
+    from . import checkpoint
+
+    out = Path(out)
+    if out.exists() and not overwrite:
+        raise CheckpointError(f"quantizing to {out}", "it exists already", "choose another name, or pass --overwrite")
+    model, tokenizer = load(model_path)
+    directory = Path(work) if work is not None else out.with_name(out.name + ".work")
+    result = quantize_model(model, tokenizer, bits=bits, nbytes=nbytes, plan=uniform or plan, text=text, preset=preset, candidates=candidates,
+                            metric=metric, method=method, windows=windows, work=directory, progress=progress)
+    checkpoint.save(result.model, out, tokenizer, result.plan, overwrite=overwrite, progress=progress)
+    written = checkpoint.bytes_on_disk(out)
+    if work is None:
+        shutil.rmtree(directory)
+    return {"out": str(out), "stored_bits": result.stored_bits, "predicted_bytes": result.nbytes, "bytes_on_disk": written["units"],
+            "checkpoint_bytes": written["total"], "formats": result.plan.counts(find_units(result.model))}
+
+
+def evaluate_checkpoint(path, *, reference=None, text=None, windows: int = 12, length: int = LENGTH, progress: Progress = SILENT) -> dict:
+    """``mxq eval``: perplexity on held-out text (or ``text``), and against ``reference`` the KL divergence and the greedy agreement."""
+    from .evaluate import evaluate
+
+    model, tokenizer = load(path)
+    held_out = texts.heldout_text("technical") if text is None else texts.read_text(text)
+    tokens = texts.windows(tokenizer, held_out, length, windows)
+    other = load(reference)[0] if reference is not None else None
+    return {"model": str(path), "text_sha256": texts.text_hash(held_out), **evaluate(model, other, tokens, progress=progress).to_dict()}
+
+
+@torch.inference_mode()
+def generate_text(path, prompt: str, *, max_new_tokens: int = 64) -> dict:
+    """``mxq generate``: continues ``prompt`` greedily."""
+    model, tokenizer = load(path)
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    if ids.shape[1] == 0:
+        raise MxqError("generating", "the prompt has no tokens", "pass a prompt that is not empty")
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False,
+                         pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id)
+    return {"model": str(path), "text": tokenizer.decode(out[0], skip_special_tokens=True), "new_tokens": out.shape[1] - ids.shape[1]}

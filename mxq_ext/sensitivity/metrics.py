@@ -1,0 +1,187 @@
+"""Metrics: what it costs the end loss to replace one weight W by W + D. One class each, all with the same three steps.
+
+    metric = METRICS["fisher"](Context(model, tokens, stats, seed))
+    metric.prepare(units, progress)                 # measures what it needs, once
+    metric.loss(unit, weight, [delta, ...])         # one number per candidate
+
+==============  ===========================================================================  =======================================
+name            loss of D                                                                    source
+==============  ===========================================================================  =======================================
+output          tr(D H D^T), H the plain second moment of the input                          OBQ / GPTQ, Frantar et al. 2022
+obq             sum D_ij^2 / [H^-1]_jj                                                       OBS saliency; SpQR, SliM-LLM
+fisher          1/2 E_t[|g_t|^2/N . |D x_t|^2], g the gradient at the layer's output         K-FAC-like; GuidedQuant 2025
+fisher_diag     1/2 sum F_ij D_ij^2, F the mean squared weight gradient                      SqueezeLLM, Kim et al. 2023
+first_order     mean over windows of |<g, D>| / tokens                                       LLM-MQ 2023
+linear_kl       a tr(D H D^T) / tr(W H W^T), a = KL per unit of relative noise               HIGGS, Malinovskii et al. 2024
+anchored_kl     KL measured with the coarsest candidate, the others in ratio of ``fisher``   ours
+==============  ===========================================================================  =======================================
+
+``fisher``, ``linear_kl`` and ``anchored_kl`` are in nats per token, so their sums over units predict the KL of a plan; ``output``
+and ``obq`` have no common unit across layers and are there for comparison with the literature.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..errors import PlanError
+from ..progress import Progress
+from ..stats import Stats
+from ..stats.walk import backward_walk
+from ..structure import Unit
+from .probes import KLProbe, energy, noise_slope
+
+
+@dataclass
+class Context:
+    """What metrics may look at: the float model, calibration windows [W, T], their Stats, and a seed for noise."""
+
+    model: nn.Module
+    tokens: torch.Tensor
+    stats: Stats
+    seed: int = 0
+
+
+class Metric:
+    """Base: holds the context; ``prepare`` does nothing unless a metric measures something over the whole model."""
+
+    def __init__(self, context: Context):
+        self.context = context
+
+    def prepare(self, units: list[Unit], progress: Progress) -> None:
+        """Called once before the first ``loss``."""
+
+    def loss(self, unit: Unit, weight: torch.Tensor, deltas: list[torch.Tensor]) -> list[float]:
+        """One loss per candidate difference [N, K] (quantized minus float), coarsest candidate first."""
+        raise NotImplementedError
+
+
+class OutputError(Metric):
+    """tr(D H D^T): squared error of the layer's output, mean per token."""
+
+    def loss(self, unit, weight, deltas):
+        h = self.context.stats.hessian(unit.name, "none")
+        return [energy(d, h) for d in deltas]
+
+
+class OBQ(Metric):
+    """sum_ij D_ij^2 / [H^-1]_jj with 1 % mean-diagonal damping: the loss after all other weights of the row have re-adjusted."""
+
+    def loss(self, unit, weight, deltas):
+        h = self.context.stats.hessian(unit.name, "none").clone()
+        h.diagonal().add_(0.01 * h.diagonal().mean())
+        salience = 1 / torch.cholesky_inverse(torch.linalg.cholesky(h)).diagonal()
+        return [float((d.square() @ salience).sum(dtype=torch.float64)) for d in deltas]
+
+
+class Fisher(Metric):
+    """Second order of the KL with the true Fisher at the layer's output, channels of one token sharing their mean: nats per token."""
+
+    def loss(self, unit, weight, deltas):
+        stats = self.context.stats
+        h, scale = stats.hessian(unit.name, "gradient"), stats.gradient_scale(unit.name)
+        return [0.5 * scale * energy(d, h) for d in deltas]
+
+
+class FisherDiagonal(Metric):
+    """1/2 sum F_ij D_ij^2 with squared gradients of whole windows, divided by the window length: nats per token, roughly."""
+
+    def loss(self, unit, weight, deltas):
+        f = self.context.stats.fisher(unit.name)
+        if f is None:
+            raise PlanError("metric fisher_diag", f"the stats hold no Fisher diagonal of {unit.name}", "calibrate with fisher=True")
+        return [0.5 * float((f * d.square()).sum(dtype=torch.float64)) / self.context.tokens.shape[1] for d in deltas]
+
+
+class FirstOrder(Metric):
+    """|<g, D>| per window, averaged, per token. The gradients are walked once for all units; products are taken in ``loss``.
+
+    <g, D> = sum_t g_t . (D x_t), so the weight gradient G = g^T x [N, K] of each window is all that is kept.
+    """
+
+    WINDOWS = 2
+
+    def prepare(self, units, progress):
+        wanted = {u.name for u in units}
+        self.gradients: dict[str, list[torch.Tensor]] = {u: [] for u in wanted}
+        windows = self.context.tokens[: self.WINDOWS]
+
+        def keep(name, x, g):
+            if name in wanted:
+                self.gradients[name].append((g.T @ x).to(torch.bfloat16))
+
+        backward_walk(self.context.model, windows, keep, seed=self.context.seed, progress=progress)
+
+    def loss(self, unit, weight, deltas):
+        per_token = 1 / self.context.tokens.shape[1]
+        seen = self.gradients[unit.name]
+        return [sum(abs(float((g.float() * d).sum(dtype=torch.float64))) for g in seen) / max(1, len(seen)) * per_token for d in deltas]
+
+
+class LinearKL(Metric):
+    """Slope of the KL from one noise probe per unit, times the relative squared output error of the candidate."""
+
+    WINDOWS = 1
+    SIZE = 0.02  # relative squared output error of the noise: within the linear regime, far above rounding noise
+
+    def prepare(self, units, progress):
+        probe = KLProbe(self.context.model, self.context.tokens[: self.WINDOWS])
+        modules = dict(self.context.model.named_modules())
+        self.slope = {}
+        for i, unit in enumerate(progress.track(units, "noise probes")):
+            weight = modules[unit.name].weight.detach().float()
+            h = self.context.stats.hessian(unit.name, "none")
+            self.slope[unit.name] = max(0.0, noise_slope(probe, unit, weight, h, size=self.SIZE, seed=self.context.seed + i))
+
+    def loss(self, unit, weight, deltas):
+        h = self.context.stats.hessian(unit.name, "none")
+        whole = energy(weight, h)
+        return [self.slope[unit.name] * energy(d, h) / whole if whole else 0.0 for d in deltas]
+
+
+class AnchoredKL(Fisher):
+    """KL measured with the coarsest candidate itself; finer candidates follow in the ratio of their Fisher losses.
+
+    One forward per unit from its block on. It sees what second order cannot: the sink token, saturation at 2 bits, both
+    sides of a tied embedding.
+    """
+
+    WINDOWS = 1
+
+    def prepare(self, units, progress):
+        self.probe = KLProbe(self.context.model, self.context.tokens[: self.WINDOWS])
+
+    def loss(self, unit, weight, deltas):
+        second_order = super().loss(unit, weight, deltas)
+        anchor = max(range(len(deltas)), key=lambda i: second_order[i])
+        if second_order[anchor] == 0:
+            return second_order
+        measured = max(self.probe.kl(unit, deltas[anchor]), 0.0)
+        return [measured * s / second_order[anchor] for s in second_order]
+
+
+METRICS: dict[str, type[Metric]] = {
+    "output": OutputError,
+    "obq": OBQ,
+    "fisher": Fisher,
+    "fisher_diag": FisherDiagonal,
+    "first_order": FirstOrder,
+    "linear_kl": LinearKL,
+    "anchored_kl": AnchoredKL,
+}
+
+
+def find_metric(name: str) -> type[Metric]:
+    """The metric of that name. Raises PlanError with the names there are."""
+    if name not in METRICS:
+        raise PlanError(f"metric {name!r}", "it is unknown", f"choose one of {', '.join(METRICS)}")
+    return METRICS[name]
+
+
+def is_number(x: float) -> bool:
+    """Finite and not negative: what a loss in a CostTable must be."""
+    return math.isfinite(x) and x >= 0

@@ -1,0 +1,168 @@
+"""Metrics against independent computations, and the table that ``sense`` makes of them."""
+
+import math
+
+import pytest
+import torch
+from conftest import make_model
+
+from mxq_ext.errors import MxqError, PlanError
+from mxq_ext.formats import Format
+from mxq_ext.quantizers import quantize
+from mxq_ext.sensitivity import METRICS, sense
+from mxq_ext.sensitivity.metrics import Context, find_metric
+from mxq_ext.sensitivity.probes import KLProbe, energy, noise_slope
+from mxq_ext.stats import calibrate
+from mxq_ext.structure import find_units
+
+
+def rtn(unit, weight, fmt):
+    return quantize(weight, fmt, method="auto")
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory):
+    model = make_model(seed=3)
+    for p in model.parameters():  # a random Llama is almost linear; larger weights make its losses matter
+        p.data.mul_(3.0)
+    tokens = torch.randint(0, 256, (3, 24), generator=torch.Generator().manual_seed(0))
+    stats = calibrate(model, tokens, tmp_path_factory.mktemp("stats"), fisher=True, fisher_windows=3)
+    return model, tokens, stats, find_units(model)
+
+
+def kl_by_hand(model, name, delta, tokens):
+    with torch.no_grad():
+        before = torch.log_softmax(model(tokens).logits, -1)
+        module = model.get_submodule(name)
+        old = module.weight.data.clone()
+        module.weight.data += delta
+        after = torch.log_softmax(model(tokens).logits, -1)
+        module.weight.data.copy_(old)
+    return float((before.exp() * (before - after)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens", "model.layers.0.self_attn.v_proj", "model.layers.1.mlp.down_proj"])
+def test_probe_equals_two_whole_forwards(setting, name):
+    model, tokens, _, units = setting
+    unit = next(u for u in units if u.name == name)
+    delta = 0.05 * torch.randn(unit.shape, generator=torch.Generator().manual_seed(1))
+    before = model.get_submodule(name).weight.clone()
+    assert KLProbe(model, tokens).kl(unit, delta) == pytest.approx(kl_by_hand(model, name, delta, tokens), rel=1e-4)
+    assert torch.equal(before, model.get_submodule(name).weight)
+
+
+def test_probe_of_an_untied_head(tmp_path):
+    model = make_model(tied=False, seed=5)
+    tokens = torch.randint(0, 256, (2, 16), generator=torch.Generator().manual_seed(2))
+    unit = next(u for u in find_units(model) if u.name == "lm_head")
+    delta = 0.2 * torch.randn(unit.shape, generator=torch.Generator().manual_seed(3))
+    assert KLProbe(model, tokens).kl(unit, delta) == pytest.approx(kl_by_hand(model, "lm_head", delta, tokens), rel=1e-4)
+
+
+def test_energy_is_the_mean_squared_output():
+    x, d = torch.randn(50, 7, dtype=torch.float64), torch.randn(5, 7, dtype=torch.float64)
+    h = x.T @ x / 50
+    assert energy(d.float(), h.float()) == pytest.approx(float((x @ d.T).square().sum(1).mean()), rel=1e-5)
+    with pytest.raises(MxqError, match="positive semidefinite"):
+        energy(torch.eye(2), torch.diag(torch.tensor([1.0, -5.0])))
+
+
+def test_fisher_metric_predicts_the_measured_kl(setting):
+    """Second order at small noise, summed over all linears: within a factor of two of the measured KL (its channels share a mean)."""
+    model, tokens, stats, units = setting
+    probe, metric = KLProbe(model, tokens), METRICS["fisher"](Context(model, tokens, stats))
+    predicted = measured = 0.0
+    for i, unit in enumerate(u for u in units if u.kind == "linear"):
+        w = model.get_submodule(unit.name).weight.detach()
+        delta = 0.02 * w.std() * torch.randn(w.shape, generator=torch.Generator().manual_seed(i))
+        predicted += metric.loss(unit, w, [delta])[0]
+        measured += probe.kl(unit, delta)
+    assert 0.5 < predicted / measured < 2.0
+
+
+def test_first_order_equals_autograd_on_the_same_labels(setting):
+    model, tokens, stats, units = setting
+    from mxq_ext.stats.walk import sample_labels, window_uniform
+
+    metric = METRICS["first_order"](Context(model, tokens, stats))
+    from mxq_ext.progress import SILENT
+
+    metric.prepare(units, SILENT)
+    unit = next(u for u in units if u.role == "o_proj")
+    delta = torch.randn(unit.shape, generator=torch.Generator().manual_seed(9))
+    want = []
+    for w in range(metric.WINDOWS):
+        logits = model(tokens[w:w + 1]).logits[0]
+        labels = sample_labels(logits.detach(), window_uniform(0, w, tokens.shape[1]))
+        weight = model.get_submodule(unit.name).weight
+        g = torch.autograd.grad(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"), weight)[0]
+        want.append(abs(float((g * delta).sum())) / tokens.shape[1])
+    assert metric.loss(unit, model.get_submodule(unit.name).weight, [delta])[0] == pytest.approx(sum(want) / len(want), rel=0.02)
+
+
+def test_obq_equals_the_explicit_inverse(setting):
+    model, tokens, stats, units = setting
+    unit = next(u for u in units if u.role == "k_proj")
+    delta = torch.randn(unit.shape, generator=torch.Generator().manual_seed(4))
+    h = stats.hessian(unit.name, "none").double()
+    inverse = torch.linalg.inv(h + 0.01 * h.diagonal().mean() * torch.eye(h.shape[0], dtype=torch.float64))
+    want = float((delta.double().square() / inverse.diagonal()).sum())
+    assert METRICS["obq"](Context(model, tokens, stats)).loss(unit, delta, [delta])[0] == pytest.approx(want, rel=1e-3)
+
+
+def test_fisher_diagonal_needs_its_statistics(tmp_path):
+    model = make_model()
+    tokens = torch.randint(0, 256, (1, 16), generator=torch.Generator().manual_seed(0))
+    stats = calibrate(model, tokens, tmp_path, fisher=False)
+    unit = find_units(model)[1]
+    with pytest.raises(PlanError, match="calibrate with fisher=True"):
+        METRICS["fisher_diag"](Context(model, tokens, stats)).loss(unit, torch.zeros(unit.shape), [torch.zeros(unit.shape)])
+
+
+@pytest.mark.parametrize("metric", sorted(METRICS))
+def test_sense_orders_the_widths(setting, metric):
+    """Every metric charges less for more bits, summed over units, and bytes are those of the QTensors."""
+    model, tokens, stats, units = setting
+    table = sense(model, tokens, stats, ["w4g32_asym", "w2g32_asym", "w8"], metric=metric, trial=rtn)
+    assert table.formats == ["w4g32_asym", "w2g32_asym", "w8"] and table.units == [u.name for u in units]
+    w4, w2, w8 = (table.uniform(f)[0] for f in table.formats)
+    assert w2 > w4 > w8 >= 0
+    for u, unit in enumerate(units):
+        assert [int(b) for b in table.nbytes[u]] == [Format.parse(f).nbytes(*unit.shape) for f in table.formats]
+
+
+def test_anchored_kl_measures_its_coarsest_candidate(setting):
+    model, tokens, stats, units = setting
+    table = sense(model, tokens, stats, ["w2g32_asym", "w4g32_asym"], metric="anchored_kl", trial=rtn)
+    unit = next(u for u in units if u.role == "up_proj")
+    w = model.get_submodule(unit.name).weight.detach()
+    delta = quantize(w, "w2g32_asym", method="auto").dequantize() - w
+    want = kl_by_hand(model, unit.name, delta, tokens[:1])
+    assert table.loss[table.units.index(unit.name), 0] == pytest.approx(want, rel=1e-3)
+
+
+def test_noise_slope_is_flat_in_the_linear_regime(setting):
+    model, tokens, stats, units = setting
+    unit = next(u for u in units if u.role == "down_proj")
+    w, h, probe = model.get_submodule(unit.name).weight.detach(), stats.hessian(unit.name), KLProbe(model, tokens)
+    a, b = (noise_slope(probe, unit, w, h, size=s, seed=0) for s in (1e-3, 4e-3))
+    assert a > 0 and a == pytest.approx(b, rel=0.25)
+
+
+def test_refusals(setting):
+    model, tokens, stats, _ = setting
+    with pytest.raises(PlanError, match="choose one of .*fisher"):
+        find_metric("hessian")
+    with pytest.raises(PlanError, match="no candidate"):
+        sense(model, tokens, stats, [], metric="output", trial=rtn)
+
+    class Broken(METRICS["output"]):
+        def loss(self, unit, weight, deltas):
+            return [math.nan for _ in deltas]
+
+    METRICS["broken"] = Broken
+    try:
+        with pytest.raises(PlanError, match="it is nan"):
+            sense(model, tokens, stats, ["w8"], metric="broken", trial=rtn)
+    finally:
+        del METRICS["broken"]
