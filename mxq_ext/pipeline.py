@@ -31,7 +31,7 @@ from .plan import Plan, pareto_front, plan_of, solve
 from .progress import SILENT, Progress
 from .qtensor import QTensor
 from .quantizers import prepare_hessian, quantize
-from .recipes import Recipe, find_recipe
+from .plan.presets import Preset, find_preset
 from .sensitivity import CostTable, sense
 from .stats import Stats, calibrate
 from .stats.store import model_fingerprint
@@ -72,10 +72,10 @@ class Trials:
     The weight and its second moment decide the result, not the plan, so one file serves every budget.
     """
 
-    def __init__(self, directory: Path, stats: Stats | None, recipe: Recipe):
-        settings = {"quantizer": recipe.quantizer(), "stats": None if stats is None else stats.meta}
+    def __init__(self, directory: Path, stats: Stats | None, preset: Preset):
+        settings = {"quantizer": preset.quantizer(), "stats": None if stats is None else stats.meta}
         key = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:12]
-        self.key, self.directory, self.stats, self.recipe = key, directory / key, stats, recipe
+        self.key, self.directory, self.stats, self.preset = key, directory / key, stats, preset
         self._factor: tuple[str, object] | None = None
 
     def path(self, unit: Unit, fmt: Format) -> Path:
@@ -94,7 +94,7 @@ class Trials:
         return q
 
     def _quantize(self, unit: Unit, weight: torch.Tensor, fmt: Format) -> QTensor:
-        method, options = self.recipe.method, dict(self.recipe.options)
+        method, options = self.preset.method, dict(self.preset.options)
         if self.stats is None or unit.name not in self.stats:
             return quantize(weight, fmt, method="auto" if method in ("auto", "gptq") else method, **({} if method == "gptq" else options))
         fisher = self.stats.fisher(unit.name) if method == "kmeans" else None
@@ -103,19 +103,19 @@ class Trials:
     def _hessian(self, unit: Unit):
         """The factorized second moment; the last one is kept, since all formats of a unit come in a row."""
         if self._factor is None or self._factor[0] != unit.name:
-            self._factor = (unit.name, prepare_hessian(self.stats.hessian(unit.name, self.recipe.weighting)))
+            self._factor = (unit.name, prepare_hessian(self.stats.hessian(unit.name, self.preset.weighting)))
         return self._factor[1]
 
 
-def make_table(model: nn.Module, tokens: torch.Tensor, stats: Stats, recipe: Recipe, work: Path, progress: Progress = SILENT) -> CostTable:
-    """The cost table of a recipe, read from the work directory when it is there."""
-    trials = Trials(work / "trials", stats, recipe)
-    asked = {"candidates": list(recipe.candidates), "metric": recipe.metric, "trials": trials.key}
+def make_table(model: nn.Module, tokens: torch.Tensor, stats: Stats, preset: Preset, work: Path, progress: Progress = SILENT) -> CostTable:
+    """The cost table of a preset, read from the work directory when it is there."""
+    trials = Trials(work / "trials", stats, preset)
+    asked = {"candidates": list(preset.candidates), "metric": preset.metric, "trials": trials.key}
     key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
     path = work / f"cost-{key}.json"
     if path.exists():
         return CostTable.load(path)
-    table = sense(model, tokens, stats, recipe.candidates, metric=recipe.metric, trial=trials, progress=progress)
+    table = sense(model, tokens, stats, preset.candidates, metric=preset.metric, trial=trials, progress=progress)
     table.save(path)
     return table
 
@@ -143,7 +143,7 @@ def quantize_model(model: nn.Module, tokenizer, *, bits: float | None = None, nb
         bits: average stored bits per weight over all units, scales and tables counted; or ``nbytes``, the same as bytes; or ``plan``, a Plan,
             a plan file or a format name, which skips the search. Exactly one of the three.
         text: path of a UTF-8 text file to calibrate on; the built-in text when None.
-        preset: a name of ``recipes.RECIPES``; ``candidates``, ``metric``, ``method`` and ``weighting`` replace parts of it.
+        preset: a name of ``presets.PRESETS``; ``candidates``, ``metric``, ``method`` and ``weighting`` replace parts of it.
         windows: calibration windows of 512 tokens.
         work: directory of intermediate files; kept, and reused by a later call. A temporary one when None.
 
@@ -153,20 +153,20 @@ def quantize_model(model: nn.Module, tokenizer, *, bits: float | None = None, nb
     """
     if sum(x is not None for x in (bits, nbytes, plan)) != 1:
         raise PlanError(f"quantize_model(bits={bits}, nbytes={nbytes}, plan={plan})", "exactly one of the three must be given", "drop the others")
-    recipe = find_recipe(preset, candidates=candidates, metric=metric, method=method, weighting=weighting)
+    chosen = find_preset(preset, candidates=candidates, metric=metric, method=method, weighting=weighting)
     with contextual_directory(work) as directory:
         tokens = calibration_tokens(tokenizer, None if text is None else texts.read_text(text), windows)
-        stats = calibrate(model, tokens, directory / "stats", fisher=needs_fisher(recipe), progress=progress)
+        stats = calibrate(model, tokens, directory / "stats", fisher=needs_fisher(chosen), progress=progress)
         table = None
         if plan is None:
-            table = make_table(model, tokens, stats, recipe, directory, progress)
-            plan = solve(table, bits=bits, nbytes=nbytes, quantizer=recipe.quantizer())
+            table = make_table(model, tokens, stats, chosen, directory, progress)
+            plan = solve(table, bits=bits, nbytes=nbytes, quantizer=chosen.quantizer())
         else:
-            plan = as_plan(plan, recipe)
+            plan = as_plan(plan, chosen)
         plan.save(directory / "plan.json")
         units = find_units(model)
         nbytes, stored = plan.predicted_bytes(units)["total"], plan.stored_bits(units)
-        qtensors = quantize_by_plan(model, plan, Trials(directory / "trials", stats, recipe), progress)
+        qtensors = quantize_by_plan(model, plan, Trials(directory / "trials", stats, chosen), progress)
         replace_linear(model, plan, qtensors=qtensors, progress=SILENT)
     return Result(model, plan, table, stats if work is not None else None, stored, nbytes)
 
@@ -199,18 +199,18 @@ class _Temporary:
         self._holder.cleanup()
 
 
-def needs_fisher(recipe: Recipe) -> bool:
-    """Whether a recipe reads weight-sized Fisher diagonals, which cost a file as large as the model."""
-    return recipe.metric == "fisher_diag" or recipe.method == "kmeans"
+def needs_fisher(preset: Preset) -> bool:
+    """Whether a preset reads weight-sized Fisher diagonals, which cost a file as large as the model."""
+    return preset.metric == "fisher_diag" or preset.method == "kmeans"
 
 
-def as_plan(plan: Plan | str | os.PathLike, recipe: Recipe) -> Plan:
+def as_plan(plan: Plan | str | os.PathLike, preset: Preset) -> Plan:
     """A Plan from a Plan, a file, or the name of a format for all units."""
     if isinstance(plan, Plan):
         return plan
     if str(plan).endswith(".json"):
         return Plan.load(plan)
-    return Plan.uniform(Format.parse(str(plan)), quantizer=recipe.quantizer())
+    return Plan.uniform(Format.parse(str(plan)), quantizer=preset.quantizer())
 
 
 # Verbs: the same on paths -----------------------------------------------------------------------------------------------------------
@@ -235,18 +235,18 @@ def calibrate_model(model_path, out, *, text_path=None, windows: int = WINDOWS, 
 
 def sense_model(model_path, stats_dir, out, *, candidates=None, metric: str | None = None, progress: Progress = SILENT) -> dict:
     """``mxq sense``: writes the CostTable to the JSON file ``out`` (and a CSV beside it); trials are kept beside the Stats."""
-    recipe = find_recipe(None, candidates=candidates, metric=metric)
+    preset = find_preset(None, candidates=candidates, metric=metric)
     model, tokenizer = load(model_path)
     stats = Stats.load(stats_dir)
     if stats.meta["model"]["hash"] != model_fingerprint(model):
         raise CheckpointError(f"sensing {model_path} with the statistics in {stats_dir}", "they were collected on another model", "calibrate this model first")
     tokens = load_tensors(Path(stats_dir) / TOKENS)[0]["tokens"]
-    trials = Trials(Path(stats_dir) / "trials", stats, recipe)
-    table = sense(model, tokens, stats, recipe.candidates, metric=recipe.metric, trial=trials, progress=progress)
+    trials = Trials(Path(stats_dir) / "trials", stats, preset)
+    table = sense(model, tokens, stats, preset.candidates, metric=preset.metric, trial=trials, progress=progress)
     table.save(out)
     table.to_csv(Path(out).with_suffix(".csv"))
     rows = [{"format": f, "loss": loss, "nbytes": size, "stored_bits": table.stored_bits(size)} for f in table.formats for loss, size in [table.uniform(f)]]
-    return {"out": str(out), "metric": recipe.metric, "units": len(table.units), "uniform": rows}
+    return {"out": str(out), "metric": preset.metric, "units": len(table.units), "uniform": rows}
 
 
 def plan_from_table(cost_path, out, *, bits: float | None = None, nbytes: int | None = None, front=None) -> dict:
@@ -279,7 +279,7 @@ def quantize_checkpoint(model_path, out, *, bits: float | None = None, nbytes: i
     written = checkpoint.bytes_on_disk(out)
     if work is None:
         shutil.rmtree(directory)
-    return {"out": str(out), "stored_bits": result.stored_bits, "predicted_bytes": result.nbytes, "bytes_on_disk": written["units"],
+    return {"out": str(out), "stored_bits": result.stored_bits, "predicted_bytes": result.nbytes, "bytes_on_disk": sum(written["units"].values()),
             "checkpoint_bytes": written["total"], "formats": result.plan.counts(find_units(result.model))}
 
 

@@ -185,8 +185,9 @@ def _maker(plan: Plan, stats, quantizer: str | Mapping | Quantizer | None) -> Qu
         method, options = "auto", {}  # every plan says gptq unless it says otherwise, and without Stats there is no Hessian
 
     def make(unit: Unit, weight: torch.Tensor, decision: Format | Bands) -> QTensor:
-        if unit.kind == "embedding":
-            # A lookup has no second moment: every row is an output of its own, and GPTQ has nothing to spread errors with.
+        if unit.kind == "embedding" and (stats is None or unit.name not in stats):
+            # A lookup alone has no second moment: every row is an output of its own, and GPTQ has nothing to spread errors with.
+            # (An embedding that is the head too has the head's.)
             if method in ("auto", "gptq"):
                 return _fill(weight, decision, {"method": "auto"})
             return _fill(weight, decision, {"method": method, **options})

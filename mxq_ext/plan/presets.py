@@ -1,0 +1,68 @@
+"""Presets: which candidates, metric, quantizer and second moments a run uses, as data. ``mxq quantize --preset NAME`` picks one.
+
+A preset holds names only; ``pipeline.py`` resolves them. Any field can be replaced on the command line or in Python.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from dataclasses import dataclass
+
+from ..errors import PlanError
+from ..formats import Format
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One choice for each step of the line.
+
+    Attributes:
+        candidates: format names that the plan may mix.
+        metric: a name of ``sensitivity.METRICS``.
+        method: a quantizer, or ``"auto"``.
+        weighting: which second moments the quantizer minimizes the error under: ``none``, ``attention`` or ``gradient``.
+        options: further options of the quantizer.
+        about: one sentence.
+    """
+
+    candidates: tuple[str, ...]
+    metric: str = "fisher"
+    method: str = "gptq"
+    weighting: str = "gradient"
+    options: tuple[tuple[str, object], ...] = ()
+    about: str = ""
+
+    def quantizer(self) -> dict:
+        """The ``quantizer`` section of a Plan."""
+        return {"name": self.method, "weighting": self.weighting, **dict(self.options)}
+
+
+#: Integer zero points: a symmetric grid loses a level that 2 and 3 bits cannot spare. Group 32 beside 64 gives steps between widths.
+DEFAULT_CANDIDATES = ("w2g64_asym", "w2g32_asym", "w3g64_asym", "w3g32_asym", "w4g64_asym", "w4g32_asym", "w8g128_asym")
+
+PRESETS: dict[str, Preset] = {
+    "mxq": Preset(DEFAULT_CANDIDATES, about="gradient-weighted GPTQ, second-order KL as cost, exact knapsack: the default"),
+    "linear_kl": Preset(DEFAULT_CANDIDATES, metric="linear_kl", about="cost = KL slope from noise probes times relative output error (HIGGS, 2024)"),
+    "anchored_kl": Preset(DEFAULT_CANDIDATES, metric="anchored_kl", about="cost = KL measured with the coarsest candidate, scaled by second order"),
+    "llm_mq": Preset(("w2g128_asym", "w3g128_asym", "w4g128_asym"), metric="first_order", weighting="none",
+                     about="layer bits 2, 3, 4 by first-order |g.dW| (LLM-MQ, 2023), without its sparse outliers"),
+    "output_error": Preset(DEFAULT_CANDIDATES, metric="output", weighting="none", about="cost = squared output error; a control, known to be a bad cost"),
+    "rtn": Preset(DEFAULT_CANDIDATES, method="rtn", about="round to nearest under the default plan search; a control"),
+    "lut": Preset(("lut2", "lut3", "lut4", "w8g128_asym"), about="k-means tables per row with error feedback"),
+}
+
+
+def find_preset(name: str | None, **changes) -> Preset:
+    """A preset by name (None: the default), with the fields in ``changes`` that are not None replaced.
+
+    Raises PlanError for an unknown name, FormatError for a bad candidate.
+    """
+    name = name or "mxq"
+    if name not in PRESETS:
+        close = difflib.get_close_matches(name, PRESETS, n=1)
+        raise PlanError(f"preset {name!r}", f"the presets are {', '.join(PRESETS)}", f"did you mean {close[0]!r}?" if close else "choose one of them")
+    changes = {k: v for k, v in changes.items() if v is not None}
+    if "candidates" in changes:
+        changes["candidates"] = tuple(Format.parse(c).name for c in changes["candidates"])
+    return dataclasses.replace(PRESETS[name], **changes)

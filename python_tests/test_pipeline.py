@@ -1,0 +1,186 @@
+"""The whole line on tiny models: budgets, resuming, killing, and the same steps one by one through files."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+import torch
+from conftest import make_model, make_tokenizer
+
+from mxq_ext import checkpoint, pipeline
+from mxq_ext.errors import BudgetError, CheckpointError, MxqError, PlanError
+from mxq_ext.nn import QuantEmbedding, QuantLinear
+from mxq_ext.plan import Plan
+from mxq_ext.plan.presets import PRESETS, find_preset
+from mxq_ext.structure import find_units
+
+CANDIDATES = ["w2g32_asym", "w3g32_asym", "w4g32_asym", "w8"]
+TEXT = "It is a truth that a test needs a text, and any text will do for a model whose weights are random numbers. " * 40
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    path = tmp_path_factory.mktemp("source")
+    make_model().save_pretrained(path / "model")
+    make_tokenizer().save_pretrained(path / "model")
+    (path / "calib.txt").write_text(TEXT)
+    return path
+
+
+def run(source, out, **options):
+    options = {"text": source / "calib.txt", "candidates": CANDIDATES, "windows": 3} | options
+    return pipeline.quantize_checkpoint(source / "model", out, **options)
+
+
+def test_a_budget_is_kept_and_its_bytes_are_on_disk(source, tmp_path):
+    report = run(source, tmp_path / "q", bits=4.25)
+    assert 4.0 < report["stored_bits"] <= 4.25
+    assert report["predicted_bytes"] == report["bytes_on_disk"]
+    assert not (tmp_path / "q.work").exists()
+    model = checkpoint.load(tmp_path / "q")
+    units = find_units(model)
+    assert all(isinstance(model.get_submodule(u.name), (QuantLinear, QuantEmbedding)) for u in units)
+    assert sum(model.get_submodule(u.name).qtensor().nbytes() for u in units) == report["bytes_on_disk"]
+
+
+def test_more_bytes_mean_less_loss(source, tmp_path):
+    model, tokenizer = make_model(), make_tokenizer()
+    losses = []
+    for bits in (3.0, 4.0, 5.0):
+        result = pipeline.quantize_model(make_model(), tokenizer, bits=bits, text=source / "calib.txt", candidates=CANDIDATES, windows=3, work=tmp_path)
+        units = find_units(result.model)
+        choice = [result.table.column(result.plan.resolve(units)[u.name]) for u in units]
+        losses.append(result.table.total(choice)[0])
+        assert result.stored_bits <= bits
+    assert losses[0] > losses[1] > losses[2]
+    assert torch.isfinite(result.model(torch.arange(16)[None]).logits).all()
+    assert sum(p.numel() for p in model.parameters()) > 0
+
+
+def test_infeasible_budget_says_by_how_much(source, tmp_path):
+    with pytest.raises(BudgetError, match="bytes"):
+        run(source, tmp_path / "q", bits=1.0)
+    assert not (tmp_path / "q").exists()
+
+
+def test_exactly_one_budget():
+    with pytest.raises(PlanError, match="exactly one"):
+        pipeline.quantize_model(make_model(), make_tokenizer(), bits=3, nbytes=10)
+
+
+def test_uniform_plan_and_plan_file(source, tmp_path):
+    run(source, tmp_path / "a", uniform="w4g32_asym")
+    plan = tmp_path / "plan.json"
+    Plan.uniform("w4g32_asym").save(plan)
+    run(source, tmp_path / "b", plan=plan)
+    ids = torch.arange(20)[None]
+    assert checkpoint.load(tmp_path / "a")(ids).logits.shape == checkpoint.load(tmp_path / "b")(ids).logits.shape
+
+
+def test_existing_output_is_refused(source, tmp_path):
+    (tmp_path / "q").mkdir()
+    with pytest.raises(CheckpointError, match="exists already"):
+        run(source, tmp_path / "q", bits=4)
+
+
+def test_each_step_through_files(source, tmp_path):
+    stats, cost, plan, front = tmp_path / "stats", tmp_path / "cost.json", tmp_path / "plan.json", tmp_path / "front.csv"
+    pipeline.calibrate_model(source / "model", stats, text_path=source / "calib.txt", windows=3)
+    report = pipeline.sense_model(source / "model", stats, cost, candidates=CANDIDATES)
+    assert [r["format"] for r in report["uniform"]] == CANDIDATES and (tmp_path / "cost.csv").exists()
+    report = pipeline.plan_from_table(cost, plan, bits=3.9, front=front)
+    units = find_units(make_model())
+    assert Plan.load(plan).stored_bits(units) <= 3.9 and sum(report["formats"].values()) == len(units)
+    lines = front.read_text().splitlines()
+    sizes = [int(line.split(",")[0]) for line in lines[1:]]
+    losses = [float(line.split(",")[2]) for line in lines[1:]]
+    assert sizes == sorted(sizes) and losses == sorted(losses, reverse=True)
+    run(source, tmp_path / "q", plan=plan)
+    # The steps one by one and the whole line agree.
+    whole = pipeline.quantize_model(make_model(), make_tokenizer(), bits=3.9, text=source / "calib.txt", candidates=CANDIDATES, windows=3)
+    assert whole.plan.resolve(units) == Plan.load(plan).resolve(units)
+    ids = torch.arange(30)[None]
+    with torch.no_grad():
+        assert torch.equal(whole.model(ids).logits, checkpoint.load(tmp_path / "q")(ids).logits)
+
+
+def test_sense_refuses_statistics_of_another_model(source, tmp_path):
+    make_model(seed=7).save_pretrained(tmp_path / "other")
+    make_tokenizer().save_pretrained(tmp_path / "other")
+    pipeline.calibrate_model(tmp_path / "other", tmp_path / "stats", text_path=source / "calib.txt", windows=2)
+    with pytest.raises(CheckpointError, match="another model"):
+        pipeline.sense_model(source / "model", tmp_path / "stats", tmp_path / "cost.json", candidates=CANDIDATES)
+
+
+def test_evaluate_and_generate_on_paths(source, tmp_path):
+    run(source, tmp_path / "q", bits=8)
+    (tmp_path / "held.txt").write_text(TEXT[::-1])
+    report = pipeline.evaluate_checkpoint(tmp_path / "q", reference=source / "model", text=tmp_path / "held.txt", windows=2, length=64)
+    assert report["perplexity"] > 1 and 0 <= report["kl"] < 1
+    assert pipeline.generate_text(tmp_path / "q", "hello", max_new_tokens=4)["new_tokens"] <= 4
+    with pytest.raises(MxqError, match="prompt"):
+        pipeline.generate_text(tmp_path / "q", "")
+
+
+def test_trials_are_made_once(source, tmp_path, monkeypatch):
+    work = tmp_path / "work"
+    run(source, tmp_path / "a", bits=4, work=work)
+    assert len(list((work / "trials").rglob("*.safetensors"))) == len(CANDIDATES) * len(find_units(make_model()))
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("quantized again")
+
+    monkeypatch.setattr(pipeline, "quantize", refuse)
+    run(source, tmp_path / "b", bits=4, work=work)
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        assert torch.equal(checkpoint.load(tmp_path / "a")(ids).logits, checkpoint.load(tmp_path / "b")(ids).logits)
+
+
+def test_killed_at_any_moment_leaves_nothing_and_resumes(source, tmp_path):
+    """SIGKILL after growing delays: never a file under the final name before the run is whole; the last start ends the job."""
+    script = textwrap.dedent(f"""
+        import sys; sys.path.insert(0, {os.path.dirname(__file__)!r})
+        from mxq_ext import pipeline
+        pipeline.quantize_checkpoint({str(source / 'model')!r}, {str(tmp_path / 'q')!r}, bits=4.0, text={str(source / 'calib.txt')!r},
+                                     candidates={CANDIDATES!r}, windows=3)
+    """)
+    killed = 0
+    marks = ["stats/calibrate.json", "stats/stats.json", "trials", "plan.json"]
+    for mark in marks:
+        process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL)
+        while process.poll() is None and not (tmp_path / "q.work" / mark).exists():
+            time.sleep(0.002)
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            killed += 1
+        process.wait()
+        if process.returncode != 0:
+            assert not (tmp_path / "q").exists()
+    assert killed >= 2, "every run ended before it could be killed"
+    if not (tmp_path / "q").exists():
+        assert (tmp_path / "q.work" / "stats").exists()
+        subprocess.run([sys.executable, "-c", script], check=True, stderr=subprocess.DEVNULL)
+    manifest = json.loads((tmp_path / "q" / "plan.json").read_text())
+    assert manifest["mxq_plan"] == 1
+    run(source, tmp_path / "fresh", bits=4.0)
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        assert torch.equal(checkpoint.load(tmp_path / "q")(ids).logits, checkpoint.load(tmp_path / "fresh")(ids).logits)
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_every_preset_runs(source, tmp_path, name):
+    report = run(source, tmp_path / "q", bits=5.0, preset=name, candidates=["lut2", "lut4", "w8"] if name == "lut" else ["w2g32_asym", "w4g32_asym", "w8"])
+    assert report["predicted_bytes"] == report["bytes_on_disk"]
+
+
+def test_preset_refusals():
+    with pytest.raises(PlanError, match="did you mean 'linear_kl'"):
+        find_preset("linear_lk")
+    assert find_preset("rtn", candidates=["w4g64_sym"]).candidates == ("w4g64",)
