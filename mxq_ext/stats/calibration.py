@@ -140,6 +140,8 @@ class _Calibration:
     # The walk
 
     def go(self, probe: AttentionProbe | None) -> None:
+        for leftover in (*self.out.glob(".*.part"), *self.walk.glob(".*.part")):  # of a run that was killed while writing
+            leftover.unlink(missing_ok=True)
         self.calls = capture_calls(self.model, self.tokens)
         last = len(self.blocks)
         if not self._have("hidden") and not self._have("grad"):
