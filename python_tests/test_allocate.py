@@ -171,6 +171,34 @@ def test_the_stored_bits_of_a_uniform_plan_are_a_budget_for_it(fmt):
     assert budget_bytes(table, bits=bits - 1e-9) == nbytes - 1
 
 
+def test_stored_bits_given_back_as_a_budget_lose_no_byte():
+    rng = np.random.default_rng(0)
+    rounded_down = 0
+    for _ in range(2000):
+        numel, nbytes = int(rng.integers(10**8, 10**11)), int(rng.integers(10**7, 10**11))
+        table = CostTable(["a"], ["w4g64"], [[0.0]], [[nbytes]], [numel])
+        assert budget_bytes(table, bits=table.stored_bits(nbytes)) == nbytes
+        rounded_down += math.floor(table.stored_bits(nbytes) * numel / 8) < nbytes
+    assert rounded_down > 0  # the plain floor does lose one for some of them
+
+
+def test_highs_solution_over_the_budget_is_not_passed_on(monkeypatch):
+    import scipy.optimize
+
+    real, rooms = scipy.optimize.milp, []
+
+    def tolerant(c, *, constraints, **kwargs):
+        """HiGHS as if its tolerances allowed one step more than the budget, the first time."""
+        one, weight = constraints
+        rooms.append(float(np.max(weight.ub)))
+        return real(c, constraints=[one, scipy.optimize.LinearConstraint(weight.A, -np.inf, weight.ub + (len(rooms) == 1))], **kwargs)
+
+    monkeypatch.setattr(scipy.optimize, "milp", tolerant)
+    loss, nbytes = np.array([[5.0, 3.0, 0.0], [5.0, 2.0, 0.0]]), np.array([[1, 2, 3], [1, 2, 3]])
+    a = knapsack.milp(loss, nbytes, 3)  # one step more would allow 4 bytes
+    assert rooms == [1.0, 0.0] and a.nbytes <= 3 and not a.exact and a.bound <= 7.0 <= a.loss
+
+
 def test_infeasible_budget_says_by_how_much():
     table = small_table()
     least = int(table.nbytes.min(axis=1).sum())

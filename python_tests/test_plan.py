@@ -48,6 +48,8 @@ def test_the_smallest_file_and_the_defaults(units):
     assert Plan.from_json({"mxq_plan": 1}) == Plan() and Plan().quantizer == {"name": "gptq"}
     assert set(Plan().resolve(units).values()) == {None}
     assert Plan(default="keep") == Plan(default=None)
+    assert Plan(units={"a": Format.parse("w8"), "b": Bands("rows", ((8, Format.parse("w4")),))}).units == {"a": "w8",
+                                                                                                           "b": {"rows": [[8, "w4"]]}}
     a, b = Plan(), Plan()
     a.units["x"] = "w8"
     assert b.units == {}  # no shared default objects
