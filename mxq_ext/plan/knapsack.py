@@ -244,7 +244,7 @@ def greedy(loss, nbytes, budget: int) -> Allocation:
 def _fix(items: list[Item], steps: Steps, budget: int, best: float) -> list[np.ndarray]:
     """Per item, the positions that a choice better than ``best`` may use.
 
-    With a multiplier on bytes the reduced cost of a candidate is how far its ``loss + l * bytes`` lies above its unit's least; any
+    With a multiplier on bytes the reduced cost of a candidate is how far its ``loss + multiplier * bytes`` lies above its unit's least; any
     choice that uses the candidate loses at least the Lagrangian bound plus that. The multiplier is the gain at which the relaxation's
     budget ends.
     """
