@@ -1,0 +1,41 @@
+"""Round to nearest: each weight on its own, to the grid of its group's range (or of a searched, narrower one)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..formats import Format
+from ..qtensor import QTensor
+from .base import need, register
+from .grid import make_grid
+from .hessian import diagonal
+
+
+@dataclass
+class RtnOptions:
+    """clip: ``"none"`` covers each group's range, ``"mse"`` searches for the range with the least error, weighted by diag(H) (or by the
+    Fisher diagonal, which wins) if one is given. clip_power: exponent of that error (GPTQ's code has 2.4)."""
+
+    clip: str = "none"
+    clip_power: float = 2.0
+
+    def __post_init__(self):
+        need(self.clip in ("none", "mse"), "clip", self.clip, "it must be 'none' or 'mse'")
+        need(0 < self.clip_power <= 4, "clip_power", self.clip_power, "it must lie in (0, 4]")
+
+
+def applies(fmt: Format):
+    """RTN needs a grid; a table has to be fitted first."""
+    if fmt.kind != "lut":
+        return None
+    return f"{fmt} needs a fitted table, which rounding does not make", "use method='kmeans', or 'gptq' with a Hessian"
+
+
+@register("rtn", RtnOptions, applies)
+def run(weight, fmt, options, *, hessian=None, fisher=None):
+    """weight float32 [N, K] -> (QTensor, report)."""
+    importance = fisher
+    if importance is None and hessian is not None:
+        importance = diagonal(hessian)
+    grid = make_grid(weight, fmt, clip=options.clip, importance=importance, power=options.clip_power)
+    return QTensor.from_codes(fmt, grid.encode(weight), scales=grid.scales, zeros=grid.zeros), {}
