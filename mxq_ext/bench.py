@@ -1,14 +1,12 @@
 """``mxq bench`` without a checkpoint: one linear layer in each format against torch's float32 layer of the same shape.
 
-Weights are random, since only their bytes matter for speed. Between two calls a buffer larger than the caches is written, because
-in a real model a layer's weights were last read one whole forward pass ago.
+Weights are random, since only their bytes matter for speed. Several copies of each take turns, so that they come from memory as
+in a model, where a layer's weights were last read one whole forward pass ago.
 """
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,66 +14,39 @@ import torch
 from . import ops
 from .errors import ShapeError
 from .formats import Format
-from .progress import SILENT, Progress
-from .qtensor import QTensor
+from .testing.cases import BENCH_FORMATS, random_qtensor, random_x
+from .testing.timing import copies, in_turns
 
-FORMATS = ("w2g64", "w2g64_asym", "w3g64", "w3g64_asym", "w4g64", "w4g64_asym", "w4g64_fz", "w8g128_asym", "nf4g64", "lut2", "lut3", "lut4",
-           "fp16")
-FLUSH_BYTES = 64 << 20
-REPEATS = 15
+FLOAT = "torch float32"
 
 
-def random_qtensor(fmt: Format | str, n: int, k: int, seed: int = 0) -> QTensor:
-    """A QTensor [n, k] with random codes and scales, made without a quantizer."""
-    fmt, rng = Format.parse(fmt), torch.Generator().manual_seed(seed)
-    if fmt.kind == "float":
-        return QTensor.from_float(torch.randn(n, k, generator=rng) * 0.02)
-    codes = torch.randint(0, fmt.levels, (n, k), generator=rng, dtype=torch.uint8)
-    if fmt.kind == "lut":
-        return QTensor.from_codes(fmt, codes, table=torch.randn(n, fmt.levels, generator=rng) * 0.02)
-    groups = fmt.groups(k)
-    scales = torch.rand(n, groups, generator=rng) * 0.02 + 0.001
-    zeros = None
-    if fmt.zero == "int":
-        zeros = torch.randint(0, fmt.levels, (n, groups), generator=rng)
-    elif fmt.zero == "float":
-        zeros = -scales * fmt.symmetric_zero
-    return QTensor.from_codes(fmt, codes, scales=scales, zeros=zeros)
+def _layer(x: torch.Tensor, nbytes: int, make: Callable[[], Any], call: Callable[[torch.Tensor, Any], object]) -> Callable[[int], object]:
+    """A function of the call's number that multiplies ``x`` by one of enough copies of a weight of ``nbytes``."""
+    weights = [make() for _ in range(copies(nbytes))]
+    return lambda i: call(x, weights[i % len(weights)])
 
 
-def seconds_per_call(call, repeats: int) -> float:
-    """Median wall time of ``call()`` with cold caches, in seconds; the first call is not counted."""
-    flush = torch.zeros(FLUSH_BYTES // 4)
-    call()
-    times = []
-    for _ in range(repeats):
-        flush.add_(1.0)
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
-
-
-def linear_speed(formats: Sequence[str] = FORMATS, n: int = 4096, k: int = 4096, rows: int = 1,
-                 progress: Progress = SILENT) -> dict[str, Any]:
+def linear_speed(formats: Sequence[str] = BENCH_FORMATS, n: int = 4096, k: int = 4096, rows: int = 1, rounds: int = 7) -> dict[str, Any]:
     """Times ``ops.linear`` for x [rows, k] and W [n, k] in each format, and torch's float32 linear.
 
-    Returns a JSON dict: the setting, and ``linear``: one entry per format with the kernel's name, microseconds per call, weight bytes
-    read per second, and the factor by which it is faster than torch's float32. Raises FormatError, ShapeError.
+    Returns a JSON dict: the setting, and ``linear``: one entry per format with the kernel's name, microseconds of a call (median of
+    ``rounds``), weight bytes read per second, and how many times faster than torch's float32 it is. Raises FormatError, ShapeError.
     """
     if min(n, k, rows) < 1:
         raise ShapeError(f"bench of {rows} x {k} by {n} x {k}", "sizes must be at least 1", "give positive sizes")
+    x = random_x(rows, k)
+    weight = torch.randn(n, k)
+    described = {FLOAT: {"kernel": "torch", "nbytes": weight.nbytes}}
+    layers = {FLOAT: _layer(x, weight.nbytes, weight.clone, torch.nn.functional.linear)}
+    for name in dict.fromkeys(Format.parse(f).name for f in formats):
+        q = random_qtensor(name, n, k)
+        packed = ops.prepack(q)
+        described[name] = {"kernel": ops.explain(packed, rows), "nbytes": q.nbytes()}
+        layers[name] = _layer(x, packed.nbytes, lambda p=packed: ops.Packed(p.blob.clone(), p.shape, p.format_name), ops.linear)
     with torch.inference_mode():
-        x = torch.randn(rows, k)
-        weight = torch.randn(n, k)
-        base = seconds_per_call(lambda: torch.nn.functional.linear(x, weight), REPEATS)
-        out = [{"format": "torch float32", "kernel": "torch", "stored_bits": 32.0, "us": base * 1e6, "gb_per_s": weight.nbytes / base / 1e9,
-                "speedup": 1.0}]
-        for name in progress.track(list(formats), "bench"):
-            q = random_qtensor(name, n, k)
-            packed = ops.prepack(q)
-            seconds = seconds_per_call(lambda: ops.linear(x, packed), REPEATS)  # noqa: B023  called before the loop goes on
-            out.append({"format": q.format_name, "kernel": ops.explain(packed, rows), "stored_bits": q.stored_bits(), "us": seconds * 1e6,
-                        "gb_per_s": q.nbytes() / seconds / 1e9, "speedup": base / seconds})
+        times = in_turns(layers, rounds)
+    base = times[FLOAT].median
+    table = [{"format": name, "kernel": d["kernel"], "stored_bits": 8 * d["nbytes"] / (n * k), "us": times[name].median * 1e6,
+              "gb_per_s": d["nbytes"] / times[name].median / 1e9, "speedup": base / times[name].median} for name, d in described.items()]
     return {"rows": rows, "n": n, "k": k, "threads": torch.get_num_threads(), "target": ops.target(), "torch": torch.__version__,
-            "linear": out}
+            "linear": table}

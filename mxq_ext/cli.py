@@ -179,7 +179,7 @@ def _one_budget(what: str, **budgets: Any) -> None:
     """Raises BudgetError unless exactly one of the options is set."""
     options = {"nbytes": "--bytes", "uniform": "--format"}
     names = [options.get(name, f"--{name}") for name in budgets]
-    found = [name for name, value in zip(names, budgets.values()) if value is not None]
+    found = [name for name, value in zip(names, budgets.values(), strict=True) if value is not None]
     if len(found) != 1:
         raise BudgetError(f"mxq {what}", f"exactly one of {', '.join(names)} is needed, {' and '.join(found) or 'none'} given",
                           "for example --bits 3.5" if not found else f"keep one of {', '.join(found)}")
@@ -285,18 +285,20 @@ def inspect(path: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A d
 
         plan = Plan.load(path)
         result: dict[str, Any] = {"plan": plan.to_json(), "formats": plan.counts()}
-        rows = [{"unit": name, "format": entry} for name, entry in {"(default)": plan.default or "keep", **plan.units}.items()]
-        summary, picture = {"quantizer": plan.quantizer, "meta": plan.meta}, ""
+        loss = plan.meta.get("unit_loss", {})
+        rows = [{"unit": name, "format": entry, "loss": loss.get(name)}
+                for name, entry in {"(default)": plan.default or "keep", **plan.units}.items()]
+        summary, picture = {"quantizer": plan.quantizer, "meta": {k: v for k, v in plan.meta.items() if k != "unit_loss"}}, ""
     else:
         from . import checkpoint
-        from .report import bit_map_text
+        from .report import bit_map_entries, bit_map_text
 
         result = checkpoint.inspect(path)
-        rows = [{"unit": u["name"], "format": u["format"], "stored_bits": u["stored_bits"], "bytes": u["bytes"],
+        loss = (result["plan"] or {}).get("meta", {}).get("unit_loss", {})
+        rows = [{"unit": u["name"], "format": u["format"], "stored_bits": u["stored_bits"], "bytes": u["bytes"], "loss": loss.get(u["name"]),
                  "output_error": u["info"].get("output_error")} for u in result["units"]]
-        picture = bit_map_text([(u["name"], u["layer"], u["name"].rpartition(".")[2], u["format"], u["stored_bits"])
-                                for u in result["units"]])
-        summary = {name: result[name] for name in ("totals", "model", "producer")}
+        picture = bit_map_text(bit_map_entries(result))
+        summary = {"totals": result["totals"], "source": result["model"]["source"], "producer": result["producer"]}
     if as_json:
         _show(result, "", True)
         return
@@ -314,15 +316,14 @@ def bench(checkpoint: Annotated[Path | None, typer.Argument(metavar="CHECKPOINT"
           as_json: Json = False) -> None:
     """Tokens per second of CHECKPOINT; without one, a linear layer in each format against torch's float32."""
     chosen = _formats(formats)
-    with Progress() as progress:
-        if checkpoint is None:
-            from .bench import linear_speed
+    if checkpoint is None:
+        from .bench import linear_speed
 
-            result = linear_speed(n=size, k=size, rows=rows, progress=progress, **_given(formats=chosen))
-        else:
-            from . import evaluate, pipeline
+        result = linear_speed(n=size, k=size, rows=rows, **_given(formats=chosen))
+    else:
+        from . import evaluate, pipeline
 
-            result = {"model": str(checkpoint), **evaluate.speed(pipeline.load(checkpoint)[0])}
+        result = {"model": str(checkpoint), **evaluate.speed(pipeline.load(checkpoint)[0])}
     _show(result, "bench", as_json)
 
 

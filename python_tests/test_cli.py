@@ -113,6 +113,50 @@ def test_demo(record):
     assert json.loads(done.stdout) == {"rows": [{"name": "float"}]}
 
 
+# ------------------------------------------------------------------------------------------------------- on a real directory
+
+
+def test_every_step_on_a_tiny_model(tiny_dir, tmp_path, monkeypatch):
+    """The verbs hand files to each other: what one writes is what the next one reads."""
+    monkeypatch.chdir(tmp_path)
+
+    def result(*args):
+        done = run(*args, "--json")
+        assert done.exit_code == 0, (done.stderr, done.exception)
+        return json.loads(done.stdout)
+
+    assert result("calibrate", tiny_dir, "-o", "stats", "--windows", 4)["out"] == "stats"
+    sensed = result("sense", tiny_dir, "stats", "-o", "cost.json", "--candidates", "w2g64_asym,w4g64_asym,w8")
+    assert [row["format"] for row in sensed["uniform"]] == ["w2g64_asym", "w4g64_asym", "w8"] and Path("cost.csv").exists()
+    planned = result("plan", "cost.json", "-o", "plan.json", "--bits", 4, "--front", "front.csv")
+    assert planned["stored_bits"] <= 4 and Path("front.csv").read_text().startswith("nbytes,stored_bits,loss\n")
+    made = result("quantize", tiny_dir, "-o", "out", "--plan", "plan.json", "--windows", 4)
+    assert made["predicted_bytes"] == planned["nbytes"] == made["bytes_on_disk"]
+
+    looked = result("inspect", "out")
+    formats = json.loads(Path("plan.json").read_text())["units"]
+    assert {u["name"]: u["format"] for u in looked["units"]} == formats
+    assert result("inspect", "plan.json")["plan"]["units"] == formats
+    text = run("inspect", "out").stdout
+    row = next(line for line in text.splitlines() if line.startswith("model.layers.1.mlp.down_proj"))
+    loss = looked["plan"]["meta"]["unit_loss"]["model.layers.1.mlp.down_proj"]
+    assert formats["model.layers.1.mlp.down_proj"] in row and f"{loss:.4g}" in row
+    assert "q_proj" in text and "totals.stored_bits" in text  # bit map and summary
+    assert "model.layers.1.mlp.down_proj" in run("inspect", "plan.json").stdout
+
+    scored = result("eval", "out", "--reference", tiny_dir, "--windows", 2, "--length", 32)
+    assert scored["kl"] > 0 and scored["perplexity"] > 1 and scored["windows"] == 2
+    written = result("generate", "out", "Hello", "--max-new-tokens", 3)
+    assert written["text"].startswith("Hello") and written["new_tokens"] <= 3
+    assert run("generate", "out", "Hello", "--max-new-tokens", 3).stdout == written["text"] + "\n"
+    assert result("bench", "out")["decode_tokens_per_s"] > 0
+
+
+def test_bench_of_layers():
+    done = run("bench", "--size", 64, "--formats", "w4g64")
+    assert done.exit_code == 0 and "gemv_w4g64_a16__" in done.stdout
+
+
 # ---------------------------------------------------------------------------------------------------------------- mistakes
 
 

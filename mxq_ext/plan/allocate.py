@@ -145,10 +145,11 @@ def choose(table: CostTable, *, bits: float | None = None, nbytes: int | None = 
 def plan_of(table: CostTable, choice: Sequence[int] | np.ndarray, *, quantizer: dict | None = None, meta: dict | None = None) -> Plan:
     """The Plan that names every unit of the table.
 
-    Its meta states the ``loss``, ``nbytes`` and ``stored_bits`` that the table predicts; ``meta`` comes on top.
+    Its meta states the ``loss``, ``nbytes`` and ``stored_bits`` that the table predicts, and ``unit_loss`` by unit; ``meta`` comes on top.
     """
     loss, nbytes = table.total(choice)
-    predicted = {"loss": loss, "nbytes": nbytes, "stored_bits": table.stored_bits(nbytes)}
+    predicted = {"loss": loss, "nbytes": nbytes, "stored_bits": table.stored_bits(nbytes),
+                 "unit_loss": {n: float(table.loss[u, c]) for u, (n, c) in enumerate(zip(table.units, choice, strict=True))}}
     units = {n: table.formats[c] for n, c in zip(table.units, choice, strict=True)}
     return Plan(units=units, meta=predicted | (meta or {}), **({} if quantizer is None else {"quantizer": quantizer}))
 
