@@ -149,6 +149,41 @@ def test_refit_finds_the_least_squares_scale_of_a_single_group():
     assert torch.allclose(grid.scales[:, 0].double(), want, rtol=2.0**-10)
 
 
+@pytest.mark.parametrize("name", ["w3g32_asym", "w4g32_fz", "nf4g32", "w4g32_bf16"])
+def test_refit_never_raises_the_error_of_a_row(name):
+    """Scales of a few times 2^-24, the spacing of small fp16 numbers: the rounded optimum is often worse than what was there."""
+    w, h = correlated(64, 64, 13)
+    w = w / w.abs().amax(1, keepdim=True) * torch.linspace(1e-6, 2e-5, 64)[:, None]
+    h = prepare_hessian(h).damped()
+    grid = make_grid(w, Format.parse(name), clip="mse")
+    codes = grid.encode(w)
+
+    def rows():
+        d = (grid.decode(codes) - w).double()
+        return ((d @ h.double()) * d).sum(1)
+
+    before, scales = rows(), grid.scales.clone()
+    gptq.refit_scales(w, h, codes, grid)
+    after = rows()
+    assert (after <= before * (1 + 1e-4)).all() and float(after.sum()) < float(before.sum())
+    assert not torch.equal(scales, grid.scales)
+    half = torch.bfloat16 if "bf16" in name else torch.float16
+    assert torch.equal(grid.scales, grid.scales.to(half).float()), "scales are stored numbers"
+
+
+def test_the_search_weighs_columns_by_their_price():
+    w, h = correlated(8, 96, 14)
+    h[7] = h[:, 7] = 0
+    for act_order in (False, True):
+        f = prepare_hessian(h, act_order=act_order)
+        price, order = f.importance(), f.order if act_order else torch.arange(96)
+        assert torch.equal(price[order], torch.where(order == 7, 0.0, f.price)), "a dead column has none"
+    grid = make_grid(w, Format.parse("w2g32_asym"), clip="mse", importance=price, exact_constants=False)
+    q = quantize(w, "w2g32_asym", hessian=f, cd_passes=0, refit=False)
+    assert torch.equal(q.rectangles[0].tensors["scales"].float(), grid.scales)
+    assert not torch.equal(grid.scales, make_grid(w, Format.parse("w2g32_asym"), clip="mse", exact_constants=False).scales)
+
+
 @pytest.mark.parametrize("act_order", [False, True])
 def test_float_zeros_and_tables_reach_zero_error_when_it_is_possible(act_order):
     """A weight that lies on a grid is returned exactly."""

@@ -120,7 +120,7 @@ def test_any_float_dtype_and_stride_is_computed_in_float32(dtype):
 # Grids
 
 
-@pytest.mark.parametrize("name", ["w2", "w3g32", "w4g32", "w8", "w2g32_asym", "w3_asym", "w4g32_asym", "w8_asym", "w2_fz", "w4g32_fz", "nf4g32"])
+@pytest.mark.parametrize("name", ["w2", "w3g32", "w4g32", "w8", "w2g32_asym", "w3_asym", "w8_asym", "w2_fz", "w4g32_fz", "nf4g32"])
 @pytest.mark.parametrize("clip", ["none", "mse"])
 def test_codes_are_the_nearest_of_all_levels_by_brute_force(name, clip):
     w, _, _ = random_case(7, 75, seed=3)
