@@ -12,6 +12,7 @@ Outside of ``torch.compile`` the functions call native code directly, because a 
 
 from __future__ import annotations
 
+import math
 import sys
 
 import torch
@@ -149,18 +150,24 @@ def unpack(p: Packed) -> QTensor:
 # ------------------------------------------------------------------------------------------------------------------- checks
 
 
+def _is_bias(bias: torch.Tensor | None, x: torch.Tensor, n: int) -> bool:
+    return bias is None or (bias.dim() == 1 and bias.shape[0] == n and bias.dtype in _TYPES and bias.device == x.device)
+
+
 def check_linear(x: torch.Tensor, n: int, k: int, bias: torch.Tensor | None) -> None:
     """Rules of :func:`linear` for x [..., K], a weight [N, K] and bias [N]. Raises ShapeError."""
+    # All rules at once first: this runs before every call of a kernel that may take ten microseconds.
+    if (x.is_cpu or x.is_meta) and x.dtype in _TYPES and x.dim() and x.shape[-1] == k and _is_bias(bias, x, n):
+        return
     asked = f"linear of x {tuple(x.shape)} {str(x.dtype)[6:]} by a weight of {n} x {k}"
+    if not (x.is_cpu or x.is_meta):
+        raise ShapeError(asked, f"the kernels run on the CPU, x is on {x.device}", "move x and the module to the CPU")
     if x.dtype not in _TYPES:
         raise ShapeError(asked, f"x must be float32, bfloat16 or float16, it is {str(x.dtype)[6:]}", "convert it")
-    if x.dim() == 0 or x.shape[-1] != k:
+    if not x.dim() or x.shape[-1] != k:
         raise ShapeError(asked, f"the last dimension of x must be {k}, it is {x.shape[-1] if x.dim() else 'absent'}", _WHICH)
-    if bias is not None and (tuple(bias.shape) != (n,) or bias.dtype not in _TYPES or bias.device != x.device):
-        have = f"{str(bias.dtype)[6:]} {tuple(bias.shape)} on {bias.device}"
-        raise ShapeError(asked, f"bias must be a float vector of {n} on {x.device}, it is {have}", "reshape, convert or move it")
-    if x.device.type not in ("cpu", "meta"):
-        raise ShapeError(asked, f"the kernels run on the CPU, x is on {x.device}", "move x and the module to the CPU")
+    have = f"{str(bias.dtype)[6:]} {tuple(bias.shape)} on {bias.device}"
+    raise ShapeError(asked, f"bias must be a float vector of {n} on {x.device}, it is {have}", "reshape, convert or move it")
 
 
 def check_embedding(ids: torch.Tensor, n: int, k: int, dtype: torch.dtype, values: bool = True) -> None:
@@ -170,7 +177,7 @@ def check_embedding(ids: torch.Tensor, n: int, k: int, dtype: torch.dtype, value
         raise ShapeError(asked, f"ids must be int64 or int32, they are {str(ids.dtype)[6:]}", "convert them")
     if dtype not in _TYPES:
         raise ShapeError(asked, f"the result must be float32, bfloat16 or float16, asked for {str(dtype)[6:]}", "choose one of those")
-    if ids.device.type not in ("cpu", "meta"):
+    if not (ids.is_cpu or ids.is_meta):
         raise ShapeError(asked, f"the kernels run on the CPU, ids are on {ids.device}", "move ids and the module to the CPU")
     if values and ids.numel():
         low, high = (int(v) for v in ids.aminmax())
@@ -184,25 +191,24 @@ def check_embedding(ids: torch.Tensor, n: int, k: int, dtype: torch.dtype, value
 def _linear(x: torch.Tensor, blob: torch.Tensor, n: int, k: int, bias: torch.Tensor | None, name: str | None = None) -> torch.Tensor:
     """The native call. Only this function and its twins below hand pointers over."""
     check_linear(x, n, k, bias)
-    shape = x.shape
-    rows = x.numel() // k if k else shape[:-1].numel()
     if x.dim() == 2 and x.stride(1) == 1:  # rows at any distance are fine
-        stride = x.stride(0)
+        rows, stride = x.shape[0], x.stride(0)
+        y = x.new_empty(rows, n)
     else:
-        if not x.is_contiguous():
-            x = x.contiguous()
-        stride = k
-    y = x.new_empty(*shape[:-1], n)
-    if bias is None:
-        pointer, bias_type = 0, 0
-    else:
+        x = x.contiguous()
+        *outer, _ = x.shape
+        rows, stride = math.prod(outer), k
+        y = x.new_empty(*outer, n)
+    if not rows or not n:
+        return y
+    pointer = bias_type = 0
+    if bias is not None:
         bias = bias.contiguous()
         pointer, bias_type = bias.data_ptr(), _TYPES[bias.dtype]
-    if rows and n:
-        if _PRINT:
-            _print_config(blob, n, k, rows, name)
-        _native.cpu.linear(blob.data_ptr(), x.data_ptr(), stride, _TYPES[x.dtype], rows, y.data_ptr(), pointer, bias_type,
-                           torch.get_num_threads())
+    if _PRINT:
+        _print_config(blob, n, k, rows, name)
+    _native.cpu.linear(blob.data_ptr(), x.data_ptr(), stride, _TYPES[x.dtype], rows, y.data_ptr(), pointer, bias_type,
+                       torch.get_num_threads())
     return y
 
 

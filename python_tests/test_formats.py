@@ -1,0 +1,109 @@
+"""formats.py, formats.h and the document say the same: names, bytes, levels."""
+
+import importlib.util
+import itertools
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mxq_ext import _native
+from mxq_ext.errors import FormatError
+from mxq_ext.formats import GROUPS, NF4_LEVELS, Format
+from mxq_ext.ops import format_tuple
+from mxq_ext.qtensor import QTensor
+from mxq_ext.testing.cases import FORMATS, random_qtensor
+
+ROOT = Path(__file__).parents[1]
+
+
+def every_format():
+    for kind, bits, group, zero, scale in itertools.product(("uniform", "nf", "lut", "float"), (2, 3, 4, 8, 16), (0, *GROUPS),
+                                                            ("sym", "int", "float"), ("fp16", "bf16")):
+        try:
+            yield Format(kind, bits, group, zero, scale)
+        except FormatError:
+            continue
+
+
+ALL = list(every_format())
+
+
+def test_there_are_as_many_formats_as_the_grammar_says():
+    assert len(ALL) == 4 * 4 * 3 * 2 + 4 * 2 + 3 + 1
+    assert {Format.parse(n) for n in FORMATS} <= set(ALL)
+
+
+@pytest.mark.parametrize("fmt", ALL, ids=str)
+def test_names_agree_and_parse_back(fmt):
+    assert _native.cpu.format_name(format_tuple(fmt)) == fmt.name
+    assert Format.parse(fmt.name) == fmt and Format.parse(fmt) is fmt
+
+
+@given(st.sampled_from(ALL), st.integers(1, 40), st.integers(1, 3000))
+def test_canonical_bytes_agree(fmt, rows, cols):
+    shapes = fmt.tensor_shapes(rows, cols)
+    size = {"uint8": 1, "float16": 2, "bfloat16": 2}
+    width = {name: shape[1] * size[dtype] for name, (shape, dtype) in shapes.items()}
+    assert all(shape[0] == rows for shape, _ in shapes.values())
+    want = (width.get("codes", width.get("values")), width.get("scales", width.get("table", 0)), width.get("zeros", 0))
+    assert _native.cpu.canonical_row_bytes(format_tuple(fmt), cols) == want
+    assert _native.cpu.canonical_nbytes(format_tuple(fmt), rows, cols) == fmt.nbytes(rows, cols) == rows * sum(width.values())
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_nbytes_is_what_the_tensors_take(name):
+    q = random_qtensor(name, 7, 100)
+    fmt = Format.parse(name)
+    assert q.nbytes() == fmt.nbytes(7, 100)
+    assert q.stored_bits() == pytest.approx(fmt.stored_bits(7, 100))
+
+
+@pytest.mark.parametrize("name,bits", [("w2g64", 2.25), ("w3g64_asym", 3 + 19 / 64), ("w4g64", 4.25), ("w4g32_fz", 5.0), ("w8", 8 + 16 / 4096),
+                                       ("nf4g64", 4.25), ("lut3", 3 + 128 / 4096), ("fp16", 16.0)])
+def test_stored_bits_by_hand(name, bits):
+    assert Format.parse(name).stored_bits(4096, 4096) == pytest.approx(bits, abs=1e-12)
+
+
+def test_nf4_levels_agree_and_are_quantiles():
+    assert _native.cpu.NF4_LEVELS == [pytest.approx(v, abs=0) for v in NF4_LEVELS]
+    assert list(NF4_LEVELS) == sorted(NF4_LEVELS) and NF4_LEVELS[7] == 0 and (NF4_LEVELS[0], NF4_LEVELS[15]) == (-1, 1)
+    # QLoRA, appendix E: 8 quantiles from 0.5 to offset above zero, 7 below, each half scaled to its end.
+    from scipy.stats import norm
+    offset = 0.9677083
+    up = [norm.ppf(0.5 + (offset - 0.5) * i / 8) for i in range(9)]
+    down = [norm.ppf(0.5 + (offset - 0.5) * i / 7) for i in range(8)]
+    want = [-v / up[-1] for v in reversed(down)][:-1] + [v / up[-1] for v in up]
+    assert list(NF4_LEVELS) == pytest.approx(want, abs=2e-4)
+
+
+@pytest.mark.parametrize("name,rule", [("w5g64", "bits must be one of"), ("w4g48", "group must be one of"), ("lut3g64", "lut formats have no groups"),
+                                       ("nf4g64_asym", "only uniform"), ("lut4_bf16", "scales are fp16 or bf16"), ("w4g64_zz", "suffix _zz is unknown"),
+                                       ("int4", "does not follow the grammar"), ("nf3", "bits must be one of"), ("", "does not follow the grammar")])
+def test_wrong_names_are_refused_with_the_rule(name, rule):
+    with pytest.raises(FormatError, match=rule):
+        Format.parse(name)
+
+
+def test_unknown_kind_and_zero():
+    with pytest.raises(FormatError, match="must be one of uniform, nf, lut, float"):
+        Format("ternary", 2)
+    with pytest.raises(FormatError, match="zero point 'half'"):
+        Format("uniform", 4, zero="half")
+
+
+def test_document_is_up_to_date():
+    spec = importlib.util.spec_from_file_location("make_formats", ROOT / "docs" / "make_formats.py")
+    make_formats = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(make_formats)
+    text = (ROOT / "docs" / "formats.md").read_text(encoding="utf-8")
+    assert text == make_formats.render(), "run `python docs/make_formats.py`"
+    for f in ALL:
+        if f.scale_dtype == "fp16":
+            assert f"| `{f.name}` |" in text
+
+
+def test_qtensor_of_one_rectangle_names_its_format():
+    q = random_qtensor("w3g64_asym", 3, 70)
+    assert isinstance(q, QTensor) and q.format_name == "w3g64_asym"
