@@ -26,8 +26,8 @@ from .hf import demo_model_path, load_model, permute_model
 from .nn import replace_linear
 from .pipeline import LENGTH, Trials, calibration_tokens, make_table, quantize_by_plan
 from .plan import Plan, solve
-from .progress import SILENT, Progress
 from .plan.presets import find_preset
+from .progress import SILENT, Progress
 from .report import bit_map_entries, bit_map_svg, bit_map_text, markdown_table
 from .stats import calibrate
 from .structure import find_units
@@ -165,6 +165,7 @@ def _machine() -> dict:
 def _print(rows, comparisons, picture, sample, kept, out) -> None:
     print("\n" + markdown_table(HEADER, [r.cells() for r in rows]) + "\n")
     for c in comparisons:
-        print(f"{c['mixed']} against {c['uniform']} ({c['text']}): nll {c['nll']:+.4f} +- {c['nll_se']:.4f}, KL {c['kl']:+.4f} +- {c['kl_se']:.4f} nats per token")
+        print(f"{c['mixed']} against {c['uniform']} ({c['text']}): nll {c['nll']:+.4f} +- {c['nll_se']:.4f}, "
+              f"KL {c['kl']:+.4f} +- {c['kl_se']:.4f} nats per token")
     print(f"\n{picture}\n\nsample of {KEPT}: {sample!r}\n\nbit map: {out / 'bits.svg'}   numbers: {out / 'demo.json'}   checkpoint: {kept}\n")
     print(f"    import mxq_ext as mxq\n    model = mxq.load({str(kept)!r})", flush=True)

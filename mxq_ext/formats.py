@@ -85,7 +85,7 @@ class Format:
                               "drop the suffix")
 
     @staticmethod
-    @functools.lru_cache(maxsize=None)
+    @functools.cache
     def parse(name: str | Format) -> Format:
         """Format of a name such as ``"w3g64_asym"``; a Format is returned as it is. Raises FormatError with the grammar."""
         if isinstance(name, Format):

@@ -27,11 +27,11 @@ from .errors import CheckpointError, MxqError, PlanError
 from .fileio import load_tensors, save_tensors
 from .formats import Format
 from .nn import replace_linear
-from .plan import Plan, pareto_front, plan_of, solve
+from .plan import Plan, pareto_front, solve
+from .plan.presets import Preset, find_preset
 from .progress import SILENT, Progress
 from .qtensor import QTensor
 from .quantizers import prepare_hessian, quantize
-from .plan.presets import Preset, find_preset
 from .sensitivity import CostTable, sense
 from .stats import Stats, calibrate
 from .stats.store import model_fingerprint
@@ -129,7 +129,8 @@ def quantize_by_plan(model: nn.Module, plan: Plan, trials: Trials, progress: Pro
         if isinstance(decision, Format):
             out[unit.name] = trials(unit, modules[unit.name].weight.detach().float(), decision)
         elif decision is not None:
-            raise PlanError(f"bands of unit {unit.name}", "the pipeline makes one format per unit", "use replace_linear(model, plan, stats) for plans with bands")
+            raise PlanError(f"bands of unit {unit.name}", "the pipeline makes one format per unit",
+                            "use replace_linear(model, plan, stats) for plans with bands")
     return out
 
 
