@@ -169,7 +169,7 @@ MXQ_INLINE W slice_codes(const uint8_t* words, int p) {
 
 // Accumulators per row of x: an FMA takes 4 cycles and two start in each, so that about 8 independent sums are needed.
 template <int MR>
-static constexpr int chains() { return MR == 1 ? 4 : MR == 2 ? GEMV_CHAINS_2 : MR < GEMV_CHAINS_END ? 2 : 1; }
+static constexpr int chains() { return MR == 1 ? GEMV_CHAINS_1 : MR == 2 ? GEMV_CHAINS_2 : MR < GEMV_CHAINS_END ? 2 : 1; }
 
 // Asks for the codes that are due in some 100 ns. The hardware follows a stream by itself, but not across 4 KB pages and not deep enough
 // behind this many multiplications: without it M = 4 and 8 take a quarter longer when the weight comes from memory.

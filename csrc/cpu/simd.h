@@ -1,5 +1,5 @@
 // The few vector operations that linear.inl is written in, once per target. A vector is always 16 lanes: one AVX-512 register, two AVX2
-// registers, or a plain array. The including file defines MXQ_TARGET to avx512, avx2 or scalar and gets everything in that namespace.
+// registers, or four of the smallest vectors. The including file defines MXQ_TARGET to avx512, avx2 or scalar and gets everything in that namespace.
 //
 // Nothing here may be shared between targets (see formats.h): every name lies in the target's namespace and every function is inlined.
 #pragma once
@@ -220,46 +220,85 @@ MXQ_INLINE void transpose(V* r) {
 #else
 // -------------------------------------------------------------------------------------------------------------------- scalar
 
-struct V { float v[16]; };
-struct W { uint32_t v[16]; };
+// Four vectors of 16 bytes, which gcc and clang map to whatever the architecture has at least (SSE2, NEON) or to single operations.
+typedef float F4 __attribute__((vector_size(16)));
+typedef int32_t S4 __attribute__((vector_size(16)));
+typedef uint32_t U4 __attribute__((vector_size(16)));
+struct V { F4 a, b, c, d; };
+struct W { U4 a, b, c, d; };
 struct Book { float v[16]; };
 
-#define MXQ_EACH(expr)                      \
-  V out;                                    \
-  for (int i = 0; i < 16; i++) out.v[i] = (expr); \
-  return out
-MXQ_INLINE V zero() { MXQ_EACH(0.0f); }
-MXQ_INLINE V set1(float f) { MXQ_EACH(f); }
-MXQ_INLINE V load(const float* p) { MXQ_EACH(p[i]); }
-MXQ_INLINE void store(float* p, V v) { memcpy(p, v.v, 64); }
-MXQ_INLINE V add(V a, V b) { MXQ_EACH(a.v[i] + b.v[i]); }
-MXQ_INLINE V sub(V a, V b) { MXQ_EACH(a.v[i] - b.v[i]); }
-MXQ_INLINE V mul(V a, V b) { MXQ_EACH(a.v[i] * b.v[i]); }
-MXQ_INLINE V fma(V a, V b, V c) { MXQ_EACH(a.v[i] * b.v[i] + c.v[i]); }  // rounds twice: the old CPUs have no fused one
-MXQ_INLINE V fnma(V a, V b, V c) { MXQ_EACH(c.v[i] - a.v[i] * b.v[i]); }
+// The same expression of the members a, b, c, d of the arguments.
+#define MXQ_EACH(f) {f(a), f(b), f(c), f(d)}
+template <class T>
+MXQ_INLINE T read(const void* p) { T t; memcpy(&t, p, sizeof t); return t; }
+
+MXQ_INLINE V set1(float f) { const F4 v = {f, f, f, f}; return {v, v, v, v}; }
+MXQ_INLINE V zero() { return set1(0.0f); }
+MXQ_INLINE V load(const float* p) { return read<V>(p); }
+MXQ_INLINE void store(float* p, V v) { memcpy(p, &v, sizeof v); }
+#define MXQ_F(m) x.m + y.m
+MXQ_INLINE V add(V x, V y) { return MXQ_EACH(MXQ_F); }
+#undef MXQ_F
+#define MXQ_F(m) x.m - y.m
+MXQ_INLINE V sub(V x, V y) { return MXQ_EACH(MXQ_F); }
+#undef MXQ_F
+#define MXQ_F(m) x.m * y.m
+MXQ_INLINE V mul(V x, V y) { return MXQ_EACH(MXQ_F); }
+#undef MXQ_F
+MXQ_INLINE V fma(V x, V y, V z) { return add(mul(x, y), z); }  // rounds twice: the old CPUs have no fused one
+MXQ_INLINE V fnma(V x, V y, V z) { return sub(z, mul(x, y)); }
 MXQ_INLINE float hsum(V v) {
-  for (int h = 8; h; h /= 2)
-    for (int i = 0; i < h; i++) v.v[i] += v.v[i + h];
-  return v.v[0];
+  const F4 s = (v.a + v.b) + (v.c + v.d);
+  return (s[0] + s[2]) + (s[1] + s[3]);
 }
-MXQ_INLINE V load_half(const void* p) { MXQ_EACH(half_to_float(((const uint16_t*)p)[i])); }
-MXQ_INLINE V load_bf16(const void* p) { MXQ_EACH(bf16_to_float(((const uint16_t*)p)[i])); }
-MXQ_INLINE V load_s8(const void* p) { MXQ_EACH((float)((const int8_t*)p)[i]); }
-MXQ_INLINE void store_half(void* p, V v) { for (int i = 0; i < 16; i++) ((uint16_t*)p)[i] = float_to_half(v.v[i]); }
-MXQ_INLINE void store_bf16(void* p, V v) { for (int i = 0; i < 16; i++) ((uint16_t*)p)[i] = float_to_bf16(v.v[i]); }
-MXQ_INLINE W load_words(const void* p) { W w; memcpy(w.v, p, 64); return w; }
+MXQ_INLINE F4 half4(const uint16_t* h) {
+  const U4 u = {h[0], h[1], h[2], h[3]}, sign = (u & 0x8000) << 16, magnitude = (u & 0x7fff) << 13;
+  const U4 small = (U4)((F4)magnitude * 0x1p112f);  // moves the exponent; exact for subnormals too
+  const U4 special = (U4)(magnitude >= 0x0f800000u) & 0x7f800000u;  // infinity and NaN
+  return (F4)(sign | small | special);
+}
+MXQ_INLINE V load_half(const void* p) { const uint16_t* h = (const uint16_t*)p; return {half4(h), half4(h + 4), half4(h + 8), half4(h + 12)}; }
+MXQ_INLINE F4 bf16x4(const uint16_t* h) { const U4 u = {h[0], h[1], h[2], h[3]}; return (F4)(u << 16); }
+MXQ_INLINE V load_bf16(const void* p) { const uint16_t* h = (const uint16_t*)p; return {bf16x4(h), bf16x4(h + 4), bf16x4(h + 8), bf16x4(h + 12)}; }
+MXQ_INLINE F4 to_float(S4 s) { return __builtin_convertvector(s, F4); }
+MXQ_INLINE F4 s8x4(const int8_t* p) { const S4 s = {p[0], p[1], p[2], p[3]}; return to_float(s); }
+MXQ_INLINE V load_s8(const void* p) { const int8_t* q = (const int8_t*)p; return {s8x4(q), s8x4(q + 4), s8x4(q + 8), s8x4(q + 12)}; }
+MXQ_INLINE void store_half(void* p, V v) {
+  float f[16];
+  store(f, v);
+  for (int i = 0; i < 16; i++) ((uint16_t*)p)[i] = float_to_half(f[i]);
+}
+MXQ_INLINE void store_bf16(void* p, V v) {
+  float f[16];
+  store(f, v);
+  for (int i = 0; i < 16; i++) ((uint16_t*)p)[i] = float_to_bf16(f[i]);
+}
+MXQ_INLINE W load_words(const void* p) { return read<W>(p); }
+#define MXQ_F(m) w.m >> (uint32_t)s
+MXQ_INLINE W shift_by(W w, int s) { return MXQ_EACH(MXQ_F); }
+#undef MXQ_F
 template <int S>
-MXQ_INLINE W shift(W w) { for (int i = 0; i < 16; i++) w.v[i] >>= S; return w; }
-MXQ_INLINE W shift_by(W w, int s) { for (int i = 0; i < 16; i++) w.v[i] >>= s; return w; }
+MXQ_INLINE W shift(W w) { return shift_by(w, S); }
+#define MXQ_F(m) x.m >> 30 | (y.m >> S & 4)
 template <int S>
-MXQ_INLINE W spare(W a, W b) { for (int i = 0; i < 16; i++) a.v[i] = a.v[i] >> 30 | (b.v[i] >> S & 4); return a; }
+MXQ_INLINE W spare(W x, W y) { return MXQ_EACH(MXQ_F); }
+#undef MXQ_F
+MXQ_INLINE F4 lookup4(const Book& book, U4 u) { return F4{book.v[u[0] & 15], book.v[u[1] & 15], book.v[u[2] & 15], book.v[u[3] & 15]}; }
+#define MXQ_F(m) lookup4(book, w.m)
 template <int BITS>
-MXQ_INLINE V lookup(const Book& book, W w) { MXQ_EACH(book.v[w.v[i] & 15]); }
+MXQ_INLINE V lookup(const Book& book, W w) { return MXQ_EACH(MXQ_F); }
+#undef MXQ_F
+#define MXQ_F(m) to_float((S4)(w.m << (32 - BITS - S)) >> (32 - BITS))
 template <int BITS, int S>
-MXQ_INLINE V centred(const Book&, W w) { MXQ_EACH((float)((int32_t)(w.v[i] << (32 - BITS - S)) >> (32 - BITS))); }
+MXQ_INLINE V centred(const Book&, W w) { return MXQ_EACH(MXQ_F); }  // shifts instead of a table: those are vectors
+#undef MXQ_F
 MXQ_INLINE void transpose(V* r) {
+  float t[16][16], u[16][16];
+  memcpy(t, r, sizeof t);
   for (int i = 0; i < 16; i++)
-    for (int j = 0; j < i; j++) { const float t = r[i].v[j]; r[i].v[j] = r[j].v[i]; r[j].v[i] = t; }
+    for (int j = 0; j < 16; j++) u[i][j] = t[j][i];
+  memcpy(r, u, sizeof u);
 }
 #undef MXQ_EACH
 #endif

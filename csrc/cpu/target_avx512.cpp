@@ -12,7 +12,7 @@
 namespace mxq::avx512 {
 // gemm: 12 rows of x by two vectors of weights are 24 accumulators, two weights and one input beside them.
 static constexpr int GEMV_BLOCK = 8, GEMM_BLOCK = 12, GEMM_TILES = 2;
-static constexpr int GEMV_CHAINS_2 = 4, GEMV_CHAINS_END = 8;
+static constexpr int GEMV_CHAINS_1 = 4, GEMV_CHAINS_2 = 4, GEMV_CHAINS_END = 8;
 }  // namespace mxq::avx512
 
 #include "linear.inl"

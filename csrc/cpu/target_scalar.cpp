@@ -1,4 +1,4 @@
-// Plain C++: runs everywhere, and is vectorized by the compiler with what every x86-64 has.
+// Plain C++ with the smallest vectors of the architecture (SSE2 on every x86-64): runs everywhere.
 #define MXQ_TARGET scalar
 #define MXQ_TARGET_TABLE target_scalar
 #define MXQ_TARGET_NAME "scalar"
@@ -7,8 +7,9 @@
 #include "simd.h"
 
 namespace mxq::scalar {
-static constexpr int GEMV_BLOCK = 4, GEMM_BLOCK = 4, GEMM_TILES = 1;
-static constexpr int GEMV_CHAINS_2 = 2, GEMV_CHAINS_END = 3;
+// 16 registers of 4 lanes, four for each vector: two rows of x are all that they hold.
+static constexpr int GEMV_BLOCK = 2, GEMM_BLOCK = 2, GEMM_TILES = 1;
+static constexpr int GEMV_CHAINS_1 = 2, GEMV_CHAINS_2 = 1, GEMV_CHAINS_END = 0;
 }  // namespace mxq::scalar
 
 #include "linear.inl"
