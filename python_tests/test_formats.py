@@ -38,7 +38,7 @@ def test_there_are_as_many_formats_as_the_grammar_says():
 @pytest.mark.parametrize("fmt", ALL, ids=str)
 def test_names_agree_and_parse_back(fmt):
     assert _native.cpu.format_name(format_tuple(fmt)) == fmt.name
-    assert Format.parse(fmt.name) == fmt and Format.parse(fmt) is fmt
+    assert Format.parse(fmt.name) == fmt and Format.parse(fmt) == fmt
 
 
 @given(st.sampled_from(ALL), st.integers(1, 40), st.integers(1, 3000))
