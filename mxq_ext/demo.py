@@ -24,7 +24,7 @@ from .evaluate import Evaluation, Reference, evaluate, paired, speed
 from .fileio import write_json
 from .hf import demo_model_path, load_model, permute_model
 from .nn import replace_linear
-from .pipeline import LENGTH, Trials, calibration_tokens, make_table, quantize_by_plan
+from .pipeline import LENGTH, Trials, calibration_tokens, make_table, needed_weightings, quantize_by_plan
 from .plan import Plan, solve
 from .plan.presets import find_preset
 from .progress import SILENT, Progress
@@ -78,15 +78,15 @@ def run_demo(out: str | os.PathLike = "mxq-demo", quick: bool = False, progress:
     say("on one of its own. Numbers are differences to this float model and cannot be compared with published ones of SmolLM2.")
     permute_model(model)
     preset = find_preset("mxq")
-    tokens = calibration_tokens(tokenizer, windows=8 if quick else 32)
-    windows = 3 if quick else 12
-    held_out = {kind: texts.windows(tokenizer, texts.heldout_text(kind), LENGTH, windows) for kind in ("technical", "literary")}
-    say(f"calibration: {tokens.numel()} tokens of Python's help topics (sha256 {texts.text_hash(texts.calibration_text())[:12]}); held out: other topics "
-        f"({texts.text_hash(texts.heldout_text('technical'))[:12]}) and the King James Bible ({texts.text_hash(texts.heldout_text('literary'))[:12]}), "
-        f"{windows} windows of {LENGTH} tokens each")
-
     work = out / ("work-quick" if quick else "work")
-    stats = calibrate(model, tokens, work / "stats", fisher=False, progress=progress)
+    tokens = calibration_tokens(model, tokenizer, work, windows=8 if quick else 32, progress=progress)
+    windows = 3 if quick else 12
+    held_out = {kind: texts.spread(texts.windows(tokenizer, texts.heldout_text(kind), LENGTH), windows) for kind in ("technical", "literary")}
+    say(f"calibration: {tokens.numel()} tokens, half of Python's help topics (sha256 {texts.text_hash(texts.calibration_text())[:12]}), "
+        "half written by the model")
+    say(f"held out: other topics ({texts.text_hash(texts.heldout_text('technical'))[:12]}) and the King James Bible "
+        f"({texts.text_hash(texts.heldout_text('literary'))[:12]}), {windows} windows of {LENGTH} tokens each")
+    stats = calibrate(model, tokens, work / "stats", weightings=needed_weightings(preset), fisher=False, progress=progress)
     table = make_table(model, tokens, stats, preset, work, progress)
     trials = Trials(work / "trials", stats, preset)
     units = find_units(model)
@@ -112,7 +112,8 @@ def run_demo(out: str | os.PathLike = "mxq-demo", quick: bool = False, progress:
     bit_map_svg(entries, out / "bits.svg")
     comparisons = _compare(rows)
     result = {"date": datetime.date.today().isoformat(), "machine": _machine(), "model": model.mxq_source | {"permuted": True}, "texts": texts.describe(),
-              "calibration_tokens": tokens.numel(), "windows": windows, "length": LENGTH, "preset": preset.__dict__ | {"options": dict(preset.options)},
+              "calibration_tokens": tokens.numel(), "self_written": True, "windows": windows, "length": LENGTH,
+              "preset": preset.__dict__ | {"options": dict(preset.options)},
               "rows": [r.to_dict() for r in rows], "comparisons": comparisons, "sample": sample, "seconds": time.monotonic() - start}
     write_json(out / "demo.json", result)
     _print(rows, comparisons, bit_map_text(entries), sample, kept, out)

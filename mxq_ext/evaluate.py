@@ -6,7 +6,6 @@ Logits of a whole window are never held: the last block's output is kept, and he
 
 from __future__ import annotations
 
-import inspect
 import math
 import statistics
 import time
@@ -16,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from .decoding import Decoder
 from .errors import ModelError, ShapeError
 from .progress import SILENT, Progress
 from .stats.store import tokens_hash
@@ -202,22 +202,6 @@ def paired(a: Evaluation, b: Evaluation) -> dict[str, float | None]:
 # Generating -----------------------------------------------------------------------------------------------------------------------
 
 
-class _Decoder:
-    """A model with a cache, fed step by step; ``step`` returns the logits [B, V] of the last position."""
-
-    def __init__(self, model: nn.Module):
-        from transformers import DynamicCache
-
-        self.model = model
-        accepted = inspect.signature(model.forward).parameters
-        self.name = "cache" if "cache" in accepted else "past_key_values"  # renamed in transformers 5
-        self.cache = DynamicCache(config=model.config)
-        self.options = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
-
-    def step(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.model(ids, use_cache=True, **{self.name: self.cache}, **self.options).logits[:, -1]
-
-
 @torch.no_grad()
 def speed(model: nn.Module, prefill: int = 512, decode: int = 32, repeats: int = 3, seed: int = 0) -> dict[str, float | int]:
     """Tokens per second at batch 1, on random tokens: reading a prompt of ``prefill`` tokens, then writing ``decode`` tokens greedily.
@@ -233,7 +217,7 @@ def speed(model: nn.Module, prefill: int = 512, decode: int = 32, repeats: int =
     with frozen(model):
         for round_ in range(-1, repeats):
             ids = torch.randint(0, vocabulary, (1, prefill), generator=generator).to(model.device)
-            decoder = _Decoder(model)
+            decoder = Decoder(model)
             start = time.perf_counter()
             token = decoder.step(ids).argmax(dim=-1, keepdim=True)
             first = time.perf_counter()
@@ -252,7 +236,7 @@ def speed(model: nn.Module, prefill: int = 512, decode: int = 32, repeats: int =
 @torch.no_grad()
 def greedy(model: nn.Module, prompt: torch.Tensor, n: int) -> torch.Tensor:
     """The ``n`` likeliest next tokens, one after the other, int64 [n], after ``prompt`` [T]; an end-of-text token does not stop it."""
-    decoder, token, out = _Decoder(model), prompt[None], []
+    decoder, token, out = Decoder(model), prompt[None], []
     with frozen(model):
         for _ in range(n):
             token = decoder.step(token).argmax(dim=-1, keepdim=True)

@@ -3,6 +3,7 @@
 The only module that knows every step. Each step reads and writes a file of a work directory, so an interrupted run goes on where
 it stopped, and each file can be opened and replaced by hand::
 
+    work/tokens.safetensors  the calibration windows
     work/stats/            what calibration saw              (stats.Stats)
     work/trials/<key>/     one quantized weight per file     (QTensor; key = quantizer settings)
     work/cost-<key>.json   loss and bytes of each candidate  (sensitivity.CostTable)
@@ -39,7 +40,7 @@ from .structure import Unit, find_units
 
 WINDOWS = 48  #: calibration windows of LENGTH tokens
 LENGTH = 512
-TOKENS = "tokens.safetensors"  #: beside the Stats of ``mxq calibrate``: the windows, for the probes of ``mxq sense``
+TOKENS = "tokens.safetensors"
 
 
 @dataclass
@@ -57,13 +58,32 @@ class Result:
 # Steps ----------------------------------------------------------------------------------------------------------------------------
 
 
-def calibration_tokens(tokenizer, text: str | None = None, windows: int = WINDOWS, length: int = LENGTH) -> torch.Tensor:
-    """Calibration windows [W, length] of the given text, spread evenly over it; of the built-in text when None. W <= ``windows``."""
+def calibration_tokens(model: nn.Module, tokenizer, work: Path, *, text: str | None = None, windows: int = WINDOWS, length: int = LENGTH, seed: int = 0,
+                       progress: Progress = SILENT) -> torch.Tensor:
+    """Calibration windows int64 [W, length], W <= ``windows``: of ``text``, spread evenly over it; when None, half of the windows
+    are of the built-in text and half are written by the model itself. Kept in ``work``, so that a resumed run sees the same.
+    """
     if tokenizer is None:
         raise CheckpointError("calibrating", "the model directory holds no tokenizer", "add tokenizer.json to it")
-    every = texts.windows(tokenizer, texts.calibration_text() if text is None else text, length)
-    keep = torch.linspace(0, every.shape[0] - 1, min(windows, every.shape[0])).round().long()
-    return every[keep]
+    asked = {"model": model_fingerprint(model), "text": texts.text_hash(texts.calibration_text() if text is None else text),
+             "self_written": str(text is None), "windows": str(windows), "length": str(length), "seed": str(seed)}
+    path = work / TOKENS
+    if path.exists():
+        tensors, meta = load_tensors(path)
+        if meta != asked:
+            changed = ", ".join(k for k in asked if meta.get(k) != asked[k])
+            raise CheckpointError(f"calibrating in {work}", f"it holds the windows of another run (other {changed})",
+                                  "use another directory or remove this one")
+        return tensors["tokens"]
+    if text is None:
+        own = windows // 2
+        tokens = texts.spread(texts.windows(tokenizer, texts.calibration_text(), length), windows - own)
+        if own:
+            tokens = torch.cat([tokens, texts.self_written(model, own, length, seed=seed, progress=progress)])
+    else:
+        tokens = texts.spread(texts.windows(tokenizer, text, length), windows)
+    save_tensors(path, {"tokens": tokens}, asked)
+    return tokens
 
 
 class Trials:
@@ -143,7 +163,7 @@ def quantize_model(model: nn.Module, tokenizer, *, bits: float | None = None, nb
     Args:
         bits: average stored bits per weight over all units, scales and tables counted; or ``nbytes``, the same as bytes; or ``plan``, a Plan,
             a plan file or a format name, which skips the search. Exactly one of the three.
-        text: path of a UTF-8 text file to calibrate on; the built-in text when None.
+        text: path of a UTF-8 text file to calibrate on; None takes the built-in text and as much written by the model itself.
         preset: a name of ``presets.PRESETS``; ``candidates``, ``metric``, ``method`` and ``weighting`` replace parts of it.
         windows: calibration windows of 512 tokens.
         work: directory of intermediate files; kept, and reused by a later call. A temporary one when None.
@@ -156,8 +176,8 @@ def quantize_model(model: nn.Module, tokenizer, *, bits: float | None = None, nb
         raise PlanError(f"quantize_model(bits={bits}, nbytes={nbytes}, plan={plan})", "exactly one of the three must be given", "drop the others")
     chosen = find_preset(preset, candidates=candidates, metric=metric, method=method, weighting=weighting)
     with contextual_directory(work) as directory:
-        tokens = calibration_tokens(tokenizer, None if text is None else texts.read_text(text), windows)
-        stats = calibrate(model, tokens, directory / "stats", fisher=needs_fisher(chosen), progress=progress)
+        tokens = calibration_tokens(model, tokenizer, directory, text=None if text is None else texts.read_text(text), windows=windows, progress=progress)
+        stats = calibrate(model, tokens, directory / "stats", weightings=needed_weightings(chosen), fisher=needs_fisher(chosen), progress=progress)
         table = None
         if plan is None:
             table = make_table(model, tokens, stats, chosen, directory, progress)
@@ -205,6 +225,12 @@ def needs_fisher(preset: Preset) -> bool:
     return preset.metric == "fisher_diag" or preset.method == "kmeans"
 
 
+def needed_weightings(preset: Preset) -> tuple[str, ...]:
+    """The second moments that a preset reads; each kind costs time and disk in calibration."""
+    gradient = ("gradient",) if preset.metric in ("fisher", "anchored_kl") else ()
+    return tuple(dict.fromkeys(("none", preset.weighting, *gradient)))
+
+
 def as_plan(plan: Plan | str | os.PathLike, preset: Preset) -> Plan:
     """A Plan from a Plan, a file, or the name of a format for all units."""
     if isinstance(plan, Plan):
@@ -228,9 +254,8 @@ def calibrate_model(model_path, out, *, text_path=None, windows: int = WINDOWS, 
     """``mxq calibrate``: writes Stats of a model to the directory ``out`` and returns their summary."""
     model, tokenizer = load(model_path)
     text = None if text_path is None else texts.read_text(text_path)
-    tokens = calibration_tokens(tokenizer, text, windows)
+    tokens = calibration_tokens(model, tokenizer, Path(out), text=text, windows=windows, progress=progress)
     stats = calibrate(model, tokens, out, progress=progress)
-    save_tensors(Path(out) / TOKENS, {"tokens": tokens})
     return {"out": str(out), "text": texts.text_hash(texts.calibration_text() if text is None else text), **stats.meta}
 
 

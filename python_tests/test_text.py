@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from conftest import make_model
 
 from mxq_ext import text as module
 from mxq_ext.errors import ModelError
@@ -154,3 +155,31 @@ def test_texts_do_not_depend_on_hash_randomization():
     found = {subprocess.run([sys.executable, "-c", code], env={"PYTHONHASHSEED": seed, "PYTHONPATH": ":".join(filter(None, sys.path))},
                             capture_output=True, text=True, check=True).stdout for seed in ("1", "2")}
     assert found == {describe()["calibration_sha256"] + "\n"}
+
+
+def test_self_written_follows_the_models_own_distribution():
+    """The same draws from full forwards without a cache."""
+    model = make_model(seed=1)
+    got = module.self_written(model, 2, 12, seed=5)
+    generator = torch.Generator().manual_seed(5)
+    want = torch.randint(0, model.config.vocab_size, (2, 1), generator=generator)
+    with torch.no_grad():
+        for _ in range(11):
+            p = torch.softmax(model(want, use_cache=False).logits[:, -1], dim=-1)
+            want = torch.cat([want, torch.multinomial(p, 1, generator=generator)], dim=1)
+    assert torch.equal(got, want)
+    assert not torch.equal(got, module.self_written(model, 2, 12, seed=6))
+
+
+def test_self_written_refusals():
+    model = make_model()
+    with pytest.raises(ModelError, match="2..512"):
+        module.self_written(model, 1, 513)
+    model.model.norm.weight.data.fill_(float("nan"))
+    with pytest.raises(ModelError, match="not finite"):
+        module.self_written(model, 1, 8)
+
+
+def test_spread_keeps_both_ends():
+    w = torch.arange(20).view(10, 2)
+    assert module.spread(w, 4)[:, 0].tolist() == [0, 6, 12, 18] and torch.equal(module.spread(w, 99), w)
