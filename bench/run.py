@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[first])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--target", help="instruction set, the fastest one without it")
-    parser.add_argument("--out", help="file name under bench/results")
+    parser.add_argument("--out", help="JSON file; a bare name goes to bench/results")
     op.arguments(parser)
     options = parser.parse_args(argv)
 
@@ -46,8 +46,9 @@ def main(argv: list[str] | None = None) -> None:
     except MxqError as error:
         raise SystemExit(f"bench: {error}") from None
     if options.out:
-        write_json(HERE / "results" / options.out, {"op": options.op, "machine": where, "options": vars(options), "rows": rows})
-        print(f"\nwritten to bench/results/{options.out}")
+        path = Path(options.out) if "/" in options.out else HERE / "results" / options.out
+        write_json(path, {"op": options.op, "machine": where, "options": vars(options), "rows": rows})
+        print(f"\nwritten to {path}")
 
 
 if __name__ == "__main__":

@@ -491,10 +491,10 @@ static void gemm(const Job& j, int64_t tile0, int64_t tile1, float* scratch) {
       else gemm_all_blocks<1>(j, panel, x, s.padded, c0, c1 - c0, acc);
     }
   }
-  for (int64_t t = 0; t < run.count; t++) {
-    const int64_t tile_rows = rows - 16 * t < 16 ? rows - 16 * t : 16;
-    for (int64_t b = 0; b < j.blocks; b++) {
-      const int64_t m0 = block_start(j, b), mr = block_start(j, b + 1) - m0;
+  for (int64_t b = 0; b < j.blocks; b++) {  // block by block: the rows of y are far apart, each in a page of its own
+    const int64_t m0 = block_start(j, b), mr = block_start(j, b + 1) - m0;
+    for (int64_t t = 0; t < run.count; t++) {
+      const int64_t tile_rows = rows - 16 * t < 16 ? rows - 16 * t : 16;
       finish(j, row0 + 16 * t, tile_rows, m0, mr, acc + m0 * LDP + 16 * t, LDP);
     }
   }
