@@ -32,9 +32,9 @@ def arguments(parser) -> None:
 
 def competitors(weight: torch.Tensor, x: torch.Tensor) -> dict[str, tuple[int, Callable[[], Any], Callable[[Any], torch.Tensor], float]]:
     """Name -> (bytes of a weight, a maker of copies, the call, largest error allowed against ``weight``)."""
-    half = x.to(torch.bfloat16)
+    single, half = x.float(), x.to(torch.bfloat16)
     return {
-        "torch fp32": (4 * weight.numel(), weight.clone, lambda w, v=x.float(): torch_linear(v, w), 1e-5),
+        "torch fp32": (4 * weight.numel(), weight.clone, lambda w: torch_linear(single, w), 1e-5),
         "torch bf16": (2 * weight.numel(), lambda: weight.to(torch.bfloat16), lambda w: torch_linear(half, w), 2e-2),
     }
 

@@ -48,7 +48,7 @@ def test_wrong_results_are_not_timed(bench, monkeypatch):
 
 
 def test_mistakes_end_without_a_traceback(bench):
-    with pytest.raises(SystemExit, match="bench: format 'w5'"):
+    with pytest.raises(SystemExit, match="bench: uniform format of 5 bits"):
         bench.main(["--formats", "w5"])
     with pytest.raises(SystemExit, match="CPU target 'sse9'"):
         bench.main(["--target", "sse9"])
