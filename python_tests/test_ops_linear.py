@@ -73,7 +73,7 @@ def test_every_format_and_shape_against_float64(name, target):
         q = cases.random_qtensor(name, n, k, seed=i)
         p, w = ops.prepack(q), q.dequantize().double()
         bias = torch.randn(n)
-        for m in cases.ROWS if i in (5, 7) else (1, 2, 5, 8, 9):
+        for m in cases.ROWS if i in (5, 7) else (1, 2, 5, 8, 9, 17, 29):
             x = cases.random_x(m, k, seed=m)
             results.append(ops.linear(x, p, bias).flatten())
             exact.append((x.double() @ w.T + bias.double()).flatten())
@@ -89,7 +89,7 @@ def test_identity_gives_the_weights_bit_for_bit(name, target):
         p, w = ops.prepack(q), q.dequantize()
         eye = torch.eye(k)
         assert torch.equal(ops.linear(eye, p), w.T), (n, k)
-        for m in (1, 2, 3, 4, 7, 8, 9, 13):
+        for m in (1, 2, 3, 4, 7, 8, 9, 13, 18, 23):
             rows = torch.randperm(k)[:m]
             assert torch.equal(ops.linear(eye[rows], p), w.T[rows]), (n, k, m)
 
@@ -114,7 +114,7 @@ def test_layouts(layout, target):
 def test_types_against_the_twin(name, dtype, target):
     q = cases.random_qtensor(name, 33, 577)
     p = ops.prepack(q)
-    for m in (1, 3, 8, 12, 33):
+    for m in (1, 3, 8, 12, 19, 33):
         x = cases.random_x(m, 577, dtype)
         for bias in (None, torch.randn(33), torch.randn(33).to(dtype)):
             y, ref = ops.linear(x, p, bias), ops.linear_ref(x, p, bias)
@@ -243,7 +243,7 @@ def test_embedding(dtype):
 def test_result_does_not_depend_on_threads(target, threads):
     weights = [ops.prepack(q) for q in (cases.random_qtensor("w3g64_asym", 900, 700), cases.random_qtensor("lut4", 500, 1100), cases.LAYOUTS[4].make())]
     for p in weights:
-        for m in (1, 3, 8, 9, 40, 600):
+        for m in (1, 3, 8, 9, 17, 40, 600):
             x = cases.random_x(m, p.shape[1])
             threads(1)
             one = ops.linear(x, p)
@@ -261,7 +261,7 @@ def test_result_does_not_depend_on_threads(target, threads):
 def test_several_python_threads_at_once(threads):
     threads(2)
     p = ops.prepack(cases.random_qtensor("w4g64", 700, 600))
-    inputs = [cases.random_x(m, 600, seed=m) for m in (1, 4, 9, 70)]
+    inputs = [cases.random_x(m, 600, seed=m) for m in (1, 4, 17, 70)]
     want = [ops.linear(x, p) for x in inputs]
     wrong = []
 
@@ -364,8 +364,8 @@ def run(code: str, **environment) -> subprocess.CompletedProcess:
 
 def test_explain_names_the_kernel(target):
     p = ops.prepack(cases.random_qtensor("w4g64", 16, 64))
-    assert ops.explain(p, 1, torch.float32) == ops.explain(p, 8) == f"gemv_w4g64_a16__{target}"
-    assert ops.explain(p, 9, torch.bfloat16) == f"gemm_w4g64_a16__{target}"
+    assert ops.explain(p, 1, torch.float32) == ops.explain(p, 16) == f"gemv_w4g64_a16__{target}"
+    assert ops.explain(p, 17, torch.bfloat16) == f"gemm_w4g64_a16__{target}"
     assert ops.explain(ops.prepack(cases.LAYOUTS[1].make()), 1) == f"gemv_w2g64+w4g32_fz+fp16_a16__{target}"
 
 
@@ -379,11 +379,11 @@ def test_targets_are_listed_slowest_first():
 def test_the_environment_chooses_the_target_and_prints_the_kernel():
     code = ("import torch; from mxq_ext import ops; from mxq_ext.testing.cases import random_qtensor\n"
             "p = ops.prepack(random_qtensor('w3g32', 20, 40))\n"
-            "for m in (1, 1, 9): ops.linear(torch.ones(m, 40), p)\n"
+            "for m in (1, 1, 17): ops.linear(torch.ones(m, 40), p)\n"
             "torch.ops.mxq_ext.linear(torch.ones(2, 40), p.blob, 20, None); print(ops.target())")
     done = run(code, MXQ_CPU_TARGET="scalar", MXQ_PRINT_CONFIG="1")
     assert done.stdout == "scalar\n", done.stderr
-    assert done.stderr.splitlines() == [f"mxq_ext: linear M={m} N=20 K=40: {op}_w3g32_a16__scalar" for m, op in ((1, "gemv"), (9, "gemm"), (2, "gemv"))]
+    assert done.stderr.splitlines() == [f"mxq_ext: linear M={m} N=20 K=40: {op}_w3g32_a16__scalar" for m, op in ((1, "gemv"), (17, "gemm"), (2, "gemv"))]
     done = run(code)
     assert done.stdout == f"{TARGETS[-1]}\n" and done.stderr == ""
 

@@ -48,7 +48,7 @@ void linear(const uint8_t* blob, const void* x, int64_t ldx, int type, int64_t m
   const int64_t block = gemm ? target.gemm_block : target.gemv_block;
   const int64_t size = type == F32 ? 4 : 2;
 
-  const int64_t pass = std::min(m, MAX_ROWS);
+  const int64_t pass = ceil_div(m, ceil_div(m, MAX_ROWS));  // nearly equal passes: a last one of a few rows would cost a whole one
   const int64_t work = int64_t(h.n) * h.k * std::min<int64_t>(pass, 1 << 20);
   threads = int(std::max<int64_t>(1, std::min<int64_t>(threads, work / WORK_PER_THREAD)));
   const int64_t per_worker = gemm ? round_up(target.gemm_scratch(pass), 16) : 0;

@@ -24,7 +24,7 @@ BENCH_FORMATS = ("w2g64", "w3g64", "w4g64", "w4g64_asym", "w8", "nf4g64", "lut2"
 #: (N, K): single weights, ragged groups, less than a lane, odd multiples, widths of small models, a lut stripe and its tails.
 SHAPES = ((1, 1), (3, 31), (16, 32), (17, 33), (31, 64), (33, 100), (47, 191), (64, 576), (5, 1000), (18, 1519))
 #: Rows of x: every micro-kernel, both sides of the gemv/gemm border, and more than one block.
-ROWS = (*range(1, 18), 33)
+ROWS = (*range(1, 18), 20, 25, 33)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
