@@ -12,11 +12,14 @@ it stopped, and each file can be opened and replaced by hand::
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import hashlib
 import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,6 +44,7 @@ from .structure import Unit, find_units
 WINDOWS = 48  #: calibration windows of LENGTH tokens
 LENGTH = 512
 TOKENS = "tokens.safetensors"
+CALIBRATED = ("auto", "gptq", "kmeans")  #: methods that read second moments or Fisher diagonals; a plan for another needs no calibration
 
 
 @dataclass
@@ -175,15 +179,19 @@ def quantize_model(model: nn.Module, tokenizer, *, bits: float | None = None, nb
     if sum(x is not None for x in (bits, nbytes, plan)) != 1:
         raise PlanError(f"quantize_model(bits={bits}, nbytes={nbytes}, plan={plan})", "exactly one of the three must be given", "drop the others")
     chosen = find_preset(preset, candidates=candidates, metric=metric, method=method, weighting=weighting)
-    with contextual_directory(work) as directory:
-        tokens = calibration_tokens(model, tokenizer, directory, text=None if text is None else texts.read_text(text), windows=windows, progress=progress)
-        stats = calibrate(model, tokens, directory / "stats", weightings=needed_weightings(chosen), fisher=needs_fisher(chosen), progress=progress)
-        table = None
+    if plan is not None:
+        plan = as_plan(plan, chosen)
+        chosen = quantizer_of(plan, chosen, method=method, weighting=weighting)
+        plan.resolve(find_units(model))  # names that do not fit are told before an hour of calibration
+    with working_directory(work) as directory:
+        table = stats = None
+        if plan is None or chosen.method in CALIBRATED:
+            read = None if text is None else texts.read_text(text)
+            tokens = calibration_tokens(model, tokenizer, directory, text=read, windows=windows, progress=progress)
+            stats = calibrate(model, tokens, directory / "stats", weightings=needed_weightings(chosen), fisher=needs_fisher(chosen), progress=progress)
         if plan is None:
             table = make_table(model, tokens, stats, chosen, directory, progress)
             plan = solve(table, bits=bits, nbytes=nbytes, quantizer=chosen.quantizer())
-        else:
-            plan = as_plan(plan, chosen)
         plan.save(directory / "plan.json")
         units = find_units(model)
         nbytes, stored = plan.predicted_bytes(units)["total"], plan.stored_bits(units)
@@ -192,32 +200,15 @@ def quantize_model(model: nn.Module, tokenizer, *, bits: float | None = None, nb
     return Result(model, plan, table, stats if work is not None else None, stored, nbytes)
 
 
-def contextual_directory(work: str | os.PathLike | None):
-    """A context manager: the given directory, made if missing and kept; or a temporary one."""
+@contextlib.contextmanager
+def working_directory(work: str | os.PathLike | None) -> Iterator[Path]:
+    """The given directory, made if missing and kept; or a temporary one."""
     if work is None:
-        return _Temporary()
-    return _Kept(Path(work))
-
-
-class _Kept:
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __enter__(self) -> Path:
-        self.path.mkdir(parents=True, exist_ok=True)
-        return self.path
-
-    def __exit__(self, *exc) -> None:
-        pass
-
-
-class _Temporary:
-    def __enter__(self) -> Path:
-        self._holder = tempfile.TemporaryDirectory(prefix="mxq-")
-        return Path(self._holder.name)
-
-    def __exit__(self, *exc) -> None:
-        self._holder.cleanup()
+        with tempfile.TemporaryDirectory(prefix="mxq-") as path:
+            yield Path(path)
+    else:
+        Path(work).mkdir(parents=True, exist_ok=True)
+        yield Path(work)
 
 
 def needs_fisher(preset: Preset) -> bool:
@@ -238,6 +229,13 @@ def as_plan(plan: Plan | str | os.PathLike, preset: Preset) -> Plan:
     if str(plan).endswith(".json"):
         return Plan.load(plan)
     return Plan.uniform(Format.parse(str(plan)), quantizer=preset.quantizer())
+
+
+def quantizer_of(plan: Plan, preset: Preset, *, method: str | None, weighting: str | None) -> Preset:
+    """The preset with the quantizer that the plan names; an explicit ``method`` or ``weighting`` of the caller wins."""
+    options = dict(plan.quantizer)
+    named, moments = options.pop("name", preset.method), options.pop("weighting", preset.weighting)
+    return dataclasses.replace(preset, method=method or named, weighting=weighting or moments, options=tuple(options.items()) if method is None else ())
 
 
 # Verbs: the same on paths -----------------------------------------------------------------------------------------------------------

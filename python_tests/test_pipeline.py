@@ -82,6 +82,18 @@ def test_uniform_plan_and_plan_file(source, tmp_path):
     assert checkpoint.load(tmp_path / "a")(ids).logits.shape == checkpoint.load(tmp_path / "b")(ids).logits.shape
 
 
+def test_a_plan_without_calibration_needs_no_text(source, tmp_path):
+    """RTN reads no statistics, so none are collected; an explicit method wins over the plan's."""
+    a = pipeline.quantize_model(make_model(), None, plan=Plan.uniform("w4g32_asym", quantizer={"name": "rtn"}), work=tmp_path / "work")
+    b = pipeline.quantize_model(make_model(), None, plan="w4g32_asym", method="rtn")
+    assert not (tmp_path / "work" / "stats").exists() and a.stats is None
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        assert torch.equal(a.model(ids).logits, b.model(ids).logits)
+    with pytest.raises(PlanError, match="layers.0"):
+        pipeline.quantize_model(make_model(), None, plan=Plan(units={"model.layers.0.mlp.gate": "w8"}))
+
+
 def test_existing_output_is_refused(source, tmp_path):
     (tmp_path / "q").mkdir()
     with pytest.raises(CheckpointError, match="exists already"):
