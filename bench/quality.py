@@ -145,7 +145,8 @@ def main() -> None:
         bench = Bench(Path(options.work), options.windows, options.calibration, progress)
         comparisons = run(bench, options.parts.split(","))
     rows = [r | {"quality": {k: e.to_dict() for k, e in r["quality"].items()}} for r in bench.rows]
-    write_json(options.out, {"machine": machine(), "model": bench.model.mxq_source | {"path": demo_model_path().name, "permuted": True}, "texts": texts.describe(),
+    source = bench.model.mxq_source | {"path": demo_model_path().name, "permuted": True}
+    write_json(options.out, {"machine": machine(), "model": source, "texts": texts.describe(),
                              "float": {k: e.to_dict() for k, e in bench.float.items()}, "rows": rows, "comparisons": comparisons})
     header = ["part", "plan", "stored bits", *(f"{what} {k}" for k in KINDS for what in ("ppl", "KL"))]
     print(markdown_table(header, [[r["part"], r["name"], f"{r['stored_bits']:.3f}", *_cells(r["quality"])] for r in bench.rows]))

@@ -111,7 +111,8 @@ def run_demo(out: str | os.PathLike = "mxq-demo", quick: bool = False, progress:
     entries = bit_map_entries(checkpoint.inspect(kept))
     bit_map_svg(entries, out / "bits.svg")
     comparisons = _compare(rows)
-    result = {"date": datetime.date.today().isoformat(), "machine": _machine(), "model": model.mxq_source | {"path": Path(model.mxq_source["path"]).name, "permuted": True}, "texts": texts.describe(),
+    source = model.mxq_source | {"path": Path(model.mxq_source["path"]).name, "permuted": True}
+    result = {"date": datetime.date.today().isoformat(), "machine": _machine(), "model": source, "texts": texts.describe(),
               "calibration_tokens": tokens.numel(), "self_written": True, "windows": windows, "length": LENGTH,
               "preset": preset.__dict__ | {"options": dict(preset.options)},
               "rows": [r.to_dict() for r in rows], "comparisons": comparisons, "sample": sample, "seconds": time.monotonic() - start}
