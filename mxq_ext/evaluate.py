@@ -84,7 +84,7 @@ class Evaluation:
 
     def to_dict(self) -> dict:
         """For JSON: means, standard errors (null for a single window) and the values per window; no KL entries without a reference."""
-        out = {"windows": self.windows, "length": self.length, "scored_tokens": self.scored, "tokens_sha256": self.tokens,
+        out = {"windows": self.windows, "length": self.length, "stride": self.length, "scored_tokens": self.scored, "tokens_sha256": self.tokens,
                "perplexity": self.perplexity, "nll": self.nll, "nll_se": _finite(self.nll_se), "nll_windows": self.nll_windows}
         if self.kl_windows is not None:
             out |= {"kl": self.kl, "kl_se": _finite(self.kl_se), "kl_windows": self.kl_windows, "agreement": self.agreement,

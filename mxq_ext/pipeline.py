@@ -1,21 +1,18 @@
 """The whole line: model + text -> Stats -> CostTable -> Plan -> QTensors -> swapped model -> checkpoint.
 
-The only module that knows every step. Each step reads and writes a file of a work directory, so an interrupted run goes on where
-it stopped, and each file can be opened and replaced by hand::
+The only module that knows every step. Each step leaves its files in a work directory, so an interrupted run goes on where it stopped::
 
-    work/tokens.safetensors  the calibration windows
-    work/stats/            what calibration saw              (stats.Stats)
-    work/trials/<key>/     one quantized weight per file     (QTensor; key = quantizer settings)
-    work/cost-<key>.json   loss and bytes of each candidate  (sensitivity.CostTable)
-    work/plan.json         the formats chosen                (plan.Plan)
+    work/tokens.safetensors   the calibration windows
+    work/stats-<kinds>/       what calibration saw                        (stats.Stats)
+    work/trials/<key>/        one quantized weight per file               (trials.Trials)
+    work/cost-<key>.json      loss and bytes of each candidate            (sensitivity.CostTable)
+    work/plan.json            the formats chosen; to change them, edit it and pass it as ``--plan``
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
-import json
 import os
 import shutil
 import tempfile
@@ -23,23 +20,27 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
+from . import checkpoint
 from . import text as texts
-from .errors import CheckpointError, MxqError, PlanError
+from .errors import CheckpointError, ModelError, MxqError, PlanError, QuantizationError
 from .fileio import load_tensors, save_tensors
 from .formats import Format
-from .nn import replace_linear
+from .nn import quantized_modules, replace_linear
 from .plan import Plan, pareto_front, solve
 from .plan.presets import Preset, find_preset
 from .progress import SILENT, Progress
 from .qtensor import QTensor
-from .quantizers import prepare_hessian, quantize
+from .quantizers import find_method, make_options
 from .sensitivity import CostTable, sense
+from .sensitivity.metrics import find_metric
 from .stats import Stats, calibrate
 from .stats.store import model_fingerprint
 from .structure import Unit, find_units
+from .trials import Trials, short_hash
 
 WINDOWS = 48  #: calibration windows of LENGTH tokens
 LENGTH = 512
@@ -67,8 +68,7 @@ def calibration_tokens(model: nn.Module, tokenizer, work: Path, *, text: str | N
     """Calibration windows int64 [W, length], W <= ``windows``: of ``text``, spread evenly over it; when None, half of the windows
     are of the built-in text and half are written by the model itself. Kept in ``work``, so that a resumed run sees the same.
     """
-    if tokenizer is None:
-        raise CheckpointError("calibrating", "the model directory holds no tokenizer", "add tokenizer.json to it")
+    need_tokenizer(tokenizer, "the model")
     asked = {"model": model_fingerprint(model), "text": texts.text_hash(texts.calibration_text() if text is None else text),
              "self_written": str(text is None), "windows": str(windows), "length": str(length), "seed": str(seed)}
     path = work / TOKENS
@@ -90,53 +90,10 @@ def calibration_tokens(model: nn.Module, tokenizer, work: Path, *, text: str | N
     return tokens
 
 
-class Trials:
-    """Quantized weights by (unit, format), made once and kept in files: sensing tries them, the final plan takes them.
-
-    The weight and its second moment decide the result, not the plan, so one file serves every budget.
-    """
-
-    def __init__(self, directory: Path, stats: Stats | None, preset: Preset):
-        settings = {"quantizer": preset.quantizer(), "stats": None if stats is None else stats.meta}
-        key = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:12]
-        self.key, self.directory, self.stats, self.preset = key, directory / key, stats, preset
-        self._factor: tuple[str, object] | None = None
-
-    def path(self, unit: Unit, fmt: Format) -> Path:
-        return self.directory / f"{unit.name}.{fmt}.safetensors"
-
-    def __call__(self, unit: Unit, weight: torch.Tensor, fmt: Format) -> QTensor:
-        """The QTensor of ``weight`` [N, K] in ``fmt``, from its file if there is one."""
-        path = self.path(unit, fmt)
-        if path.exists():
-            tensors, meta = load_tensors(path)
-            q = QTensor.from_tensors(json.loads(meta["qtensor"]), tensors)
-            q.info = json.loads(meta["info"])
-            return q
-        q = self._quantize(unit, weight, fmt)
-        save_tensors(path, q.to_tensors(), {"qtensor": json.dumps(q.meta()), "info": json.dumps(q.info)})
-        return q
-
-    def _quantize(self, unit: Unit, weight: torch.Tensor, fmt: Format) -> QTensor:
-        method, options = self.preset.method, dict(self.preset.options)
-        if self.stats is None or unit.name not in self.stats:
-            return quantize(weight, fmt, method="auto" if method in ("auto", "gptq") else method, **({} if method == "gptq" else options))
-        fisher = self.stats.fisher(unit.name) if method == "kmeans" else None
-        return quantize(weight, fmt, method=method, hessian=self._hessian(unit), fisher=fisher, **options)
-
-    def _hessian(self, unit: Unit):
-        """The factorized second moment; the last one is kept, since all formats of a unit come in a row."""
-        if self._factor is None or self._factor[0] != unit.name:
-            self._factor = (unit.name, prepare_hessian(self.stats.hessian(unit.name, self.preset.weighting)))
-        return self._factor[1]
-
-
 def make_table(model: nn.Module, tokens: torch.Tensor, stats: Stats, preset: Preset, work: Path, progress: Progress = SILENT) -> CostTable:
     """The cost table of a preset, read from the work directory when it is there."""
-    trials = Trials(work / "trials", stats, preset)
-    asked = {"candidates": list(preset.candidates), "metric": preset.metric, "trials": trials.key}
-    key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
-    path = work / f"cost-{key}.json"
+    trials = Trials(work / "trials", model, stats, preset)
+    path = work / f"cost-{short_hash({'candidates': list(preset.candidates), 'metric': preset.metric, 'trials': trials.key})}.json"
     if path.exists():
         return CostTable.load(path)
     table = sense(model, tokens, stats, preset.candidates, metric=preset.metric, trial=trials, progress=progress)
@@ -160,8 +117,8 @@ def quantize_by_plan(model: nn.Module, plan: Plan, trials: Trials, progress: Pro
 
 def quantize_model(model: nn.Module, tokenizer, *, bits: float | None = None, nbytes: int | None = None, plan: Plan | str | None = None,
                    text: str | os.PathLike | None = None, preset: str | None = None, candidates=None, metric: str | None = None,
-                   method: str | None = None, weighting: str | None = None, windows: int = WINDOWS, work: str | os.PathLike | None = None,
-                   progress: Progress = SILENT) -> Result:
+                   method: str | None = None, weighting: str | None = None, windows: int = WINDOWS, stats_dir: str | os.PathLike | None = None,
+                   work: str | os.PathLike | None = None, progress: Progress = SILENT) -> Result:
     """Calibrates, senses, plans and quantizes ``model`` in place.
 
     Args:
@@ -170,6 +127,7 @@ def quantize_model(model: nn.Module, tokenizer, *, bits: float | None = None, nb
         text: path of a UTF-8 text file to calibrate on; None takes the built-in text and as much written by the model itself.
         preset: a name of ``presets.PRESETS``; ``candidates``, ``metric``, ``method`` and ``weighting`` replace parts of it.
         windows: calibration windows of 512 tokens.
+        stats_dir: what ``mxq calibrate`` wrote for this model; then ``text`` and ``windows`` are not used.
         work: directory of intermediate files; kept, and reused by a later call. A temporary one when None.
 
     Raises:
@@ -179,23 +137,31 @@ def quantize_model(model: nn.Module, tokenizer, *, bits: float | None = None, nb
     if sum(x is not None for x in (bits, nbytes, plan)) != 1:
         raise PlanError(f"quantize_model(bits={bits}, nbytes={nbytes}, plan={plan})", "exactly one of the three must be given", "drop the others")
     chosen = find_preset(preset, candidates=candidates, metric=metric, method=method, weighting=weighting)
+    if quantized_modules(model):
+        raise ModelError("quantize_model", "the model is quantized already", "load the float model")
     if plan is not None:
+        if preset is not None and not isinstance(plan, str):
+            raise PlanError(f"a plan together with preset {preset!r}", "a plan names its own quantizer", "drop one of them, or pass method=")
         plan = as_plan(plan, chosen)
         chosen = quantizer_of(plan, chosen, method=method, weighting=weighting)
-        plan.resolve(find_units(model))  # names that do not fit are told before an hour of calibration
+        plan = dataclasses.replace(plan, quantizer=chosen.quantizer())
+    check_request(find_units(model), chosen, plan, bits=bits, nbytes=nbytes)
     with working_directory(work) as directory:
         table = stats = None
+        given = None if stats_dir is None else open_stats(stats_dir, model)
         if plan is None or chosen.method in CALIBRATED:
             read = None if text is None else texts.read_text(text)
-            tokens = calibration_tokens(model, tokenizer, directory, text=read, windows=windows, progress=progress)
-            stats = calibrate(model, tokens, directory / "stats", weightings=needed_weightings(chosen), fisher=needs_fisher(chosen), progress=progress)
+            if given is None:
+                tokens = calibration_tokens(model, tokenizer, directory, text=read, windows=windows, progress=progress)
+            stats = calibrate_for(model, tokens, chosen, directory, progress) if given is None else given
         if plan is None:
+            tokens = tokens if given is None else load_tensors(Path(stats_dir) / TOKENS)[0]["tokens"]
             table = make_table(model, tokens, stats, chosen, directory, progress)
             plan = solve(table, bits=bits, nbytes=nbytes, quantizer=chosen.quantizer())
         plan.save(directory / "plan.json")
-        units = find_units(model)
-        nbytes, stored = plan.predicted_bytes(units)["total"], plan.stored_bits(units)
-        qtensors = quantize_by_plan(model, plan, Trials(directory / "trials", stats, chosen), progress)
+        units, width = find_units(model), next(model.parameters()).element_size()
+        nbytes, stored = plan.predicted_bytes(units, width)["total"], plan.stored_bits(units, width)
+        qtensors = quantize_by_plan(model, plan, Trials(directory / "trials", model, stats, chosen), progress)
         replace_linear(model, plan, qtensors=qtensors, progress=SILENT)
     return Result(model, plan, table, stats if work is not None else None, stored, nbytes)
 
@@ -209,6 +175,42 @@ def working_directory(work: str | os.PathLike | None) -> Iterator[Path]:
     else:
         Path(work).mkdir(parents=True, exist_ok=True)
         yield Path(work)
+
+
+def check_request(units: list[Unit], preset: Preset, plan: Plan | None, *, bits: float | None, nbytes: int | None) -> None:
+    """Everything that can be wrong with a request and needs no calibration to tell. Raises the error that the step itself would raise."""
+    make_options(preset.method if preset.method != "auto" else "gptq", dict(preset.options))
+    formats = [Format.parse(c) for c in preset.candidates]
+    if plan is not None:
+        formats = []
+        for name, decision in plan.resolve(units).items():
+            if decision is not None and not isinstance(decision, Format):
+                raise PlanError(f"bands of unit {name}", "the pipeline makes one format per unit", "use replace_linear(model, plan, stats)")
+            formats += [decision] if decision is not None else []
+    else:
+        find_metric(preset.metric)
+        sizes = np.array([[f.nbytes(*u.shape) for f in formats] for u in units])
+        solve(CostTable([u.name for u in units], formats, np.zeros(sizes.shape), sizes, np.array([u.numel for u in units])), bits=bits, nbytes=nbytes)
+    if preset.method != "auto":
+        for fmt in dict.fromkeys(formats):
+            bad = find_method(preset.method).applies(fmt) if fmt.kind != "float" else None
+            if bad is not None:
+                raise QuantizationError(f"quantizing to {fmt} with {preset.method}", *bad)
+
+
+def calibrate_for(model: nn.Module, tokens: torch.Tensor, preset: Preset, work: Path, progress: Progress = SILENT) -> Stats:
+    """The statistics that a preset reads, in a directory named after their kinds."""
+    weightings, fisher = needed_weightings(preset), needs_fisher(preset)
+    kinds = "-".join(sorted({*weightings, "none"})) + ("-fisher" if fisher else "")
+    return calibrate(model, tokens, work / f"stats-{kinds}", weightings=weightings, fisher=fisher, progress=progress)
+
+
+def open_stats(directory: str | os.PathLike, model: nn.Module) -> Stats:
+    """Statistics that ``mxq calibrate`` wrote. Raises CheckpointError if they are of another model."""
+    stats = Stats.load(directory)
+    if stats.meta["model"]["hash"] != model_fingerprint(model):
+        raise CheckpointError(f"the statistics in {directory}", "they were collected on another model", "calibrate this model first")
+    return stats
 
 
 def needs_fisher(preset: Preset) -> bool:
@@ -226,7 +228,7 @@ def as_plan(plan: Plan | str | os.PathLike, preset: Preset) -> Plan:
     """A Plan from a Plan, a file, or the name of a format for all units."""
     if isinstance(plan, Plan):
         return plan
-    if str(plan).endswith(".json"):
+    if isinstance(plan, os.PathLike) or str(plan).endswith(".json"):
         return Plan.load(plan)
     return Plan.uniform(Format.parse(str(plan)), quantizer=preset.quantizer())
 
@@ -235,6 +237,8 @@ def quantizer_of(plan: Plan, preset: Preset, *, method: str | None, weighting: s
     """The preset with the quantizer that the plan names; an explicit ``method`` or ``weighting`` of the caller wins."""
     options = dict(plan.quantizer)
     named, moments = options.pop("name", preset.method), options.pop("weighting", preset.weighting)
+    if not isinstance(moments, str):
+        raise PlanError(f"the plan's weighting {moments!r}", "the pipeline uses one kind of second moments", "name one, or use replace_linear")
     return dataclasses.replace(preset, method=method or named, weighting=weighting or moments, options=tuple(options.items()) if method is None else ())
 
 
@@ -246,6 +250,13 @@ def load(path: str | os.PathLike) -> tuple[nn.Module, object]:
     from .hf import load_model
 
     return load_model(path)
+
+
+def need_tokenizer(tokenizer, where):
+    """The tokenizer, or a ModelError that says what is missing."""
+    if tokenizer is None:
+        raise ModelError(f"reading text for {where}", "there is no tokenizer beside it", "add tokenizer.json to the model's directory")
+    return tokenizer
 
 
 def calibrate_model(model_path, out, *, text_path=None, windows: int = WINDOWS, progress: Progress = SILENT) -> dict:
@@ -261,11 +272,9 @@ def sense_model(model_path, stats_dir, out, *, candidates=None, metric: str | No
     """``mxq sense``: writes the CostTable to the JSON file ``out`` (and a CSV beside it); trials are kept beside the Stats."""
     preset = find_preset(None, candidates=candidates, metric=metric)
     model, tokenizer = load(model_path)
-    stats = Stats.load(stats_dir)
-    if stats.meta["model"]["hash"] != model_fingerprint(model):
-        raise CheckpointError(f"sensing {model_path} with the statistics in {stats_dir}", "they were collected on another model", "calibrate this model first")
+    stats = open_stats(stats_dir, model)
     tokens = load_tensors(Path(stats_dir) / TOKENS)[0]["tokens"]
-    trials = Trials(Path(stats_dir) / "trials", stats, preset)
+    trials = Trials(Path(stats_dir) / "trials", model, stats, preset)
     table = sense(model, tokens, stats, preset.candidates, metric=preset.metric, trial=trials, progress=progress)
     table.save(out)
     table.to_csv(Path(out).with_suffix(".csv"))
@@ -276,7 +285,7 @@ def sense_model(model_path, stats_dir, out, *, candidates=None, metric: str | No
 def plan_from_table(cost_path, out, *, bits: float | None = None, nbytes: int | None = None, front=None) -> dict:
     """``mxq plan``: solves for a budget and writes the Plan; ``front`` names a CSV for the whole front."""
     table = CostTable.load(cost_path)
-    plan = solve(table, bits=bits, nbytes=nbytes)
+    plan = solve(table, bits=bits, nbytes=nbytes, quantizer=find_preset(None).quantizer())
     plan.save(out)
     if front is not None:
         from .fileio import write_text
@@ -288,23 +297,30 @@ def plan_from_table(cost_path, out, *, bits: float | None = None, nbytes: int | 
 
 def quantize_checkpoint(model_path, out, *, bits: float | None = None, nbytes: int | None = None, preset: str | None = None, text=None,
                         candidates=None, metric: str | None = None, method: str | None = None, windows: int = WINDOWS,
-                        uniform: str | None = None, plan=None, work=None, overwrite: bool = False, progress: Progress = SILENT) -> dict:
+                        uniform: str | None = None, plan=None, stats=None, work=None, overwrite: bool = False, progress: Progress = SILENT) -> dict:
     """``mxq quantize``: the whole line on paths. Resumes from ``work`` (default ``<out>.work``, removed after success)."""
-    from . import checkpoint
-
     out = Path(out)
-    if out.exists() and not overwrite:
-        raise CheckpointError(f"quantizing to {out}", "it exists already", "choose another name, or pass --overwrite")
+    checkpoint.check_target(out, overwrite)
     model, tokenizer = load(model_path)
     directory = Path(work) if work is not None else out.with_name(out.name + ".work")
-    result = quantize_model(model, tokenizer, bits=bits, nbytes=nbytes, plan=uniform or plan, text=text, preset=preset, candidates=candidates,
-                            metric=metric, method=method, windows=windows, work=directory, progress=progress)
+    result = quantize_model(model, tokenizer, bits=bits, nbytes=nbytes, plan=uniform if plan is None else Path(plan), text=text, preset=preset,
+                            candidates=candidates, metric=metric, method=method, windows=windows, stats_dir=stats, work=directory, progress=progress)
     checkpoint.save(result.model, out, tokenizer, result.plan, overwrite=overwrite, progress=progress)
-    written = checkpoint.bytes_on_disk(out)
+    units = find_units(result.model)
+    written = written_bytes(out, result.plan, units)
+    if written != result.nbytes:
+        raise CheckpointError(f"checkpoint {out}", f"its units take {written} bytes, the plan predicted {result.nbytes}", "report this as a bug")
     if work is None:
         shutil.rmtree(directory)
-    return {"out": str(out), "stored_bits": result.stored_bits, "predicted_bytes": result.nbytes, "bytes_on_disk": sum(written["units"].values()),
-            "checkpoint_bytes": written["total"], "formats": result.plan.counts(find_units(result.model))}
+    return {"out": str(out), "stored_bits": result.stored_bits, "predicted_bytes": result.nbytes, "bytes_on_disk": written,
+            "checkpoint_bytes": checkpoint.bytes_on_disk(out)["total"], "formats": result.plan.counts(units)}
+
+
+def written_bytes(directory: Path, plan: Plan, units: list[Unit]) -> int:
+    """Bytes of all units of a checkpoint, those that the plan keeps in float included, counted from the headers of its files."""
+    kept = [name for name, decision in plan.resolve(units).items() if decision is None]
+    tensors = checkpoint.check(directory, "size").tensors
+    return sum(checkpoint.bytes_on_disk(directory)["units"].values()) + sum(checkpoint.tensor_bytes(tensors[f"{name}.weight"]) for name in kept)
 
 
 def evaluate_checkpoint(path, *, reference=None, text=None, windows: int = 12, length: int = LENGTH, progress: Progress = SILENT) -> dict:
@@ -313,7 +329,7 @@ def evaluate_checkpoint(path, *, reference=None, text=None, windows: int = 12, l
 
     model, tokenizer = load(path)
     held_out = texts.heldout_text("technical") if text is None else texts.read_text(text)
-    tokens = texts.windows(tokenizer, held_out, length, windows)
+    tokens = texts.spread(texts.windows(need_tokenizer(tokenizer, path), held_out, length), windows)
     other = load(reference)[0] if reference is not None else None
     return {"model": str(path), "text_sha256": texts.text_hash(held_out), **evaluate(model, other, tokens, progress=progress).to_dict()}
 
@@ -322,7 +338,7 @@ def evaluate_checkpoint(path, *, reference=None, text=None, windows: int = 12, l
 def generate_text(path, prompt: str, *, max_new_tokens: int = 64) -> dict:
     """``mxq generate``: continues ``prompt`` greedily."""
     model, tokenizer = load(path)
-    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    ids = need_tokenizer(tokenizer, path)(prompt, return_tensors="pt")["input_ids"]
     if ids.shape[1] == 0:
         raise MxqError("generating", "the prompt has no tokens", "pass a prompt that is not empty")
     out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False,

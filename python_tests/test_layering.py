@@ -23,7 +23,7 @@ LEVELS = [
     ["quantizers"],
     ["nn"],
     ["checkpoint", "hf"],
-    ["evaluate", "pipeline"],
+    ["evaluate", "trials", "pipeline"],
     ["report", "bench", "doctor", "demo", "cli", "__main__"],
 ]
 POSITION = {name: (level, place) for level, row in enumerate(LEVELS) for place, name in enumerate(row)}

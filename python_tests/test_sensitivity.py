@@ -166,3 +166,22 @@ def test_refusals(setting):
             sense(model, tokens, stats, ["w8"], metric="broken", trial=rtn)
     finally:
         del METRICS["broken"]
+
+
+@pytest.mark.parametrize("metric", sorted(METRICS))
+def test_an_untied_embedding_has_a_price(tmp_path, metric):
+    """It is no layer with an input, so no statistics exist; it is priced by what the text looks up, in nats where the metric is."""
+    model = make_model(tied=False, seed=2)
+    for p in model.parameters():
+        p.data.mul_(3.0)
+    tokens = torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(0))
+    stats = calibrate(model, tokens, tmp_path, fisher=True, fisher_windows=2)
+    table = sense(model, tokens, stats, ["w2g32_asym", "w4g32_asym"], metric=metric, trial=rtn)
+    row = table.loss[table.units.index("model.embed_tokens")]
+    w = model.model.embed_tokens.weight.detach()
+    delta = quantize(w, "w2g32_asym", method="auto").dequantize() - w
+    if metric in ("output", "obq"):
+        want = float(torch.nn.functional.embedding(tokens, delta).square().sum(-1).mean())
+    else:
+        want = kl_by_hand(model, "model.embed_tokens", delta, tokens[:1])
+    assert row[0] == pytest.approx(want, rel=1e-3) and row[0] > row[1] > 0

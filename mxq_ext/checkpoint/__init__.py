@@ -9,10 +9,9 @@
 under the final name. :func:`load` checks everything before it uses anything.
 """
 
-from .manifest import MANIFEST, VERSION, Checked, bytes_on_disk, check, inspect, is_checkpoint, read_plan, unit_tensors
+from .manifest import MANIFEST, VERSION, Checked, bytes_on_disk, check, inspect, is_checkpoint, read_plan, tensor_bytes, unit_tensors
 from .read import fill_units, load, parameters_on_meta, swap_to_meta
-from .write import save
+from .write import check_target, save
 
-__all__ = ["MANIFEST", "VERSION", "Checked", "bytes_on_disk", "check", "fill_units", "inspect", "is_checkpoint", "load",
-           "parameters_on_meta",
-           "read_plan", "save", "swap_to_meta", "unit_tensors"]
+__all__ = ["MANIFEST", "VERSION", "Checked", "bytes_on_disk", "check", "check_target", "fill_units", "inspect", "is_checkpoint", "load",
+           "parameters_on_meta", "read_plan", "save", "swap_to_meta", "tensor_bytes", "unit_tensors"]

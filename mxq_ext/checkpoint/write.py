@@ -44,7 +44,7 @@ def save(model: nn.Module, directory: str | os.PathLike, tokenizer=None, plan: P
     target = Path(os.path.abspath(directory))
     limit = _parse_size(max_shard_size)
     _sweep(target)
-    _check_target(target, overwrite)
+    check_target(target, overwrite)
     units = find_units(model)
     held = {u.name: m.held for u in units if isinstance(m := model.get_submodule(u.name), QuantModule)}
     if not held:
@@ -73,7 +73,8 @@ def save(model: nn.Module, directory: str | os.PathLike, tokenizer=None, plan: P
 # -- the directory ------------------------------------------------------------------------------------------------------------
 
 
-def _check_target(target: Path, overwrite: bool) -> None:
+def check_target(target: Path, overwrite: bool) -> None:
+    """Raises CheckpointError if ``save`` would refuse to write there: long work asks before it begins."""
     if not os.path.lexists(target) or (target.is_dir() and not any(target.iterdir())):
         return
     if not (target / MANIFEST).is_file():

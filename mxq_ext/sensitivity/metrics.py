@@ -59,6 +59,23 @@ class Metric:
         """One loss per candidate difference [N, K] (quantized minus float), coarsest candidate first."""
         raise NotImplementedError
 
+    def lookup_loss(self, unit: Unit, deltas: list[torch.Tensor]) -> list[float]:
+        """The same for an embedding that is no head, whose input has no second moment; nats per token.
+
+        The KL measured with the coarsest candidate, the others in ratio of the squared error of the rows that the text looks up.
+        """
+        errors = self._row_errors(deltas)
+        worst = max(range(len(deltas)), key=lambda i: errors[i])
+        if errors[worst] == 0:
+            return errors
+        measured = max(KLProbe(self.context.model, self.context.tokens[:1]).kl(unit, deltas[worst]), 0.0)
+        return [measured * e / errors[worst] for e in errors]
+
+    def _row_errors(self, deltas: list[torch.Tensor]) -> list[float]:
+        """Mean over the calibration tokens of |row of D|^2, which is the squared error of the lookup's output."""
+        tokens = self.context.tokens.flatten()
+        return [float(d.square().sum(1)[tokens].double().mean()) for d in deltas]
+
 
 class OutputError(Metric):
     """tr(D H D^T): squared error of the layer's output, mean per token."""
@@ -66,6 +83,9 @@ class OutputError(Metric):
     def loss(self, unit, weight, deltas):
         h = self.context.stats.hessian(unit.name, "none")
         return [energy(d, h) for d in deltas]
+
+    def lookup_loss(self, unit, deltas):
+        return self._row_errors(deltas)
 
 
 class OBQ(Metric):
@@ -76,6 +96,9 @@ class OBQ(Metric):
         h.diagonal().add_(0.01 * h.diagonal().mean())
         salience = 1 / torch.cholesky_inverse(torch.linalg.cholesky(h)).diagonal()
         return [float((d.square() @ salience).sum(dtype=torch.float64)) for d in deltas]
+
+    def lookup_loss(self, unit, deltas):
+        return self._row_errors(deltas)
 
 
 class Fisher(Metric):
@@ -132,7 +155,7 @@ class LinearKL(Metric):
         probe = KLProbe(self.context.model, self.context.tokens[: self.WINDOWS])
         modules = dict(self.context.model.named_modules())
         self.slope = {}
-        for i, unit in enumerate(progress.track(units, "noise probes")):
+        for i, unit in enumerate(progress.track([u for u in units if u.name in self.context.stats], "noise probes")):
             weight = modules[unit.name].weight.detach().float()
             h = self.context.stats.hessian(unit.name, "none")
             self.slope[unit.name] = max(0.0, noise_slope(probe, unit, weight, h, size=self.SIZE, seed=self.context.seed + i))

@@ -49,7 +49,8 @@ def sense(model: nn.Module, tokens: torch.Tensor, stats: Stats, candidates: Sequ
         weight = modules[unit.name].weight.detach().float()
         order = sorted(range(len(formats)), key=lambda f: formats[f].nbytes(*unit.shape))
         tried = [trial(unit, weight, formats[f]) for f in order]
-        losses = judge.loss(unit, weight, [q.dequantize() - weight for q in tried])
+        deltas = [q.dequantize() - weight for q in tried]
+        losses = judge.loss(unit, weight, deltas) if unit.name in stats else judge.lookup_loss(unit, deltas)
         for f, q, value in zip(order, tried, losses, strict=True):
             if not is_number(value):
                 raise PlanError(f"loss of {unit.name} as {formats[f]} under metric {metric}", f"it is {value}", "check the model and the calibration text")
