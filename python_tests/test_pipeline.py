@@ -170,7 +170,7 @@ def test_killed_at_any_moment_leaves_nothing_and_resumes(source, tmp_path):
                                      candidates={CANDIDATES!r}, windows=3)
     """)
     killed = 0
-    marks = ["stats-gradient-none/calibrate.json", "stats-gradient-none/stats.json", "trials", "plan.json"]
+    marks = ["stats-attention-gradient-none/calibrate.json", "stats-attention-gradient-none/stats.json", "trials", "plan.json"]
     for mark in marks:
         process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL)
         while process.poll() is None and not (tmp_path / "q.work" / mark).exists():
@@ -183,7 +183,7 @@ def test_killed_at_any_moment_leaves_nothing_and_resumes(source, tmp_path):
             assert not (tmp_path / "q").exists()
     assert killed >= 2, "every run ended before it could be killed"
     if not (tmp_path / "q").exists():
-        assert (tmp_path / "q.work" / "stats-gradient-none").exists()
+        assert (tmp_path / "q.work" / "stats-attention-gradient-none").exists()
         subprocess.run([sys.executable, "-c", script], check=True, stderr=subprocess.DEVNULL)
     manifest = json.loads((tmp_path / "q" / "plan.json").read_text())
     assert manifest["mxq_plan"] == 1

@@ -29,7 +29,7 @@ class Preset:
     candidates: tuple[str, ...]
     metric: str = "fisher"
     method: str = "gptq"
-    weighting: str = "gradient"
+    weighting: str = "attention"
     options: tuple[tuple[str, object], ...] = ()
     about: str = ""
 
@@ -42,7 +42,10 @@ class Preset:
 DEFAULT_CANDIDATES = ("w2g64_asym", "w2g32_asym", "w3g64_asym", "w3g32_asym", "w4g64_asym", "w4g32_asym", "w8g128_asym")
 
 PRESETS: dict[str, Preset] = {
-    "mxq": Preset(DEFAULT_CANDIDATES, about="gradient-weighted GPTQ, second-order KL as cost, exact knapsack: the default"),
+    "mxq": Preset(DEFAULT_CANDIDATES,
+                  about="GPTQ with positions of keys and values weighted by the attention they receive, second-order KL as cost: the default"),
+    "gradient": Preset(DEFAULT_CANDIDATES, weighting="gradient",
+                       about="positions weighted by the squared gradient of each layer's output instead (GuidedQuant, 2025)"),
     "linear_kl": Preset(DEFAULT_CANDIDATES, metric="linear_kl", about="cost = KL slope from noise probes times relative output error (HIGGS, 2024)"),
     "anchored_kl": Preset(DEFAULT_CANDIDATES, metric="anchored_kl", about="cost = KL measured with the coarsest candidate, scaled by second order"),
     "llm_mq": Preset(("w2g128_asym", "w3g128_asym", "w4g128_asym"), metric="first_order", weighting="none",

@@ -69,7 +69,7 @@ def calibrate(model: nn.Module, tokens: torch.Tensor, out_dir: str | os.PathLike
     with frozen(model), probed_attention(model) as probe:
         if probe is None and "attention" in weightings:
             raise ModelError(f"model {type(model).__name__}", "its attention does not use transformers' interface and cannot be watched",
-                             'leave out the "attention" weighting')
+                             'leave out the "attention" weighting (mxq quantize --preset gradient)')
         run.go(probe)
     return run.finish(meta)
 
