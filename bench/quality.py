@@ -6,7 +6,7 @@ Four tables, decoder linears only (embedding and head stay float), in perplexity
 
 - weighting: GPTQ at 3 and 4 bits, group 64, under the plain, the attention-weighted and the gradient-weighted second moments, and RTN;
 - metric: mixed plans at the bytes of uniform w3g64_asym, chosen by each metric from the same quantized weights;
-- mixed: plans at 3.0 code bits (the bytes of w3g64_asym), 3.5 and 4.0 stored bits against the best uniform plan of at most their bytes;
+- mixed (gradient-weighted second moments): plans at 3.0 code bits (the bytes of w3g64_asym), 3.5 and 4.0 stored bits against the best uniform plan of at most their bytes;
 - domain: the same at 3 and 4 bits when half of the calibration text is of the literary text's kind (other books) instead of the model's own.
 
 Differences are paired by window. Calibration and quantized weights are kept in DIR, so that an interrupted run goes on.
@@ -70,7 +70,7 @@ class Bench:
         return other
 
     def trials(self, **changes) -> Trials:
-        return Trials(self.work / "trials", self.model, self.stats, find_preset("mxq", **changes))
+        return Trials(self.work / "trials", self.model, self.stats, find_preset("gradient", **changes))
 
     def table(self, metric: str, trials: Trials) -> CostTable:
         path = self.work / f"cost-{metric}-{trials.key}.json"

@@ -1,4 +1,4 @@
-"""Writes the README's table from bench/results/demo.json; ``--check`` only says whether it is the one that the file gives.
+"""Writes the measured tables of README.md and docs/quality.md from bench/results/; ``--check`` only says whether they are current.
 
     python bench/readme.py [--check]
 """
@@ -7,37 +7,63 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-BEGIN, END = "<!-- demo table: begin (bench/results/demo.json) -->", "<!-- demo table: end -->"
+KINDS = ("technical", "literary")
 
 
-def table(result: dict) -> str:
-    """The Markdown lines between the two marks."""
+def demo_table(result: dict) -> list[str]:
+    """Float, uniform and mixed plans of the demo."""
     lines = ["| plan | stored bits | weights | ppl technical | KL technical | ppl literary | KL literary | decode tok/s | prefill tok/s |",
              "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"]
     for row in result["rows"]:
-        quality = " | ".join(f"{e['perplexity']:.2f} | {e['kl']:.3f}" for e in (row["technical"], row["literary"]))
+        quality = " | ".join(f"{row[k]['perplexity']:.2f} | {row[k]['kl']:.3f}" for k in KINDS)
         lines.append(f"| {row['name']} | {row['stored_bits']:.2f} | {row['bytes'] / 1e6:.1f} MB | {quality} "
                      f"| {row['decode_tokens_per_s']:.0f} | {row['prefill_tokens_per_s']:.0f} |")
     m = result["machine"]
-    lines += ["", f"Measured by `make demo` on {m['cores']} cores ({m['target']}, {m['threads']} threads), {result['windows']} windows of "
-              f"{result['length']} tokens of each held-out text.",
-              "Embedding and head are quantized and counted. KL is the divergence from the float model in nats per token."]
-    return "\n".join(lines)
+    return [*lines, "", f"Measured by `make demo` on {m['cores']} cores ({m['target']}, {m['threads']} threads), {result['windows']} windows of "
+            f"{result['length']} tokens of each held-out text.",
+            "Embedding and head are quantized and counted. KL is the divergence from the float model in nats per token."]
+
+
+def quality_table(result: dict) -> list[str]:
+    """One line per choice, perplexity with its rise over the float model."""
+    lines = ["| part | plan | stored bits | ppl technical | KL technical | ppl literary | KL literary |", "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
+             "| | float32 | 32 | " + " | ".join(f"{result['float'][k]['perplexity']:.2f} | 0" for k in KINDS) + " |"]
+    for row in result["rows"]:
+        cells = " | ".join(f"{q['perplexity']:.2f} ({q['perplexity'] / result['float'][k]['perplexity'] - 1:+.1%}) | {q['kl']:.4f}"
+                           for k in KINDS for q in (row["quality"][k],))
+        lines.append(f"| {row['part']} | {row['name']} | {row['stored_bits']:.2f} | {cells} |")
+    lines += ["", "| mixed | against | text | nll difference | KL difference |", "| --- | --- | --- | ---: | ---: |"]
+    lines += [f"| {c['mixed']} | {c['uniform']} | {c['text']} | {c['nll']:+.4f} ± {c['nll_se']:.4f} | {c['kl']:+.4f} ± {c['kl_se']:.4f} |"
+              for c in result["comparisons"]]
+    return lines
+
+
+#: document -> (file under bench/results, table)
+TABLES: dict[str, tuple[str, Callable[[dict], list[str]]]] = {"README.md": ("demo.json", demo_table), "docs/quality.md": ("quality.json", quality_table)}
+
+
+def fresh(document: str) -> tuple[str, str]:
+    """(the document as it is, the document with its table made anew)."""
+    file, table = TABLES[document]
+    begin, end = f"<!-- table: begin (bench/results/{file}) -->", "<!-- table: end -->"
+    text = (ROOT / document).read_text(encoding="utf-8")
+    head, rest = text.split(begin)
+    lines = table(json.loads((ROOT / "bench" / "results" / file).read_text(encoding="utf-8")))
+    return text, "\n".join([head + begin, *lines, end]) + rest.split(end)[1]
 
 
 def main(check: bool) -> int:
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    head, rest = text.split(BEGIN)
-    tail = rest.split(END)[1]
-    fresh = f"{head}{BEGIN}\n{table(json.loads((ROOT / 'bench' / 'results' / 'demo.json').read_text()))}\n{END}{tail}"
-    if check:
-        return int(fresh != text)
-    readme.write_text(fresh, encoding="utf-8")
-    return 0
+    stale = 0
+    for document in TABLES:
+        old, new = fresh(document)
+        stale += old != new
+        if not check:
+            (ROOT / document).write_text(new, encoding="utf-8")
+    return int(check and stale > 0)
 
 
 if __name__ == "__main__":
