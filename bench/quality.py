@@ -6,7 +6,8 @@ Four tables, decoder linears only (embedding and head stay float), in perplexity
 
 - weighting: GPTQ at 3 and 4 bits, group 64, under the plain, the attention-weighted and the gradient-weighted second moments, and RTN;
 - metric: mixed plans at the bytes of uniform w3g64_asym, chosen by each metric from the same quantized weights;
-- mixed (gradient-weighted second moments): plans at 3.0 code bits (the bytes of w3g64_asym), 3.5 and 4.0 stored bits against the best uniform plan of at most their bytes;
+- mixed (gradient-weighted second moments): plans at 3.0 code bits (the bytes of w3g64_asym), 3.5 and 4.0 stored bits against the best
+  uniform plan within the same budget;
 - domain: the same at 3 and 4 bits when half of the calibration text is of the literary text's kind (other books) instead of the model's own.
 
 Differences are paired by window. Calibration and quantized weights are kept in DIR, so that an interrupted run goes on.
@@ -29,6 +30,7 @@ from mxq_ext.fileio import write_json  # noqa: E402
 from mxq_ext.hf import demo_model_path, load_model, permute_model  # noqa: E402
 from mxq_ext.pipeline import LENGTH, calibration_tokens, quantize_by_plan  # noqa: E402
 from mxq_ext.plan import Plan, solve  # noqa: E402
+from mxq_ext.plan.allocate import budget_bytes  # noqa: E402
 from mxq_ext.plan.presets import find_preset  # noqa: E402
 from mxq_ext.progress import Progress  # noqa: E402
 from mxq_ext.report import markdown_table  # noqa: E402
@@ -109,8 +111,9 @@ def run(bench: Bench, parts: list[str]) -> list[dict]:
     table = bench.table("fisher", trials)
     for name, budget in (("3.0 code bits", {"nbytes": uniform["w3g64_asym"]["bytes"]}), ("3.5 stored bits", {"bits": 3.5}), ("4.0 stored bits", {"bits": 4.0})):
         row = bench.measure("mixed", f"mixed, {name}", mixed_plan(table, **budget), trials)
+        limit = budget_bytes(table, **budget)
         for kind in KINDS:
-            rival = min((r for r in uniform.values() if r["bytes"] <= row["bytes"]), key=lambda r: r["quality"][kind].kl)
+            rival = min((r for r in uniform.values() if r["bytes"] <= limit), key=lambda r: r["quality"][kind].kl)
             comparisons.append({"mixed": row["name"], "uniform": rival["name"], "text": kind, **paired(row["quality"][kind], rival["quality"][kind])})
     if "domain" in parts:
         other = bench.in_domain()
