@@ -20,10 +20,12 @@ ROOT = Path(__file__).resolve().parent
 MEMORY_PER_JOB = 1 << 30  # the target files are templates: g++ takes some 0.6 GB for the largest
 MACHINE = platform.machine().lower()
 
+AVX512 = ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 #: CPU target -> compiler flags of its source file. Only that file may use the instructions, see csrc/formats.h.
 X86_TARGETS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "avx512": ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"],
+    "avx512": AVX512,
+    "avx512vnni": [*AVX512, "-mavx512vnni"],
 }
 TARGETS = {"scalar": []} | (X86_TARGETS if MACHINE in ("x86_64", "amd64") else {})
 COMMON = ["bind_cpu.cpp", *(f"cpu/{name}.cpp" for name in ("embedding", "linear", "parallel", "prepack", "reference", "targets"))]

@@ -94,9 +94,10 @@ PYBIND11_MODULE(_cpu, m) {
     for (size_t i = 0; i < out.size(); i++) unpack(ptr<uint8_t>(blob), uint32_t(i), out[i], threads);
   });
 
-  m.def("linear", [](uintptr_t blob, uintptr_t x, int64_t ldx, int type, int64_t rows, uintptr_t y, uintptr_t bias, int bias_type, int threads) {
+  m.def("linear", [](uintptr_t blob, uintptr_t x, int64_t ldx, int type, int64_t rows, uintptr_t y, uintptr_t bias, int bias_type, bool a8,
+                    int threads) {
     py::gil_scoped_release release;
-    linear(ptr<uint8_t>(blob), ptr<void>(x), ldx, type, rows, ptr<void>(y), ptr<void>(bias), bias_type, threads);
+    linear(ptr<uint8_t>(blob), ptr<void>(x), ldx, type, rows, ptr<void>(y), ptr<void>(bias), bias_type, a8, threads);
   });
   m.def("embedding", [](uintptr_t blob, uintptr_t ids, int64_t count, uintptr_t y, int type, int threads) {
     py::gil_scoped_release release;
@@ -108,10 +109,11 @@ PYBIND11_MODULE(_cpu, m) {
     py::gil_scoped_release release;
     ref::dequantize(w, ptr<float>(y));
   });
-  m.def("ref_linear", [](const py::tuple& t, uintptr_t x, int64_t ldx, int type, int64_t rows, uintptr_t y, uintptr_t bias, int bias_type) {
+  m.def("ref_linear", [](const py::tuple& t, uintptr_t x, int64_t ldx, int type, int64_t rows, uintptr_t y, uintptr_t bias, int bias_type,
+                        bool a8) {
     const Weight w = weight_of(t);
     py::gil_scoped_release release;
-    ref::linear(w, ptr<void>(x), ldx, type, rows, ptr<void>(y), ptr<void>(bias), bias_type);
+    ref::linear(w, ptr<void>(x), ldx, type, rows, ptr<void>(y), ptr<void>(bias), bias_type, a8);
   });
   m.def("ref_embedding", [](const py::tuple& t, uintptr_t ids, int64_t count, uintptr_t y, int type) {
     const Weight w = weight_of(t);

@@ -1,6 +1,6 @@
 // The prepacked weight: one block of bytes that describes itself and can be moved (all references are offsets from its start).
 //
-//   Header | Band[] | Piece[] | Rect[] | Slot[] | permutations | sparse part | data of each piece
+//   Header | Band[] | Piece[] | Rect[] | Slot[] | Slot8[] | permutations | sparse part | data of each piece
 //
 // It is made by prepack() at load and lives in a torch uint8 tensor, so that deepcopy, pickle and shared memory work. It is never read
 // from a file: native code may trust what it says.
@@ -13,11 +13,11 @@
 
 namespace mxq {
 
-static constexpr uint64_t BLOB_MAGIC = 0x31424f4c4251584dull;  // "MXQBLOB1"
+static constexpr uint64_t BLOB_MAGIC = 0x32424f4c4251584dull;  // "MXQBLOB2"
 
 enum SlotLayout : uint32_t {
   INTERLEAVED = 0,  // [column][m]            for row lanes: m inputs of one column lie side by side
-  SLICED = 1,       // [column/16][m][16]     for column lanes (gemv only)
+  SLICED = 1,       // [slice][k][m][lane]    for column lanes (gemv only): column 64*slice + 4*lane + k
   ORIGINAL = 2,     // [column][m], columns in their original order: the sparse part reads it
 };
 
@@ -30,6 +30,20 @@ struct Slot {
   uint64_t start;    // first float per input row: slot data of a block of M rows begins at start * M
   uint64_t groups;   // sums per input row
   uint64_t sums;     // first sum per input row, likewise
+  uint32_t a8;       // 1: the integer kernels read it too (fp16 pieces, the sparse part)
+  uint32_t pad;
+};
+
+// One int8 copy of the input for the integer kernels, with a scale and a sum of codes for each group of columns. For a block of rows:
+// gemv [m][column]; gemm [group][column/4][m][4]. Scales and sums: [group][all m].
+struct Slot8 {
+  uint32_t c0, c1;
+  uint32_t group;    // columns per scale
+  uint32_t pad;
+  uint64_t padded;   // columns stored, a multiple of 64
+  uint64_t start;    // first byte per input row
+  uint64_t groups;
+  uint64_t scales;   // first scale per input row
 };
 
 struct Rect {
@@ -39,6 +53,7 @@ struct Rect {
 
 struct Piece {
   uint32_t rect, slot;
+  uint32_t slot8, pad;  // slot8 of no meaning for fp16
   uint32_t c0, c1;
   Format format;
   uint64_t groups;
@@ -58,10 +73,11 @@ struct Header {
   uint32_t n, k;
   uint32_t bands, pieces, rects, slots;
   uint32_t tiles;              // of all bands
-  uint32_t pad;
-  uint64_t slot_floats, slot_sums;  // per input row, over all slots
+  uint32_t slots8;
+  uint64_t slot_floats, slot_sums;    // per input row, over all slots
+  uint64_t slot8_bytes, slot8_scales;
   uint64_t work;               // bytes of codes: what one pass over the weight reads
-  uint64_t off_bands, off_pieces, off_rects, off_slots;
+  uint64_t off_bands, off_pieces, off_rects, off_slots, off_slots8;
   uint64_t off_perm_rows, off_row_of, off_perm_cols;  // int32[]; 0: none. perm_rows[i]: original row of row i; row_of is its inverse
   uint64_t off_rowptr, off_cols, off_values, nnz;     // CSR in original coordinates; off_rowptr 0: none
 };

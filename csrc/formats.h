@@ -127,48 +127,59 @@ static_assert(code_row_bytes(W3G64_ASYM, 577) == 217, "577 codes of 3 bits are 1
 /**doc
 ## Prepacked layout (CPU kernels)
 
-All CPU targets (scalar, AVX2, AVX-512) read the same bytes. The unit is the *stripe*: 32 codes for each of 16 lanes, stored as `bits` vectors
-of 16 little-endian 32-bit words, lane `l` in word `l`. A decoder shifts a vector right and looks its low bits up in a table of 16
-float32; whatever is left above them is ignored by the lookup, so that no mask is needed. Where code `p` (0..31) of a lane is:
+All CPU targets read the same bytes. The unit is the *stripe*: 32 codes for each of 16 lanes, stored as `bits` vectors of 16 little-endian
+32-bit words, lane `l` in word `l`. Codes go by *quads*: codes `4*i .. 4*i+3` of a lane lie at the same bit of the four bytes of one word. So
+one mask turns a vector into 64 bytes of codes, which is what the integer kernels multiply; and one shift brings a code to the low bits of
+its word, where the float kernels look it up in a table (what is left above it is ignored by the lookup). Quad `i` (0..7), byte `k` (0..3):
 
-    2 bits   word p/16   bit 2*(p%16)
-    4 bits   word p/8    bit 4*(p%8)
-    3 bits   word p/10   bit 3*(p%10)     for p < 30; the two top bits of the three words are spare and hold codes 30 and 31:
+    2 bits   word i/4   bit 8*k + 2*(i%4)
+    4 bits   word i/2   bit 8*k + 4*(i%2)
+    8 bits   word i     bit 8*k
+    3 bits   word i/2   bit 8*k + 3*(i%2)     for i < 6; the two top bits of each byte hold quads 6 and 7:
 
-             word 0   |31 30|29 28 27| ... | 2  1  0|        code 30 = word0[31:30] + 4 * word2[30]
-             word 1   |31 30|29 28 27| ... | 2  1  0|        code 31 = word1[31:30] + 4 * word2[31]
-             word 2   |31|30|29 28 27| ... | 2  1  0|
+             byte k of word 0   |7 6|5 4 3|2 1 0|     quad 6 = word0[7:6] + 4 * word1[6]
+             byte k of word 1   |7|6|5 4 3|2 1 0|     quad 7 = word2[7:6] + 4 * word1[7]
+             byte k of word 2   |7 6|5 4 3|2 1 0|
 
 ### Row lanes: uniform, nf, fp16
 
 The 16 lanes are 16 rows. Rows are padded to a multiple of 16 and columns to a multiple of 32 (`Kp`). A tile is 16 rows:
 
     codes    [tile][Kp / 32]   stripe of `bits` vectors (bits * 64 bytes); stripe t, code p is column 32*t + p
-             8 bits:           [tile][Kp] vectors of 16 signed bytes, one per row
              fp16:             [tile][Kp] vectors of 16 fp16, one per row
     scales   [tile][groups]    16 x fp16 or bf16
     zeros    [tile][groups]    _asym: 16 x int8, z - 2^(bits-1);  _fz: 16 x fp16 or bf16
 
 Uniform codes are stored centred: `q - 2^(bits-1)` in two's complement, which is `q` with its top bit flipped. So symmetric formats need no
-correction at all. Padding is: code 0, scale 0, zero 0; the padded inputs are zero too.
+correction at all in the float kernels. Padding is: code 0, scale 0, zero 0; the padded inputs are zero too.
 
 ### Column lanes: lut
 
-Each row has a table of its own, so the 16 lanes are 16 columns of one row. A *slice* is 16 neighbouring columns; 32 slices (512
-columns) make a stripe, in which code `p` of lane `l` is column `512*t + 16*p + l`. The slices after the last full stripe are stored in as
-many vectors as they need (16, 10 or 8 slices each for 2, 3, 4 bits), as a full stripe if that is no larger.
+Each row has a table of its own, so the 16 lanes are columns of one row. A *slice* is 64 neighbouring columns, one quad of all 16 lanes: lane
+`l`, byte `k` is column `4*l + k` of the slice. 8 slices (512 columns) make a stripe. The slices after the last full stripe are stored in as
+many vectors as they need (4, 2 or 2 slices each for 2, 3, 4 bits), as a full stripe if that is no larger.
 
-    table    [row]             16 x fp16, the 2^bits entries repeated until 16 are full
+    table    [row]             16 x fp16, the 2^bits entries repeated until 16 are full; the same 16 as int8 in units of their largest
+                               magnitude / 127; that unit as float32; 12 bytes of padding
     codes    [row][vectors]    64 bytes each
 
-Codes are stored as they are; columns are padded to a multiple of 16 with code 0.
-*/
-static constexpr int LANES = 16;    // lanes of a vector
-static constexpr int STRIPE = 32;   // codes per lane in a stripe
-static constexpr int SLICE = 16;    // columns of a slice of a lut row
+Codes are stored as they are; columns are padded to a multiple of 64 with code 0.
 
-// Codes that one 32-bit word holds whole: 16, 10, 8.
-static constexpr int codes_per_word(int bits) { return 32 / bits; }
+### Integer activations (a8)
+
+The input is cut into groups of columns: those of the weight's format, or 128 columns where a row has one scale or a table, counted from the
+rectangle's first column. Each group of each row of x is rounded to int8 in units of its largest magnitude / 127; nf levels are rounded to
+multiples of 1/127, lut tables as above. Products are summed in int32, exactly, and scaled in float32 once a group. fp16 rectangles and the
+sparse part read the input unrounded.
+*/
+static constexpr int LANES = 16;     // lanes of a vector
+static constexpr int STRIPE = 32;    // codes per lane in a stripe
+static constexpr int SLICE = 64;     // columns of a slice of a lut row
+static constexpr int A8_GROUP = 128; // columns that share a scale of x where the weight's format has no group
+static constexpr int LUT_BYTES = 64; // table, int8 table, its unit, padding
+
+// Quads that one vector holds whole: 4, 2, 2, 1.
+static constexpr int quads_per_word(int bits) { return 32 / bits / 4; }
 static constexpr bool column_lanes(Format f) { return f.kind == LUT; }
 static constexpr int64_t tiles(int64_t rows) { return ceil_div(rows, LANES); }
 static constexpr int64_t padded_cols(Format f, int64_t cols) { return round_up(cols, column_lanes(f) ? SLICE : STRIPE); }
@@ -180,12 +191,12 @@ static constexpr int64_t tile_zero_bytes(Format f, int64_t cols) {
 }
 // Vectors of 64 bytes that hold the codes of one row of a column-lane format.
 static constexpr int64_t row_vectors(int bits, int64_t cols) {
-  const int64_t slices = ceil_div(cols, SLICE), rest = ceil_div(slices % STRIPE, codes_per_word(bits));
-  return slices / STRIPE * bits + (rest < bits ? rest : bits);
+  const int64_t slices = ceil_div(cols, SLICE), rest = ceil_div(slices % 8, quads_per_word(bits));
+  return slices / 8 * bits + (rest < bits ? rest : bits);
 }
 
 static_assert(tile_code_bytes(W4G64, 33) == 64 * 4 * 16 / 8, "33 columns are padded to 64");
-static_assert(row_vectors(3, 512) == 3 && row_vectors(3, 496) == 3 && row_vectors(3, 480) == 3 && row_vectors(3, 320) == 2, "lut3 tails");
-static_assert(row_vectors(4, 576) == 5 && row_vectors(2, 576) == 3, "lut4, lut2: one stripe and four slices");
+static_assert(row_vectors(3, 512) == 3 && row_vectors(3, 448) == 3 && row_vectors(3, 384) == 3 && row_vectors(3, 256) == 2, "lut3 tails");
+static_assert(row_vectors(4, 576) == 5 && row_vectors(2, 576) == 3, "lut4, lut2: one stripe and one slice");
 
 }  // namespace mxq

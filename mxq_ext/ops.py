@@ -23,6 +23,8 @@ from .errors import NativeError, ShapeError
 from .formats import Format
 from .qtensor import QTensor, Rectangle, Sparse
 
+#: How a linear reads x: exactly, with float32 products and sums; or rounded to int8 by groups, with exact integer sums (docs/formats.md).
+COMPUTES = ("a16", "a8")
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/cpu/linear.h, enum Type
 _KINDS = {"uniform": 0, "nf": 1, "lut": 2, "float": 3}  # csrc/formats.h, enum Kind
 _WHICH = "check which layer this weight belongs to"
@@ -154,6 +156,12 @@ def _is_bias(bias: torch.Tensor | None, x: torch.Tensor, n: int) -> bool:
     return bias is None or (bias.dim() == 1 and bias.shape[0] == n and bias.dtype in _TYPES and bias.device == x.device)
 
 
+def check_compute(compute: str) -> None:
+    """Raises NativeError for a mode that does not exist."""
+    if compute not in COMPUTES:
+        raise NativeError(f"compute mode {compute!r}", f"there are {' and '.join(COMPUTES)}", "choose one of them")
+
+
 def check_linear(x: torch.Tensor, n: int, k: int, bias: torch.Tensor | None) -> None:
     """Rules of :func:`linear` for x [..., K], a weight [N, K] and bias [N]. Raises ShapeError."""
     # All rules at once first: this runs before every call of a kernel that may take ten microseconds.
@@ -188,7 +196,7 @@ def check_embedding(ids: torch.Tensor, n: int, k: int, dtype: torch.dtype, value
 # ------------------------------------------------------------------------------------------------------------------- linear
 
 
-def _linear(x: torch.Tensor, blob: torch.Tensor, n: int, k: int, bias: torch.Tensor | None, name: str | None = None) -> torch.Tensor:
+def _linear(x: torch.Tensor, blob: torch.Tensor, n: int, k: int, bias: torch.Tensor | None, compute: str, name: str | None = None) -> torch.Tensor:
     """The native call. Only this function and its twins below hand pointers over."""
     check_linear(x, n, k, bias)
     if x.dim() == 2 and x.stride(1) == 1:  # rows at any distance are fine
@@ -206,19 +214,21 @@ def _linear(x: torch.Tensor, blob: torch.Tensor, n: int, k: int, bias: torch.Ten
         bias = bias.contiguous()
         pointer, bias_type = bias.data_ptr(), _TYPES[bias.dtype]
     if _PRINT:
-        _print_config(blob, n, k, rows, name)
-    _native.cpu.linear(blob.data_ptr(), x.data_ptr(), stride, _TYPES[x.dtype], rows, y.data_ptr(), pointer, bias_type,
+        _print_config(blob, n, k, rows, name, compute)
+    _native.cpu.linear(blob.data_ptr(), x.data_ptr(), stride, _TYPES[x.dtype], rows, y.data_ptr(), pointer, bias_type, compute == "a8",
                        torch.get_num_threads())
     return y
 
 
-def linear(x: torch.Tensor, p: Packed, bias: torch.Tensor | None = None) -> torch.Tensor:
+def linear(x: torch.Tensor, p: Packed, bias: torch.Tensor | None = None, compute: str = "a16") -> torch.Tensor:
     """``x W^T + bias`` in float32 accumulation.
 
     Args:
         x: [..., K], float32, bfloat16 or float16, any strides (rows of unit stride are not copied).
         p: weight [N, K].
         bias: [N] of any of these types, added in float32.
+        compute: ``"a16"`` multiplies x as it is. ``"a8"`` rounds x to int8 by groups of columns first (docs/formats.md), several times
+            faster; the result then differs by 0.5 to 2 % of its norm, the more the more single channels stand out.
 
     Returns:
         [..., N] of x's dtype. The result depends neither on the number of threads nor on what ran before. Not finite weights or
@@ -228,13 +238,16 @@ def linear(x: torch.Tensor, p: Packed, bias: torch.Tensor | None = None) -> torc
     """
     differentiate = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
     if differentiate or torch.compiler.is_compiling() or x.is_meta:
-        return torch.ops.mxq_ext.linear(x, p.blob, p.shape[0], bias)
+        return torch.ops.mxq_ext.linear(x, p.blob, p.shape[0], bias, compute)
+    if compute not in COMPUTES:
+        check_compute(compute)
     n, k = p.shape
-    return _linear(x, p.blob, n, k, bias, p.format_name)
+    return _linear(x, p.blob, n, k, bias, compute, p.format_name)
 
 
-def linear_ref(x: torch.Tensor, p: Packed | QTensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def linear_ref(x: torch.Tensor, p: Packed | QTensor, bias: torch.Tensor | None = None, compute: str = "a16") -> torch.Tensor:
     """The twin of :func:`linear`: plain loops over the canonical layout, double accumulation."""
+    check_compute(compute)
     q = unpack(p) if isinstance(p, Packed) else p
     n, k = q.shape
     check_linear(x, n, k, bias)
@@ -242,7 +255,7 @@ def linear_ref(x: torch.Tensor, p: Packed | QTensor, bias: torch.Tensor | None =
     rows, y = x.contiguous(), x.new_empty(*x.shape[:-1], n)
     bias = None if bias is None else bias.contiguous()
     _native.cpu.ref_linear(args, rows.data_ptr(), k, _TYPES[x.dtype], x.shape[:-1].numel(), y.data_ptr(), _pointer(bias),
-                           0 if bias is None else _TYPES[bias.dtype])
+                           0 if bias is None else _TYPES[bias.dtype], compute == "a8")
     del keep
     return y
 
@@ -313,35 +326,37 @@ def target() -> str:
     return _native.cpu.target()
 
 
-def kernel_name(format_name: str, rows: int) -> str:
-    return f"{'gemm' if _native.cpu.uses_gemm(rows) else 'gemv'}_{format_name}_a16__{target()}"
+def kernel_name(format_name: str, rows: int, compute: str = "a16") -> str:
+    """``<op>_<format>_<compute>__<target>``, for example ``gemv_w4g64_a16__avx512``."""
+    return f"{'gemm' if _native.cpu.uses_gemm(rows, compute == 'a8') else 'gemv'}_{format_name}_{compute}__{target()}"
 
 
-def explain(p: Packed, m: int, dtype: torch.dtype = torch.float32) -> str:
-    """Name of the kernel that computes ``m`` rows of x: ``<op>_<format>_a16__<target>``, for example ``gemv_w4g64_a16__avx512``.
+def explain(p: Packed, m: int, dtype: torch.dtype = torch.float32, compute: str = "a16") -> str:
+    """Name of the kernel that computes ``m`` rows of x; see :func:`kernel_name`.
 
     ``dtype`` is x's; all float types share one kernel (they are converted to float32 once per call), so that it must only be one of them.
     """
     if dtype not in _TYPES:
         raise ShapeError(f"kernel for x of {str(dtype)[6:]}", "x must be float32, bfloat16 or float16", "choose one of those")
-    return kernel_name(p.format_name, m)
+    check_compute(compute)
+    return kernel_name(p.format_name, m, compute)
 
 
 _PRINT = env.flag("MXQ_PRINT_CONFIG")
 _printed: set = set()
 
 
-def _print_config(blob: torch.Tensor, n: int, k: int, rows: int, name: str | None) -> None:
+def _print_config(blob: torch.Tensor, n: int, k: int, rows: int, name: str | None, compute: str) -> None:
     name = name or _describe(blob)["format_name"]
-    if (key := (n, k, rows, name)) not in _printed:
+    if (key := (n, k, rows, name, compute)) not in _printed:
         _printed.add(key)
-        print(f"mxq_ext: linear M={rows} N={n} K={k}: {kernel_name(name, rows)}", file=sys.stderr)
+        print(f"mxq_ext: linear M={rows} N={n} K={k}: {kernel_name(name, rows, compute)}", file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------------------------------ torch.library
 
 _library = torch.library.Library("mxq_ext", "DEF")
-_library.define("linear(Tensor x, Tensor blob, int n, Tensor? bias) -> Tensor")
+_library.define("linear(Tensor x, Tensor blob, int n, Tensor? bias, str compute='a16') -> Tensor")
 _library.define("embedding(Tensor ids, Tensor blob, int n, int k, ScalarType dtype) -> Tensor")
 
 
@@ -357,14 +372,16 @@ def _trusted(blob: torch.Tensor, n: int, k: int, op: str) -> None:
         raise ShapeError(f"mxq_ext::{op} of {n} x {k}", f"the packed weight is {have[0]} x {have[1]}", _WHICH)
 
 
-def _op_linear(x, blob, n, bias):
+def _op_linear(x, blob, n, bias, compute="a16"):
+    check_compute(compute)
     k = x.shape[-1] if x.dim() else -1
     if x.dim():
         _trusted(blob, n, k, "linear")
-    return _linear(x, blob, n, k, bias)
+    return _linear(x, blob, n, k, bias, compute)
 
 
-def _fake_linear(x, blob, n, bias):
+def _fake_linear(x, blob, n, bias, compute="a16"):
+    check_compute(compute)
     check_linear(x, n, x.shape[-1] if x.dim() else -1, bias)
     return x.new_empty(*x.shape[:-1], n)
 
@@ -380,13 +397,13 @@ def _fake_embedding(ids, blob, n, k, dtype):
 
 
 def _linear_setup(ctx, inputs, output):
-    x, blob, n, bias = inputs
+    x, blob, n, bias, _ = inputs
     ctx.save_for_backward(blob)
     ctx.shape, ctx.bias_dtype = (n, x.shape[-1]), None if bias is None else bias.dtype
 
 
 def _linear_backward(ctx, grad):
-    """dx = dy W; dbias = sum of dy. The weight is packed and has no gradient."""
+    """dx = dy W, also where x was rounded (straight through); dbias = sum of dy. The weight is packed and has no gradient."""
     (blob,) = ctx.saved_tensors
     n, k = ctx.shape
     dx = dbias = None
@@ -395,7 +412,7 @@ def _linear_backward(ctx, grad):
         dx = (grad.float() @ torch.ops.mxq_ext.embedding(every, blob, n, k, torch.float32)).to(grad.dtype)
     if ctx.needs_input_grad[3]:
         dbias = grad.reshape(-1, n).float().sum(0).to(ctx.bias_dtype)
-    return dx, None, None, dbias
+    return dx, None, None, dbias, None
 
 
 _library.impl("linear", _op_linear, "CPU")

@@ -75,12 +75,12 @@ def dequantize_rectangle(r: Rectangle) -> np.ndarray:
     return out
 
 
-def dequantize(q: QTensor) -> np.ndarray:
-    """The whole weight, float64 [N, K]: rectangles, then permutations, then the sparse part is added."""
+def dequantize(q: QTensor, rectangle=dequantize_rectangle) -> np.ndarray:
+    """The whole weight, float64 [N, K]: rectangles (read by ``rectangle``), then permutations, then the sparse part is added."""
     n, k = q.shape
     stored = np.zeros((n, k))
     for r in q.rectangles:
-        stored[r.r0 : r.r1, r.c0 : r.c1] = dequantize_rectangle(r)
+        stored[r.r0 : r.r1, r.c0 : r.c1] = rectangle(r)
     rows = range(n) if q.perm_rows is None else q.perm_rows.tolist()
     cols = range(k) if q.perm_cols is None else q.perm_cols.tolist()
     out = np.zeros((n, k))
@@ -95,7 +95,43 @@ def dequantize(q: QTensor) -> np.ndarray:
     return out
 
 
-def linear(x, q: QTensor, bias=None) -> np.ndarray:
-    """``x W^T + bias`` in float64; x [M, K] is a float tensor of any type."""
-    y = x.double().numpy() @ dequantize(q).T
-    return y if bias is None else y + bias.double().numpy()
+def round_group(x: np.ndarray) -> tuple[np.ndarray, np.float32]:
+    """A group of x [M, columns] float32 as integers -127..127 and their unit [M, 1], by docs/formats.md: float32 arithmetic, ties to even."""
+    largest = np.abs(x).max(axis=1, keepdims=True)
+    tiny = largest < np.float32(2.0**-100)
+    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+        inverse = np.where(tiny, np.float32(0), np.float32(127) / largest)
+        return np.rint(x * inverse), np.where(tiny, np.float32(0), largest / np.float32(127))
+
+
+def _rounded_weight(r: Rectangle) -> np.ndarray:
+    """float64 [rows, cols]: the rectangle as the integer kernels know it, nf levels and lut tables in steps of 1/127 of the largest."""
+    if r.format.kind == "nf":
+        levels = [float(np.rint(level * 127) / 127) for level in NF4_LEVELS]
+        scales = _rows(r.tensors["scales"])
+        return np.array([[read_half(scales[i][2 * g : 2 * g + 2], r.format.scale_dtype == "bf16") * levels[c]
+                          for j, c in enumerate(read_stream(row, 4, r.shape[1])) for g in [j // r.format.group if r.format.group else 0]]
+                         for i, row in enumerate(_rows(r.tensors["codes"]))])
+    if r.format.kind == "lut":
+        w, tables = dequantize_rectangle(r), r.tensors["table"].float().numpy()
+        largest = np.abs(tables).max(axis=1, keepdims=True)
+        return np.rint(w.astype(np.float32) * (np.float32(127) / largest)).astype(np.float64) * (largest / np.float32(127))
+    return dequantize_rectangle(r)
+
+
+def linear(x, q: QTensor, bias=None, compute: str = "a16") -> np.ndarray:
+    """``x W^T + bias`` in float64; x [M, K] is a float tensor of any type. ``"a8"``: x and tables rounded as docs/formats.md says."""
+    bias = 0 if bias is None else bias.double().numpy()
+    if compute == "a16":
+        return x.double().numpy() @ dequantize(q).T + bias
+    y = x.double().numpy() @ dequantize(q, lambda r: dequantize_rectangle(r) if r.format.kind == "float" else 0.0).T + bias
+    rows = np.arange(q.shape[0]) if q.perm_rows is None else q.perm_rows.numpy()
+    single = x.float().numpy()
+    stored = single if q.perm_cols is None else single[:, q.perm_cols.numpy()]
+    for r in (r for r in q.rectangles if r.format.kind != "float"):
+        w, width = _rounded_weight(r), r.format.group or 128
+        for c in range(r.c0, r.c1, width):
+            end = min(r.c1, c + width)
+            codes, unit = round_group(stored[:, c:end])
+            y[:, rows[r.r0 : r.r1]] += unit.astype(np.float64) * (codes.astype(np.float64) @ w[:, c - r.c0 : end - r.c0].T)
+    return y

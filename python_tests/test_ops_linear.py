@@ -156,6 +156,131 @@ def test_large_m_takes_several_passes(target):
     assert torch.equal(ops.linear(x, p)[600:700], ops.linear(x, p)[600:700])
 
 
+# ------------------------------------------------------------------------------------------------------ integer activations
+
+#: Formats whose results do not depend on how many rows of x there are: both kernels round in the same places.
+ROW_LANES = [f for f in cases.FORMATS if not f.startswith(("lut", "fp16"))]
+
+
+@pytest.mark.parametrize("name", cases.FORMATS)
+def test_a8_of_every_format_and_shape_against_the_twin(name, target):
+    results, twin = [], []
+    for i, (n, k) in enumerate(cases.SHAPES):
+        q = cases.random_qtensor(name, n, k, seed=i)
+        p, bias = ops.prepack(q), torch.randn(n)
+        for m in cases.ROWS if i in (5, 7) else (1, 2, 5, 8, 9, 17, 29):
+            x = cases.random_x(m, k, seed=m)
+            results.append(ops.linear(x, p, bias, "a8").flatten())
+            twin.append(ops.linear_ref(x, q, bias, "a8").flatten())
+    numeric.check(torch.cat(results), torch.cat(twin), numeric.bound(name, torch.float32), f"{name} a8 {target}")
+
+
+@pytest.mark.parametrize("name", [f for f in ROW_LANES if not f.startswith("nf4") and "_fz" not in f])
+def test_a8_identity_gives_the_weights(name, target):
+    """One-hot rows of 127 are their own int8 codes with a unit of 1: the scales times whole numbers come out to the last bit."""
+    for i, (n, k) in enumerate(cases.SHAPES):
+        q = cases.random_qtensor(name, n, k, seed=90 + i)
+        p, w = ops.prepack(q), q.dequantize()
+        eye = torch.eye(k) * 127
+        for rows in (eye, eye[torch.randperm(k)[:1]], eye[:7]):
+            assert torch.equal(ops.linear(rows, p, None, "a8"), (rows @ w.T)), (n, k, len(rows))
+
+
+@pytest.mark.parametrize("name", ROW_LANES)
+def test_a8_rows_do_not_depend_on_their_neighbours(name, target):
+    q = cases.random_qtensor(name, 70, 300)
+    p, x = ops.prepack(q), cases.random_x(33, 300)
+    whole = ops.linear(x, p, None, "a8")
+    for m in (1, 2, 3, 4, 5, 8, 9, 16):
+        assert torch.equal(ops.linear(x[3 : 3 + m], p, None, "a8"), whole[3 : 3 + m]), m
+
+
+@pytest.mark.parametrize("name", ROW_LANES)
+def test_a8_is_the_same_on_every_target(name):
+    """Integer sums are exact, and each group is added by one fused operation wherever there is one; the scalar target rounds twice."""
+    q = cases.random_qtensor(name, 50, 200)
+    p, before, results = ops.prepack(q), ops.target(), {}
+    for t in TARGETS:
+        ops.set_target(t)
+        results[t] = [ops.linear(cases.random_x(m, 200), p, None, "a8") for m in (1, 3, 20)]
+    ops.set_target(before)
+    fast = [results[t] for t in TARGETS if t != "scalar"]
+    for other in fast[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(fast[0], other, strict=True))
+    for a, b in zip(results["scalar"], results[TARGETS[-1]], strict=True):
+        numeric.check(a, b, numeric.bound(name, torch.float32), name)
+
+
+@pytest.mark.parametrize("layout", cases.LAYOUTS, ids=lambda v: v.name)
+def test_a8_of_layouts_against_the_twin(layout, target):
+    """Mixed rectangles: int8 and float kernels add to the same outputs; fp16 parts and the sparse part see x unrounded."""
+    q = layout.make(seed=3)
+    n, k = q.shape
+    p = ops.prepack(q)
+    bias = torch.randn(n, generator=torch.Generator().manual_seed(1))
+    for m in cases.ROWS:
+        for dtype in cases.DTYPES:
+            x = cases.random_x(m, k, dtype)
+            limit = numeric.bound(formats_of(q), dtype) * (2 if dtype != torch.float32 else 8 if n == 1 else 1)
+            numeric.check(ops.linear(x, p, bias, "a8"), ops.linear_ref(x, q, bias, "a8"), limit, f"{layout.name} a8 m={m} {target}")
+
+
+@pytest.mark.parametrize("name", ["w2g32_asym", "w3_fz", "w4g64", "w8", "w8g128_fz_bf16", "nf4g64", "nf4", "lut2", "lut3", "lut4", "fp16"])
+def test_a8_twin_against_the_document(name):
+    q = cases.random_qtensor(name, 7, 150)
+    for dtype in cases.DTYPES:
+        x, bias = cases.random_x(3, 150, dtype), torch.randn(7)
+        limit = 2.0**-22 + (0 if dtype == torch.float32 else numeric.ROUNDING[dtype])
+        numeric.check(ops.linear_ref(x, q, bias, "a8"), reference.linear(x, q, bias, "a8"), limit, f"{name} {dtype}")
+
+
+def test_a8_twin_of_layouts_against_the_document():
+    for layout in cases.LAYOUTS:
+        q = layout.make()
+        x = cases.random_x(2, q.shape[1])
+        numeric.check(ops.linear_ref(x, q, None, "a8"), reference.linear(x, q, None, "a8"), 2.0**-22, layout.name)
+
+
+@pytest.mark.parametrize("name", ["w2g64", "w4g32_asym", "w8", "nf4g64", "lut4"])
+def test_a8_accuracy_is_what_the_document_says(name):
+    """Normal inputs with some outlying channels, M = 1 and 40: the rounding costs at most 2 % of the output's norm."""
+    q = cases.random_qtensor(name, 64, 576)
+    for m in (1, 40):
+        x = cases.random_x(m, 576)
+        e = numeric.error(ops.linear(x, ops.prepack(q), None, "a8"), ops.linear(x, ops.prepack(q)))
+        assert 1e-4 < e < 2e-2, e
+
+
+def test_a8_of_extreme_inputs(target):
+    """Zero rows and rows below 2^-100 give the bias; infinities and NaN stay visible; the largest floats do not overflow on the way."""
+    p = ops.prepack(cases.random_qtensor("w4g32", 20, 45))
+    bias = torch.arange(20.0)
+    for m in (1, 12):
+        x = torch.zeros(m, 45)
+        assert torch.equal(ops.linear(x, p, bias, "a8"), bias.expand(m, 20))
+        assert torch.equal(ops.linear(x + 1e-38, p, bias, "a8"), bias.expand(m, 20))
+        x = torch.ones(m, 45)
+        x[0, 3] = float("inf")
+        y = ops.linear(x, p, None, "a8")
+        assert not y[0].isfinite().any() and y[1:].isfinite().all()
+        x[0, 3], x[0, 4] = float("nan"), float("inf")
+        assert not ops.linear(x, p, None, "a8")[0].isfinite().any()
+        x[0] = 3e37
+        numeric.check(ops.linear(x, p, None, "a8")[0], ops.linear_ref(x, p, None, "a8")[0], 1e-5, "large")
+
+
+def test_a8_does_not_depend_on_threads(target, threads):
+    weights = [ops.prepack(q) for q in (cases.random_qtensor("w3g64_asym", 900, 700), cases.random_qtensor("lut4", 500, 1100), cases.LAYOUTS[4].make())]
+    for p in weights:
+        for m in (1, 3, 8, 9, 40, 600):
+            x = cases.random_x(m, p.shape[1])
+            threads(1)
+            one = ops.linear(x, p, None, "a8")
+            for t in (2, 5):
+                threads(t)
+                assert torch.equal(ops.linear(x, p, None, "a8"), one), (m, t)
+
+
 # ------------------------------------------------------------------------------------------------------- the twin itself
 
 
@@ -367,10 +492,11 @@ def test_explain_names_the_kernel(target):
     assert ops.explain(p, 1, torch.float32) == ops.explain(p, 16) == f"gemv_w4g64_a16__{target}"
     assert ops.explain(p, 17, torch.bfloat16) == f"gemm_w4g64_a16__{target}"
     assert ops.explain(ops.prepack(cases.LAYOUTS[1].make()), 1) == f"gemv_w2g64+w4g32_fz+fp16_a16__{target}"
+    assert ops.explain(p, 8, compute="a8") == f"gemv_w4g64_a8__{target}" and ops.explain(p, 9, compute="a8") == f"gemm_w4g64_a8__{target}"
 
 
 def test_targets_are_listed_slowest_first():
-    assert TARGETS == [t for t in ("scalar", "avx2", "avx512") if t in TARGETS] and TARGETS[0] == "scalar"
+    assert TARGETS == [t for t in ("scalar", "avx2", "avx512", "avx512vnni") if t in TARGETS] and TARGETS[0] == "scalar"
     flags = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")), "").split()
     assert ("avx2" in TARGETS) == {"avx2", "fma", "f16c"}.issubset(flags)
     assert ("avx512" in TARGETS) == {"avx512f", "avx512dq", "avx512bw", "avx512vl"}.issubset(flags)

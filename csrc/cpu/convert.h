@@ -4,6 +4,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include <cmath>
+
 namespace mxq {
 
 static inline uint16_t load_u16(const void* p) { uint16_t u; memcpy(&u, p, 2); return u; }
@@ -48,6 +50,24 @@ static inline uint16_t float_to_half(float f) {
   v += 0.5f;  // a subnormal half: the sum is rounded at 2^-24, which is its unit
   memcpy(&u, &v, 4);
   return uint16_t(sign | (u & 0xffff));
+}
+
+// A table of 16 fp16 values as int8 in units of its largest magnitude / 127 (formats.h, integer activations).
+struct ByteTable {
+  int8_t values[16];
+  float unit;
+};
+static inline ByteTable byte_table(const uint8_t* halves) {
+  ByteTable t{};
+  float v[16], most = 0.0f;
+  for (int i = 0; i < 16; i++) {
+    v[i] = half_to_float(load_u16(halves + 2 * i));
+    most = v[i] != v[i] ? v[i] : std::fabs(v[i]) > most ? std::fabs(v[i]) : most;  // keeps a NaN: no number is larger than it
+  }
+  t.unit = most / 127.0f;
+  const bool usable = most > 0.0f && std::isfinite(most);  // else the unit alone, 0, infinite or NaN, says all
+  for (int i = 0; i < 16 && usable; i++) t.values[i] = int8_t(std::nearbyint(v[i] * (127.0f / most)));
+  return t;
 }
 
 }  // namespace mxq

@@ -39,32 +39,40 @@ constexpr int64_t WORK_PER_THREAD = 100000;
 
 }  // namespace
 
-bool uses_gemm(int64_t m) { return m > GEMV_ROWS; }
+bool uses_gemm(int64_t m, bool a8) { return m > (a8 ? GEMV8_ROWS : GEMV_ROWS); }
 
-void linear(const uint8_t* blob, const void* x, int64_t ldx, int type, int64_t m, void* y, const void* bias, int bias_type, int threads) {
+void linear(const uint8_t* blob, const void* x, int64_t ldx, int type, int64_t m, void* y, const void* bias, int bias_type, bool a8, int threads) {
   const Header& h = header(blob);
   const Target& target = current_target();
-  const bool gemm = uses_gemm(m);
-  const int64_t block = gemm ? target.gemm_block : target.gemv_block;
+  const Blocking& blocking = a8 ? target.a8 : target.a16;
   const int64_t size = type == F32 ? 4 : 2;
-
   const int64_t pass = ceil_div(m, ceil_div(m, MAX_ROWS));  // nearly equal passes: a last one of a few rows would cost a whole one
   const int64_t work = int64_t(h.n) * h.k * std::min<int64_t>(pass, 1 << 20);
   threads = int(std::max<int64_t>(1, std::min<int64_t>(threads, work / WORK_PER_THREAD)));
-  const int64_t per_worker = gemm ? round_up(target.gemm_scratch(pass), 16) : 0;
-  const int64_t slots = round_up(pass * int64_t(h.slot_floats), 16), sums = round_up(pass * int64_t(h.slot_sums), 16);
-  float* memory = scratch.get(slots + sums + per_worker * threads);
+
+  Job job{};
+  job.blob = blob, job.ldx = ldx, job.type = type, job.bias = bias, job.bias_type = bias_type, job.m = pass, job.gemm = uses_gemm(m, a8), job.a8 = a8;
+  const auto aligned = [](int64_t floats) { return round_up(floats, 16); };
+  const int64_t slots = aligned(pass * int64_t(h.slot_floats)), sums = aligned(pass * int64_t(h.slot_sums));
+  const int64_t units = a8 ? aligned(pass * int64_t(h.slot8_scales)) : 0, bytes = a8 ? aligned(ceil_div(pass * int64_t(h.slot8_bytes), 4)) : 0;
+  const int64_t per_worker = job.gemm ? aligned(target.gemm_scratch(job)) : 0;
+  job.xs = scratch.get(slots + sums + 2 * units + bytes + per_worker * threads);
+  job.sums = job.xs + slots;
+  job.units = job.sums + sums;
+  job.byte_sums = reinterpret_cast<int32_t*>(job.units + units);
+  job.bytes = reinterpret_cast<int8_t*>(job.units + 2 * units);
+  float* workers = job.units + 2 * units + bytes;
 
   // gemv chunks: small enough to balance threads, large enough for a stream of memory; one chunk per band when alone.
-  const int64_t step = gemm ? target.gemm_tiles : threads == 1 ? int64_t(h.tiles) : std::max<int64_t>(1, std::min<int64_t>(8, h.tiles / (4 * threads)));
+  const int64_t step = job.gemm ? blocking.gemm_tiles : threads == 1 ? int64_t(h.tiles) : std::max<int64_t>(1, std::min<int64_t>(8, h.tiles / (4 * threads)));
   int64_t chunks = 0;
   const Band* bands = at<Band>(blob, h.off_bands);
   for (uint32_t i = 0; i < h.bands; i++) chunks += ceil_div(tiles(bands[i].r1 - bands[i].r0), std::max<int64_t>(step, 1));
 
   for (int64_t m0 = 0; m0 < m; m0 += pass) {
-    Job job{blob, static_cast<const char*>(x) + m0 * ldx * size, ldx, type, static_cast<char*>(y) + m0 * h.n * size, bias, bias_type,
-            std::min(pass, m - m0), 0, gemm, memory, memory + slots};
-    job.blocks = ceil_div(job.m, block);
+    job.x = static_cast<const char*>(x) + m0 * ldx * size, job.y = static_cast<char*>(y) + m0 * h.n * size;
+    job.m = std::min(pass, m - m0);
+    job.blocks = ceil_div(job.m, job.gemm ? blocking.gemm_block : blocking.gemv_block);
     if (job.blocks == 1 || threads == 1) {
       for (int64_t b = 0; b < job.blocks; b++) target.prepare(job, b);
     } else {
@@ -74,7 +82,7 @@ void linear(const uint8_t* blob, const void* x, int64_t ldx, int type, int64_t m
       const Band* band = bands;
       for (; i >= ceil_div(tiles(band->r1 - band->r0), step); band++) i -= ceil_div(tiles(band->r1 - band->r0), step);
       const int64_t end = band->first_tile + tiles(band->r1 - band->r0), tile0 = band->first_tile + i * step;
-      (gemm ? target.gemm : target.gemv)(job, tile0, std::min(tile0 + step, end), memory + slots + sums + per_worker * worker);
+      (job.gemm ? target.gemm : target.gemv)(job, tile0, std::min(tile0 + step, end), workers + per_worker * worker);
     });
   }
 }

@@ -20,8 +20,12 @@ struct Job {
   int64_t m;
   int64_t blocks;
   bool gemm;          // its panels have rows as lanes for every format, so that all slots are interleaved
+  bool a8;            // integer mode: x in int8 for all but fp16 pieces and the sparse part
   float* xs;          // slots: the input as the kernels want it, see blob.h
   float* sums;        // slots: sums of the input over each group
+  float* units;       // int8 slots: scales, sums of codes, codes
+  int32_t* byte_sums;
+  int8_t* bytes;
 };
 
 static inline int64_t block_start(const Job& j, int64_t b) {
@@ -35,17 +39,21 @@ static constexpr int64_t MAX_ROWS = 512;
 // matrix kernel reads (gemm), once in all. Measured at 4096 x 4096 with AVX-512: gemv takes 0.14 ms a row (lut 0.2), gemm 0.13 and 0.6 for
 // the panels (lut 1.9), so that they meet between 25 and 45 rows; 16 is where every format and target still gains.
 static constexpr int64_t GEMV_ROWS = 16;
+static constexpr int64_t GEMV8_ROWS = 8;  // the same in integer mode
+
+// Sizes of the micro-kernels: rows of x at most, and row tiles of a gemm chunk.
+struct Blocking {
+  int gemv_block, gemm_block, gemm_tiles;
+};
 
 // The kernels of one instruction set. Chunks are runs of row tiles of one band; any number of threads may take them in any order.
 struct Target {
   const char* name;
-  int gemv_block;   // rows of x that the gemv micro-kernel takes at most
-  int gemm_block;
-  int gemm_tiles;   // row tiles of a gemm chunk
+  Blocking a16, a8;
   void (*prepare)(const Job&, int64_t block);
   void (*gemv)(const Job&, int64_t tile0, int64_t tile1, float* scratch);
   void (*gemm)(const Job&, int64_t tile0, int64_t tile1, float* scratch);
-  int64_t (*gemm_scratch)(int64_t m);  // floats per thread
+  int64_t (*gemm_scratch)(const Job&);  // floats per thread
 };
 
 // Tiles tile0 .. tile1-1 (of one band) of band `band`.
@@ -64,6 +72,7 @@ extern const Target target_scalar;
 #if defined(__x86_64__)
 extern const Target target_avx2;
 extern const Target target_avx512;
+extern const Target target_avx512vnni;
 #endif
 
 }  // namespace mxq

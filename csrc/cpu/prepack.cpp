@@ -24,31 +24,43 @@ void put_code(uint8_t* row, int64_t i, int bits, uint32_t code) {  // into zeroe
   if (bit % 8 + bits > 8) row[bit / 8 + 1] |= uint8_t(code >> (8 - bit % 8));
 }
 
-// Code p of lane l of the stripe at `words`, for 2, 3 and 4 bits (drawn in formats.h).
-uint32_t stripe_get(const uint8_t* words, int p, int lane, int bits) {
-  const auto word = [&](int v) {
-    uint32_t w;
-    std::memcpy(&w, words + 64 * v + 4 * lane, 4);
-    return w;
-  };
-  if (bits == 3 && p >= 30) return word(p - 30) >> 30 | (word(2) >> p & 1) << 2;
-  const int per = codes_per_word(bits);
-  return word(p / per) >> bits * (p % per) & ((1u << bits) - 1);
+// Where a code of `bits` bits (2, 4, 8; the low two bits of quads 6 and 7 for 3) lies: vector and bit of quad i, byte k (formats.h).
+struct Place {
+  int word, bit;
+};
+Place place_of(int i, int k, int bits) {
+  if (bits == 3) return i < 6 ? Place{i / 2, 8 * k + 3 * (i % 2)} : Place{i == 6 ? 0 : 2, 8 * k + 6};
+  const int per = quads_per_word(bits);
+  return {i / per, 8 * k + bits * (i % per)};
 }
 
-void stripe_put(uint8_t* words, int p, int lane, int bits, uint32_t code) {  // into zeroed words
-  const auto set = [&](int v, uint32_t field) {
-    uint32_t w;
-    std::memcpy(&w, words + 64 * v + 4 * lane, 4);
-    w |= field;
-    std::memcpy(words + 64 * v + 4 * lane, &w, 4);
-  };
-  if (bits == 3 && p >= 30) {
-    set(p - 30, code << 30);
-    set(2, (code >> 2) << p);
+uint32_t word_get(const uint8_t* words, Place p, int lane, int bits) {
+  uint32_t w;
+  std::memcpy(&w, words + 64 * p.word + 4 * lane, 4);
+  return w >> p.bit & ((1u << bits) - 1);
+}
+
+void word_put(uint8_t* words, Place p, int lane, uint32_t field) {  // into zeroed words
+  uint32_t w;
+  std::memcpy(&w, words + 64 * p.word + 4 * lane, 4);
+  w |= field << p.bit;
+  std::memcpy(words + 64 * p.word + 4 * lane, &w, 4);
+}
+
+// Code p of lane l of the stripe at `words`.
+uint32_t stripe_get(const uint8_t* words, int p, int lane, int bits) {
+  const int i = p / 4, k = p % 4;
+  if (bits == 3 && i >= 6) return word_get(words, place_of(i, k, 3), lane, 2) | word_get(words, {1, 8 * k + i}, lane, 1) << 2;
+  return word_get(words, place_of(i, k, bits), lane, bits);
+}
+
+void stripe_put(uint8_t* words, int p, int lane, int bits, uint32_t code) {
+  const int i = p / 4, k = p % 4;
+  if (bits == 3 && i >= 6) {
+    word_put(words, place_of(i, k, 3), lane, code & 3);
+    word_put(words, {1, 8 * k + i}, lane, code >> 2);
   } else {
-    const int per = codes_per_word(bits);
-    set(p / per, code << bits * (p % per));
+    word_put(words, place_of(i, k, bits), lane, code);
   }
 }
 
@@ -59,18 +71,35 @@ struct Layout {
   std::vector<Band> bands;
   std::vector<Piece> pieces;
   std::vector<Slot> slots;
+  std::vector<Slot8> slots8;
 };
 
-uint32_t add_slot(Layout& l, uint32_t c0, uint32_t c1, SlotLayout layout, uint64_t padded, uint32_t group) {
+uint32_t add_slot(Layout& l, uint32_t c0, uint32_t c1, SlotLayout layout, uint64_t padded, uint32_t group, bool a8) {
   for (uint32_t i = 0; i < l.slots.size(); i++) {
-    const Slot& s = l.slots[i];
-    if (s.c0 == c0 && s.c1 == c1 && s.layout == layout && (s.group == group || (!group && layout != ORIGINAL))) return i;
+    Slot& s = l.slots[i];
+    if (s.c0 == c0 && s.c1 == c1 && s.layout == layout && (s.group == group || (!group && layout != ORIGINAL))) {
+      s.a8 |= a8;
+      return i;
+    }
   }
-  Slot s{c0, c1, layout, group, padded, l.header.slot_floats, group ? uint64_t(ceil_div(padded, group)) : 0, l.header.slot_sums};
+  const uint64_t sums = group ? uint64_t(ceil_div(padded, group)) : 0;
+  Slot s{c0, c1, layout, group, padded, l.header.slot_floats, sums, l.header.slot_sums, a8, 0};
   l.header.slot_floats += padded;
   l.header.slot_sums += s.groups;
   l.slots.push_back(s);
   return uint32_t(l.slots.size() - 1);
+}
+
+uint32_t add_slot8(Layout& l, uint32_t c0, uint32_t c1, Format f) {
+  const uint32_t group = f.group ? f.group : A8_GROUP;
+  for (uint32_t i = 0; i < l.slots8.size(); i++)
+    if (l.slots8[i].c0 == c0 && l.slots8[i].c1 == c1 && l.slots8[i].group == group) return i;
+  const uint64_t padded = uint64_t(round_up(c1 - c0, SLICE));
+  Slot8 s{c0, c1, group, 0, padded, l.header.slot8_bytes, uint64_t(ceil_div(padded, group)), l.header.slot8_scales};
+  l.header.slot8_bytes += s.padded;
+  l.header.slot8_scales += s.groups;
+  l.slots8.push_back(s);
+  return uint32_t(l.slots8.size() - 1);
 }
 
 Layout plan(const Weight& w) {
@@ -94,9 +123,10 @@ Layout plan(const Weight& w) {
       const uint32_t sums = f.zero == SYM ? 0 : f.group && f.group < padded ? f.group : uint32_t(padded);
       Piece p{};
       p.rect = r, p.c0 = rect.c0, p.c1 = rect.c1, p.format = f, p.groups = uint64_t(groups(f, cols));
-      p.slot = add_slot(l, rect.c0, rect.c1, column_lanes(f) ? SLICED : INTERLEAVED, uint64_t(padded), sums);
+      p.slot = add_slot(l, rect.c0, rect.c1, column_lanes(f) ? SLICED : INTERLEAVED, uint64_t(padded), sums, f.kind == FLOAT);
+      p.slot8 = f.kind == FLOAT ? 0 : add_slot8(l, rect.c0, rect.c1, f);
       p.code_step = uint64_t(column_lanes(f) ? row_vectors(f.bits, cols) * 64 : tile_code_bytes(f, cols));
-      p.scale_step = uint64_t(column_lanes(f) ? 32 : tile_scale_bytes(f, cols));
+      p.scale_step = uint64_t(column_lanes(f) ? LUT_BYTES : tile_scale_bytes(f, cols));
       p.zero_step = uint64_t(tile_zero_bytes(f, cols));
       l.pieces.push_back(p);
       b.pieces++;
@@ -104,10 +134,10 @@ Layout plan(const Weight& w) {
     h.tiles += uint32_t(tiles(b.r1 - b.r0));
     l.bands.push_back(b);
   }
-  if (w.rowptr) add_slot(l, 0, h.k, ORIGINAL, uint64_t(w.k), 0);
+  if (w.rowptr) add_slot(l, 0, h.k, ORIGINAL, uint64_t(w.k), 0, true);
 
   h.bands = uint32_t(l.bands.size()), h.pieces = uint32_t(l.pieces.size());
-  h.rects = uint32_t(w.rects.size()), h.slots = uint32_t(l.slots.size());
+  h.rects = uint32_t(w.rects.size()), h.slots = uint32_t(l.slots.size()), h.slots8 = uint32_t(l.slots8.size());
   uint64_t end = 0;
   const auto place = [&](uint64_t bytes) {
     const uint64_t start = end;
@@ -119,6 +149,7 @@ Layout plan(const Weight& w) {
   h.off_pieces = place(l.pieces.size() * sizeof(Piece));
   h.off_rects = place(w.rects.size() * sizeof(Rect));
   h.off_slots = place(l.slots.size() * sizeof(Slot));
+  h.off_slots8 = place(l.slots8.size() * sizeof(Slot8));
   if (w.perm_rows) h.off_perm_rows = place(4 * h.n), h.off_row_of = place(4 * h.n);
   if (w.perm_cols) h.off_perm_cols = place(4 * h.k);
   if (w.rowptr) h.off_rowptr = place(4 * (uint64_t(h.n) + 1)), h.off_cols = place(4 * h.nnz), h.off_values = place(2 * h.nnz);
@@ -155,20 +186,26 @@ struct RowView {
   uint32_t get(int64_t c) const {  // the canonical code (the half of an fp16 value)
     const int bits = p.format.bits;
     if (bits == 16) return load_u16(codes + (c * LANES + lane) * 2);
-    if (bits == 8) return codes[c * LANES + lane] ^ 0x80u;
-    if (column_lanes(p.format)) return stripe_get(codes + c / 512 * bits * 64, int(c / SLICE % STRIPE), int(c % SLICE), bits);
+    if (column_lanes(p.format)) return stripe_get(codes + c / 512 * bits * 64, slice_code(c), int(c % SLICE / 4), bits);
     const uint32_t flip = p.format.kind == UNIFORM ? 1u << (bits - 1) : 0;
     return stripe_get(codes + c / STRIPE * bits * 64, int(c % STRIPE), lane, bits) ^ flip;
   }
   void put(int64_t c, uint32_t code) const {
     const int bits = p.format.bits;
     if (bits == 16) store_u16(codes + (c * LANES + lane) * 2, uint16_t(code));
-    else if (bits == 8) codes[c * LANES + lane] = uint8_t(code ^ 0x80u);
-    else if (column_lanes(p.format)) stripe_put(codes + c / 512 * bits * 64, int(c / SLICE % STRIPE), int(c % SLICE), bits, code);
+    else if (column_lanes(p.format)) stripe_put(codes + c / 512 * bits * 64, slice_code(c), int(c % SLICE / 4), bits, code);
     else stripe_put(codes + c / STRIPE * bits * 64, int(c % STRIPE), lane, bits, code ^ (p.format.kind == UNIFORM ? 1u << (bits - 1) : 0));
   }
+  static int slice_code(int64_t c) { return int(c / SLICE % 8 * 4 + c % 4); }
   uint8_t* half(uint8_t* base, int64_t i) const { return base + (i * LANES + lane) * 2; }
 };
+
+void pack_table(uint8_t* out, const uint8_t* table, int bits) {
+  for (int i = 0; i < 16; i++) std::memcpy(out + 2 * i, table + 2 * (i & ((1 << bits) - 1)), 2);
+  const ByteTable t = byte_table(out);
+  std::memcpy(out + 32, t.values, 16);
+  std::memcpy(out + 48, &t.unit, 4);
+}
 
 void pack_row(const RowView& v, const Canonical& c, int64_t row) {
   const Format f = v.p.format;
@@ -176,8 +213,7 @@ void pack_row(const RowView& v, const Canonical& c, int64_t row) {
   const uint8_t* codes = c.codes + row * code_row_bytes(f, cols);
   for (int64_t i = 0; i < cols; i++) v.put(i, f.bits == 16 ? load_u16(codes + 2 * i) : get_code(codes, i, f.bits));
   const uint8_t* scales = c.scales + (f.kind == FLOAT ? 0 : row * scale_row_bytes(f, cols));
-  if (f.kind == LUT)
-    for (int i = 0; i < 16; i++) std::memcpy(v.scales + 2 * i, scales + 2 * (i & ((1 << f.bits) - 1)), 2);
+  if (f.kind == LUT) pack_table(v.scales, scales, f.bits);
   for (int64_t i = 0; i < g; i++) std::memcpy(v.half(v.scales, i), scales + 2 * i, 2);
   const uint8_t* zeros = f.zero == SYM ? nullptr : c.zeros + row * zero_row_bytes(f, cols);
   for (int64_t i = 0; i < g && zeros; i++) {
@@ -244,6 +280,7 @@ void prepack(const Weight& w, uint8_t* blob, int threads) {
   put(h.off_bands, l.bands.data(), l.bands.size() * sizeof(Band));
   put(h.off_pieces, l.pieces.data(), l.pieces.size() * sizeof(Piece));
   put(h.off_slots, l.slots.data(), l.slots.size() * sizeof(Slot));
+  put(h.off_slots8, l.slots8.data(), l.slots8.size() * sizeof(Slot8));
   for (size_t i = 0; i < w.rects.size(); i++) put(h.off_rects + i * sizeof(Rect), &w.rects[i].rect, sizeof(Rect));
   if (w.perm_rows) {
     put(h.off_perm_rows, w.perm_rows, 4 * size_t(w.n));

@@ -96,16 +96,67 @@ MXQ_INLINE W load_words(const void* p) {
 template <int S>
 MXQ_INLINE W shift(W w) { return S ? _mm512_srli_epi32(w, S) : w; }
 MXQ_INLINE W shift_by(W w, int s) { return _mm512_srl_epi32(w, _mm_cvtsi32_si128(s)); }
-// a >> 30 with bit 2 taken from b >> S: codes 30 and 31 of a 3-bit stripe.
-template <int S>
-MXQ_INLINE W spare(W a, W b) {
-  return _mm512_ternarylogic_epi32(_mm512_srli_epi32(a, 30), _mm512_srli_epi32(b, S), _mm512_set1_epi32(4), 0xf8);  // a | (b & c)
-}
+// a >> SA with bit 2 taken from b >> SB: a code of quads 6 and 7 of a 3-bit stripe, of any content above.
+template <int SA, int SB>
+MXQ_INLINE W spare(W a, W b) { return _mm512_ternarylogic_epi32(shift<SA>(a), shift<SB>(b), _mm512_set1_epi32(4), 0xd8); }  // c ? b : a
 template <int BITS>
 MXQ_INLINE V lookup(Book book, W w) { return _mm512_permutexvar_ps(w, book); }
-// Field of BITS bits at bit S as a signed number; `book` says the same as a table.
+// Field of BITS bits at bit S as a signed number; for less than 8 bits `book` says the same as a table.
 template <int BITS, int S>
-MXQ_INLINE V centred(Book book, W w) { return lookup<BITS>(book, shift<S>(w)); }
+MXQ_INLINE V centred(Book book, W w) {
+  if constexpr (BITS == 8) return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(w, 24 - S), 24));
+  else return lookup<BITS>(book, shift<S>(w));
+}
+
+// Integers: W as 64 bytes or as 16 sums.
+using Bytes = __m512i;  // a table of 16 bytes, once in each 128 bits
+#if defined(MXQ_VNNI)
+static constexpr bool VNNI = true;
+#else
+static constexpr bool VNNI = false;
+#endif
+MXQ_INLINE W ints(int32_t v) { return _mm512_set1_epi32(v); }
+MXQ_INLINE W first_int(int32_t v) { return _mm512_zextsi128_si512(_mm_cvtsi32_si128(v)); }
+MXQ_INLINE W iadd(W a, W b) { return _mm512_add_epi32(a, b); }
+MXQ_INLINE W ixor(W a, W b) { return _mm512_xor_si512(a, b); }
+template <int S>
+MXQ_INLINE W sra(W a) { return S ? _mm512_srai_epi32(a, S) : a; }
+MXQ_INLINE V to_float(W a) { return _mm512_cvtepi32_ps(a); }
+template <uint32_t MASK, uint32_t FLIP>
+MXQ_INLINE W field(W w) { return _mm512_ternarylogic_epi32(w, ints((int32_t)MASK), ints((int32_t)FLIP), 0x6a); }  // (w & MASK) ^ FLIP
+MXQ_INLINE W merge3(W a, W b) {  // (a & 3) | (~b & 4) in each byte: a stored 3-bit code with its top bit flipped back
+  return _mm512_ternarylogic_epi32(_mm512_and_si512(a, ints(0x03030303)), b, ints(0x04040404), 0xf2);
+}
+MXQ_INLINE void pin(W& w) { __asm__("" : "+v"(w)); }
+MXQ_INLINE Bytes load_bytes(const void* p) { return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)p)); }
+MXQ_INLINE W lookup_bytes(Bytes t, W index) { return _mm512_shuffle_epi8(t, index); }
+MXQ_INLINE void store_words(void* p, W w) { _mm512_storeu_si512(p, w); }
+// acc[i] += sum over byte k of lane i of u * x: u unsigned (up to 127 without VNNI, since pairs are summed in 16 bits), x in -127 .. 127.
+#if defined(MXQ_VNNI)
+// Not the intrinsic: gcc 12 copies its accumulator before and after each use, and 24 of them in a loop then spill.
+MXQ_INLINE W dot(W acc, W u, W x) {
+  __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(u), "v"(x));
+  return acc;
+}
+// x: four bytes, the same for all lanes.
+MXQ_INLINE W dot_four(W acc, W u, const int8_t* x) {
+  __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(u), "m"(*(const int8_t(*)[4])x));
+  return acc;
+}
+#else
+MXQ_INLINE W dot(W acc, W u, W x) { return iadd(acc, _mm512_madd_epi16(_mm512_maddubs_epi16(u, x), _mm512_set1_epi16(1))); }
+#endif
+MXQ_INLINE W dot_signed(W acc, W s, W x) {  // both signed; only without VNNI
+  const __m512i moved = _mm512_mask_sub_epi8(x, _mm512_movepi8_mask(s), _mm512_setzero_si512(), x);
+  return iadd(acc, _mm512_madd_epi16(_mm512_maddubs_epi16(_mm512_abs_epi8(s), moved), _mm512_set1_epi16(1)));
+}
+MXQ_INLINE W max_bits(W most, V v) {  // of magnitudes as integers: ordered like floats, and a NaN is larger than all
+  return _mm512_max_epu32(most, _mm512_and_si512(_mm512_castps_si512(v), ints(0x7fffffff)));
+}
+MXQ_INLINE uint32_t max_lane(W w) { return _mm512_reduce_max_epu32(w); }
+MXQ_INLINE int32_t sum_lanes(W w) { return _mm512_reduce_add_epi32(w); }
+MXQ_INLINE W round_to_ints(V v) { return _mm512_cvtps_epi32(v); }  // ties to even
+MXQ_INLINE void store_s8(int8_t* p, W w) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(w)); }
 // r[i] lane j <-> r[j] lane i
 MXQ_INLINE void transpose(V* r) {
   V t[16];
@@ -186,12 +237,13 @@ MXQ_INLINE W shift_by(W w, int s) {
   const __m128i n = _mm_cvtsi32_si128(s);
   return {_mm256_srl_epi32(w.a, n), _mm256_srl_epi32(w.b, n)};
 }
-template <int S>
+template <int SA, int SB>
 MXQ_INLINE __m256i spare8(__m256i a, __m256i b) {
-  return _mm256_or_si256(_mm256_srli_epi32(a, 30), _mm256_and_si256(_mm256_srli_epi32(b, S), _mm256_set1_epi32(4)));
+  const __m256i four = _mm256_set1_epi32(4);
+  return _mm256_or_si256(_mm256_andnot_si256(four, _mm256_srli_epi32(a, SA)), _mm256_and_si256(_mm256_srli_epi32(b, SB), four));
 }
-template <int S>
-MXQ_INLINE W spare(W x, W y) { return {spare8<S>(x.a, y.a), spare8<S>(x.b, y.b)}; }
+template <int SA, int SB>
+MXQ_INLINE W spare(W x, W y) { return {spare8<SA, SB>(x.a, y.a), spare8<SA, SB>(x.b, y.b)}; }
 // vpermps reads 3 bits: tables of 16 need two lookups and a blend by bit 3.
 template <int BITS>
 MXQ_INLINE __m256 lookup8(Book book, __m256i w) {
@@ -201,13 +253,52 @@ MXQ_INLINE __m256 lookup8(Book book, __m256i w) {
 }
 template <int BITS>
 MXQ_INLINE V lookup(Book book, W w) { return {lookup8<BITS>(book, w.a), lookup8<BITS>(book, w.b)}; }
-template <int S>
-MXQ_INLINE __m256 signed4(__m256i w) { return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(w, 28 - S), 28)); }
+template <int BITS, int S>
+MXQ_INLINE __m256 signed8(__m256i w) { return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(w, 32 - BITS - S), 32 - BITS)); }
 template <int BITS, int S>
 MXQ_INLINE V centred(Book book, W w) {
-  if constexpr (BITS == 4) return {signed4<S>(w.a), signed4<S>(w.b)};  // cheaper than two lookups and a blend
+  if constexpr (BITS >= 4) return {signed8<BITS, S>(w.a), signed8<BITS, S>(w.b)};  // cheaper than two lookups and a blend
   else return lookup<BITS>(book, shift<S>(w));
 }
+
+using Bytes = __m256i;
+static constexpr bool VNNI = false;
+MXQ_INLINE W ints(int32_t v) { const __m256i w = _mm256_set1_epi32(v); return {w, w}; }
+MXQ_INLINE W first_int(int32_t v) { return {_mm256_zextsi128_si256(_mm_cvtsi32_si128(v)), _mm256_setzero_si256()}; }
+MXQ_INLINE W iadd(W x, W y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
+MXQ_INLINE W ixor(W x, W y) { return {_mm256_xor_si256(x.a, y.a), _mm256_xor_si256(x.b, y.b)}; }
+template <int S>
+MXQ_INLINE W sra(W w) { return {_mm256_srai_epi32(w.a, S), _mm256_srai_epi32(w.b, S)}; }
+MXQ_INLINE V to_float(W w) { return {_mm256_cvtepi32_ps(w.a), _mm256_cvtepi32_ps(w.b)}; }
+MXQ_INLINE W mask_words(W w, uint32_t mask) {
+  const __m256i m = _mm256_set1_epi32((int32_t)mask);
+  return {_mm256_and_si256(w.a, m), _mm256_and_si256(w.b, m)};
+}
+template <uint32_t MASK, uint32_t FLIP>
+MXQ_INLINE W field(W w) {
+  if constexpr (MASK != 0xffffffffu) w = mask_words(w, MASK);
+  if constexpr (FLIP) w = ixor(w, ints((int32_t)FLIP));
+  return w;
+}
+MXQ_INLINE W merge3(W a, W b) {
+  const W low = mask_words(a, 0x03030303), top = field<0x04040404, 0x04040404>(b);
+  return {_mm256_or_si256(low.a, top.a), _mm256_or_si256(low.b, top.b)};
+}
+MXQ_INLINE void pin(W&) {}
+MXQ_INLINE Bytes load_bytes(const void* p) { return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)p)); }
+MXQ_INLINE W lookup_bytes(Bytes t, W i) { return {_mm256_shuffle_epi8(t, i.a), _mm256_shuffle_epi8(t, i.b)}; }
+MXQ_INLINE void store_words(void* p, W w) { _mm256_storeu_si256((__m256i*)p, w.a); _mm256_storeu_si256((__m256i*)p + 1, w.b); }
+MXQ_INLINE __m256i pairs(__m256i u, __m256i x) { return _mm256_madd_epi16(_mm256_maddubs_epi16(u, x), _mm256_set1_epi16(1)); }
+MXQ_INLINE W dot(W acc, W u, W x) { return iadd(acc, {pairs(u.a, x.a), pairs(u.b, x.b)}); }
+MXQ_INLINE W dot_signed(W acc, W s, W x) {
+  return iadd(acc, {pairs(_mm256_abs_epi8(s.a), _mm256_sign_epi8(x.a, s.a)), pairs(_mm256_abs_epi8(s.b), _mm256_sign_epi8(x.b, s.b))});
+}
+MXQ_INLINE W max_bits(W most, V v) {
+  const __m256i mask = _mm256_set1_epi32(0x7fffffff);
+  return {_mm256_max_epu32(most.a, _mm256_and_si256(_mm256_castps_si256(v.a), mask)),
+          _mm256_max_epu32(most.b, _mm256_and_si256(_mm256_castps_si256(v.b), mask))};
+}
+MXQ_INLINE W round_to_ints(V v) { return {_mm256_cvtps_epi32(v.a), _mm256_cvtps_epi32(v.b)}; }
 MXQ_INLINE void transpose(V* r) {
   float t[16][16];
   for (int i = 0; i < 16; i++) store(t[i], r[i]);
@@ -280,8 +371,8 @@ MXQ_INLINE W shift_by(W w, int s) { return MXQ_EACH(MXQ_F); }
 #undef MXQ_F
 template <int S>
 MXQ_INLINE W shift(W w) { return shift_by(w, S); }
-#define MXQ_F(m) x.m >> 30 | (y.m >> S & 4)
-template <int S>
+#define MXQ_F(m) ((x.m >> (uint32_t)SA) & ~4u) | ((y.m >> (uint32_t)SB) & 4u)
+template <int SA, int SB>
 MXQ_INLINE W spare(W x, W y) { return MXQ_EACH(MXQ_F); }
 #undef MXQ_F
 MXQ_INLINE F4 lookup4(const Book& book, U4 u) { return F4{book.v[u[0] & 15], book.v[u[1] & 15], book.v[u[2] & 15], book.v[u[3] & 15]}; }
@@ -293,6 +384,68 @@ MXQ_INLINE V lookup(const Book& book, W w) { return MXQ_EACH(MXQ_F); }
 template <int BITS, int S>
 MXQ_INLINE V centred(const Book&, W w) { return MXQ_EACH(MXQ_F); }  // shifts instead of a table: those are vectors
 #undef MXQ_F
+
+struct Bytes { int8_t v[16]; };
+static constexpr bool VNNI = false;
+MXQ_INLINE W ints(int32_t v) { const uint32_t w = (uint32_t)v; const U4 u = {w, w, w, w}; return {u, u, u, u}; }
+MXQ_INLINE W first_int(int32_t v) { W w = ints(0); w.a[0] = (uint32_t)v; return w; }
+#define MXQ_F(m) x.m + y.m
+MXQ_INLINE W iadd(W x, W y) { return MXQ_EACH(MXQ_F); }
+#undef MXQ_F
+#define MXQ_F(m) x.m ^ y.m
+MXQ_INLINE W ixor(W x, W y) { return MXQ_EACH(MXQ_F); }
+#undef MXQ_F
+#define MXQ_F(m) (U4)((S4)w.m >> S)
+template <int S>
+MXQ_INLINE W sra(W w) { return MXQ_EACH(MXQ_F); }
+#undef MXQ_F
+#define MXQ_F(m) to_float((S4)w.m)
+MXQ_INLINE V to_float(W w) { return MXQ_EACH(MXQ_F); }
+#undef MXQ_F
+#define MXQ_F(m) (w.m & MASK) ^ FLIP
+template <uint32_t MASK, uint32_t FLIP>
+MXQ_INLINE W field(W w) { return MXQ_EACH(MXQ_F); }
+#undef MXQ_F
+#define MXQ_F(m) (x.m & 0x03030303u) | (~y.m & 0x04040404u)
+MXQ_INLINE W merge3(W x, W y) { return MXQ_EACH(MXQ_F); }
+#undef MXQ_F
+MXQ_INLINE void pin(W&) {}
+MXQ_INLINE Bytes load_bytes(const void* p) { return read<Bytes>(p); }
+MXQ_INLINE void store_words(void* p, W w) { memcpy(p, &w, sizeof w); }
+MXQ_INLINE W lookup_bytes(Bytes t, W index) {
+  uint8_t i[64];
+  store_words(i, index);
+  for (int k = 0; k < 64; k++) i[k] = (uint8_t)t.v[i[k] & 15];
+  return load_words(i);
+}
+template <class T>
+MXQ_INLINE W dot_bytes(W acc, W w, W x) {
+  T a[64];
+  int8_t b[64];
+  uint32_t sums[16];
+  memcpy(a, &w, 64), memcpy(b, &x, 64), memcpy(sums, &acc, 64);
+  for (int i = 0; i < 16; i++)
+    for (int k = 0; k < 4; k++) sums[i] += (uint32_t)(a[4 * i + k] * b[4 * i + k]);
+  return load_words(sums);
+}
+MXQ_INLINE W dot(W acc, W u, W x) { return dot_bytes<uint8_t>(acc, u, x); }
+MXQ_INLINE W dot_signed(W acc, W s, W x) { return dot_bytes<int8_t>(acc, s, x); }
+MXQ_INLINE W max_bits(W most, V v) {
+  uint32_t a[16], b[16];
+  memcpy(a, &most, 64), memcpy(b, &v, 64);
+  for (int i = 0; i < 16; i++) a[i] = (b[i] & 0x7fffffff) > a[i] ? b[i] & 0x7fffffff : a[i];
+  return load_words(a);
+}
+MXQ_INLINE W round_to_ints(V v) {  // |v| < 2^22: the adder rounds to even at 1. A NaN gives any number: its group's scale is a NaN
+  float f[16];
+  int32_t out[16];
+  store(f, v);
+  for (int i = 0; i < 16; i++) {
+    volatile float moved = f[i] + 12582912.0f;
+    out[i] = (int32_t)float_to_bits(moved) - (int32_t)0x4b400000;
+  }
+  return load_words(out);
+}
 MXQ_INLINE void transpose(V* r) {
   float t[16][16], u[16][16];
   memcpy(t, r, sizeof t);
@@ -309,6 +462,32 @@ MXQ_INLINE Book make_book(V v) {
   memcpy(&book, &v, sizeof book);
   return book;
 }
+#if !defined(MXQ_AVX512)
+MXQ_INLINE uint32_t max_lane(W w) {
+  uint32_t u[16], most = 0;
+  store_words(u, w);
+  for (int i = 0; i < 16; i++) most = u[i] > most ? u[i] : most;
+  return most;
+}
+MXQ_INLINE int32_t sum_lanes(W w) {
+  int32_t v[16], sum = 0;
+  store_words(v, w);
+  for (int i = 0; i < 16; i++) sum += v[i];
+  return sum;
+}
+MXQ_INLINE void store_s8(int8_t* p, W w) {
+  int32_t v[16];
+  store_words(v, w);
+  for (int i = 0; i < 16; i++) p[i] = (int8_t)v[i];
+}
+#endif
+MXQ_INLINE V as_floats(W w) { V v; memcpy(&v, &w, sizeof v); return v; }
+MXQ_INLINE W as_words(V v) { W w; memcpy(&w, &v, sizeof w); return w; }
+// Four bytes in every lane.
+MXQ_INLINE W four_bytes(const int8_t* p) { int32_t v; memcpy(&v, p, 4); return ints(v); }
+#if !defined(MXQ_VNNI)
+MXQ_INLINE W dot_four(W acc, W u, const int8_t* x) { return dot(acc, u, four_bytes(x)); }
+#endif
 MXQ_INLINE V load_scale(const void* p, bool bf16) { return bf16 ? load_bf16(p) : load_half(p); }
 MXQ_INLINE V load_any(const void* p, int64_t i, int type) {
   return type == F32 ? load((const float*)p + i) : type == BF16 ? load_bf16((const uint16_t*)p + i) : load_half((const uint16_t*)p + i);

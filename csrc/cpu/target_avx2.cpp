@@ -13,6 +13,7 @@ namespace mxq::avx2 {
 // gemm: 6 rows of x by one pair are 12 accumulators, and one pair of weights and one input beside them.
 static constexpr int GEMV_BLOCK = 4, GEMM_BLOCK = 6, GEMM_TILES = 1;
 static constexpr int GEMV_CHAINS_1 = 4, GEMV_CHAINS_2 = 2, GEMV_CHAINS_END = 3;
+static constexpr int GEMV8_BLOCK = 4, GEMM8_BLOCK = 4, GEMM8_TILES = 1;
 }  // namespace mxq::avx2
 
 #include "linear.inl"

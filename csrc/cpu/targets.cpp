@@ -12,7 +12,7 @@ namespace {
 
 #if defined(__x86_64__)
 struct Cpu {
-  bool avx2 = false, avx512 = false;
+  bool avx2 = false, avx512 = false, vnni = false;
 
   Cpu() {
     unsigned a, b, c, d;
@@ -25,6 +25,7 @@ struct Cpu {
     avx2 = avx && fma && f16c && (b & bit_AVX2) && (xcr0 & 6) == 6;
     const unsigned need = bit_AVX512F | bit_AVX512DQ | bit_AVX512BW | bit_AVX512VL;
     avx512 = avx2 && (b & need) == need && (xcr0 & 0xe6) == 0xe6;
+    vnni = avx512 && (c & bit_AVX512VNNI);
   }
 };
 #endif
@@ -36,6 +37,7 @@ const std::vector<const Target*>& usable() {
     const Cpu cpu;
     if (cpu.avx2) out.push_back(&target_avx2);
     if (cpu.avx512) out.push_back(&target_avx512);
+    if (cpu.vnni) out.push_back(&target_avx512vnni);
 #endif
     return out;
   }();

@@ -1,0 +1,365 @@
+// The float kernels: codes become float32 vectors, products and sums are float32. Included by linear.inl.
+//   decoders: how each format's codes become float32 vectors
+//   gemv: decode in registers, for few rows of x
+//   gemm: decode a panel into the L1 cache, then a plain matrix kernel
+
+namespace mxq {
+namespace MXQ_TARGET {
+
+// ------------------------------------------------------------------------------------------------------------------ decoders
+
+// A decoder's step() reads BYTES bytes and calls f(Int<i>, vector) for each of STEP columns; STEP divides 32.
+
+template <int BITS, bool SIGNED>
+struct Words {  // 2, 4 and 8 bits: one word a step
+  static constexpr int STEP = 32 / BITS, BYTES = 64;
+  static constexpr bool SCALED = true;
+  template <class F>
+  MXQ_INLINE void step(const uint8_t* p, const Book& book, F&& f) {
+    const W w = load_words(p);
+    unroll<STEP>([&](auto i) MXQ_LAMBDA {
+      constexpr int I = decltype(i)::value, S = 8 * (I % 4) + BITS * (I / 4);
+      if constexpr (SIGNED) f(i, centred<BITS, S>(book, w));
+      else f(i, lookup<BITS>(book, shift<S>(w)));
+    });
+  }
+};
+
+template <bool SIGNED>
+struct Words<3, SIGNED> {  // 3 bits: a whole stripe, because quads 6 and 7 lie across its words
+  static constexpr int STEP = 32, BYTES = 192;
+  static constexpr bool SCALED = true;
+  template <int S>
+  MXQ_INLINE V one(const Book& book, W w) {
+    if constexpr (SIGNED) return centred<3, S>(book, w);
+    else return lookup<3>(book, shift<S>(w));
+  }
+  template <class F>
+  MXQ_INLINE void step(const uint8_t* p, const Book& book, F&& f) {
+    const W w0 = load_words(p), w1 = load_words(p + 64), w2 = load_words(p + 128);
+    unroll<8>([&](auto i) MXQ_LAMBDA {
+      constexpr int S = 8 * (decltype(i)::value % 4) + 3 * (decltype(i)::value / 4), I = decltype(i)::value;
+      f(Int<I>{}, one<S>(book, w0));
+      f(Int<I + 8>{}, one<S>(book, w1));
+      f(Int<I + 16>{}, one<S>(book, w2));
+    });
+    unroll<4>([&](auto k) MXQ_LAMBDA {
+      constexpr int K = decltype(k)::value;
+      f(Int<24 + K>{}, lookup<3>(book, spare<8 * K + 6, 8 * K + 4>(w0, w1)));
+      f(Int<28 + K>{}, lookup<3>(book, spare<8 * K + 6, 8 * K + 5>(w2, w1)));
+    });
+  }
+};
+
+struct Halves {  // fp16
+  static constexpr int STEP = 8, BYTES = 256;
+  static constexpr bool SCALED = false;
+  template <class F>
+  MXQ_INLINE void step(const uint8_t* p, const Book&, F&& f) {
+    unroll<STEP>([&](auto i) MXQ_LAMBDA { f(i, load_half(p + 32 * decltype(i)::value)); });
+  }
+};
+
+// The table of a uniform or nf format (see formats.h); unused for 8 and 16 bits.
+static Book book_of(Format f) {
+  float v[16];
+  for (int i = 0; i < 16; i++) {
+    const int q = i & ((1 << (f.bits & 7)) - 1), half = 1 << ((f.bits - 1) & 7);
+    v[i] = f.kind == NF ? NF4_LEVELS[i] : (float)(q < half ? q : q - 2 * half);
+  }
+  return make_book(load(v));
+}
+
+// One tile of 16 rows of a row-lane piece.
+struct Tile {
+  Format format;
+  const uint8_t *codes, *scales, *zeros;
+  int64_t padded, width;  // columns; columns of a group
+};
+MXQ_INLINE Tile tile_of(const uint8_t* blob, const Piece& p, int64_t tile) {
+  const int64_t padded = padded_cols(p.format, p.c1 - p.c0);
+  return {p.format, blob + p.codes + tile * p.code_step, blob + p.scales + tile * p.scale_step, blob + p.zeros + tile * p.zero_step,
+          padded, p.format.group && p.format.group < padded ? p.format.group : padded};
+}
+
+// Index (in the low bits) of code p of a stripe or tail of a column-lane row, for the loops that are not worth unrolling.
+template <int BITS>
+MXQ_INLINE W stripe_code(const uint8_t* words, int p) {
+  const int i = p / 4, k = p % 4;
+  if (BITS == 3 && i >= 6) {
+    const W low = shift_by(load_words(words + (i == 6 ? 0 : 128)), 8 * k + 6), top = shift_by(load_words(words + 64), 8 * k + i - 2);
+    return spare<0, 0>(low, top);
+  }
+  constexpr int PER = quads_per_word(BITS);
+  return shift_by(load_words(words + 64 * (i / PER)), 8 * k + BITS * (i % PER));
+}
+
+// ---------------------------------------------------------------------------------------------------------------------- gemv
+
+// Accumulators per row of x: an FMA takes 4 cycles and two start in each, so that about 8 independent sums are needed.
+template <int MR>
+static constexpr int chains() { return MR == 1 ? GEMV_CHAINS_1 : MR == 2 ? GEMV_CHAINS_2 : MR < GEMV_CHAINS_END ? 2 : 1; }
+
+// Asks for the codes that are due in some 100 ns. The hardware follows a stream by itself, but not across 4 KB pages and not deep enough
+// behind this many multiplications: without it M = 4 and 8 take a quarter longer when the weight comes from memory.
+static constexpr int AHEAD = 2048;
+template <int BYTES>
+MXQ_INLINE void prefetch(const uint8_t* codes) {
+  unroll<BYTES / 64>([&](auto i) MXQ_LAMBDA { __builtin_prefetch(codes + AHEAD + 64 * decltype(i)::value); });
+}
+
+// acc[m][16 rows] += x[m] . tile for MR rows of x, interleaved. With one-hot x the result is the dequantized weight to the last bit:
+// s * (d - z*1), where d is a code and everything but the last rounding is exact.
+template <class D, int MR>
+static void gemv_tile(const Tile& t, const Book& book, const float* x, const float* sums, float* acc) {
+  constexpr int U = chains<MR>();
+  const uint8_t *codes = t.codes, *scales = t.scales, *zeros = t.zeros;
+  V tot[MR];
+  unroll<MR>([&](auto m) MXQ_LAMBDA { tot[decltype(m)::value] = load(acc + 16 * decltype(m)::value); });
+  for (int64_t c0 = 0; c0 < t.padded; c0 += t.width) {
+    const int64_t cols = t.padded - c0 < t.width ? t.padded - c0 : t.width;
+    V dot[MR * U];
+    unroll<MR * U>([&](auto i) MXQ_LAMBDA { dot[decltype(i)::value] = zero(); });
+    for (int64_t c = 0; c < cols; c += D::STEP) {
+      prefetch<D::BYTES>(codes);
+      D::step(codes, book, [&](auto i, V w) MXQ_LAMBDA {
+        constexpr int I = decltype(i)::value;
+        unroll<MR>([&](auto m) MXQ_LAMBDA {
+          constexpr int A = decltype(m)::value * U + I % U;
+          dot[A] = fma(w, set1(x[I * MR + decltype(m)::value]), dot[A]);
+        });
+      });
+      codes += D::BYTES;
+      x += D::STEP * MR;
+    }
+    unroll<MR>([&](auto m) MXQ_LAMBDA {
+      constexpr int M = decltype(m)::value * U;
+      if constexpr (U == 4) dot[M] = add(add(dot[M], dot[M + 1]), add(dot[M + 2], dot[M + 3]));
+      if constexpr (U == 2) dot[M] = add(dot[M], dot[M + 1]);
+    });
+    if constexpr (!D::SCALED) {
+      unroll<MR>([&](auto m) MXQ_LAMBDA { tot[decltype(m)::value] = add(tot[decltype(m)::value], dot[decltype(m)::value * U]); });
+    } else {
+      const V s = load_scale(scales, t.format.bf16);
+      scales += 32;
+      if (t.format.zero == INT) {
+        const V z = load_s8(zeros);
+        zeros += 16;
+        unroll<MR>([&](auto m) MXQ_LAMBDA {
+          constexpr int M = decltype(m)::value;
+          dot[M * U] = fnma(z, set1(sums[M]), dot[M * U]);
+        });
+        sums += MR;
+      } else if (t.format.zero == FLOATZERO) {  // codes are stored centred: put the centre back first
+        const V centre = set1((float)(1 << (t.format.bits - 1)));
+        unroll<MR>([&](auto m) MXQ_LAMBDA {
+          constexpr int M = decltype(m)::value;
+          dot[M * U] = fma(centre, set1(sums[M]), dot[M * U]);
+        });
+      }
+      unroll<MR>([&](auto m) MXQ_LAMBDA { tot[decltype(m)::value] = fma(s, dot[decltype(m)::value * U], tot[decltype(m)::value]); });
+      if (t.format.zero == FLOATZERO) {
+        const V z = load_scale(zeros, t.format.bf16);
+        zeros += 32;
+        unroll<MR>([&](auto m) MXQ_LAMBDA { tot[decltype(m)::value] = fma(z, set1(sums[decltype(m)::value]), tot[decltype(m)::value]); });
+        sums += MR;
+      }
+    }
+  }
+  unroll<MR>([&](auto m) MXQ_LAMBDA { store(acc + 16 * decltype(m)::value, tot[decltype(m)::value]); });
+}
+
+// Codes of a lane in one round over the 16 rows of a column-lane tile: MR vectors of x each fill half of a 48 KB L1 cache, since every row of the tile
+// reads all of them again (one full vector for each FMA, unlike row lanes, where one float serves 16 rows).
+template <int MR>
+static constexpr int64_t codes_per_round() { return 384 / MR / STRIPE * STRIPE; }
+
+// acc[m][r] += x[m] . row r, for `rows` rows of a column-lane piece of `codes` codes a lane; x is sliced.
+template <int BITS, int MR>
+static void gemv_rows(const uint8_t* words, int64_t step, const uint8_t* tables, int64_t rows, int64_t codes, const float* x, float* acc) {
+  constexpr int U = chains<MR>();
+  using D = Words<BITS, false>;
+  V sums[16 * MR];  // of a row between rounds, lanes not yet added up
+  for (int64_t s0 = 0; s0 < codes; s0 += codes_per_round<MR>()) {
+    const bool last = s0 + codes_per_round<MR>() >= codes;
+    for (int64_t r = 0; r < rows; r++) {
+      const Book book = make_book(load_half(tables + LUT_BYTES * r));
+      const uint8_t* p = words + step * r + s0 / STRIPE * BITS * 64;
+      const float* xs = x + s0 * 16 * MR;
+      V dot[MR * U];
+      unroll<MR * U>([&](auto i) MXQ_LAMBDA {
+        constexpr int I = decltype(i)::value;
+        dot[I] = s0 && I % U == 0 ? sums[r * MR + I / U] : zero();
+      });
+      int64_t left = last ? codes - s0 : codes_per_round<MR>();
+      for (; left >= D::STEP; left -= D::STEP) {
+        prefetch<D::BYTES>(p);
+        D::step(p, book, [&](auto i, V w) MXQ_LAMBDA {
+          constexpr int I = decltype(i)::value;
+          unroll<MR>([&](auto m) MXQ_LAMBDA {
+            constexpr int A = decltype(m)::value * U + I % U;
+            dot[A] = fma(w, load(xs + 16 * (I * MR + decltype(m)::value)), dot[A]);
+          });
+        });
+        p += D::BYTES;
+        xs += D::STEP * 16 * MR;
+      }
+      for (int i = 0; i < left; i++, xs += 16 * MR) {
+        const V w = lookup<BITS>(book, stripe_code<BITS>(p, i));
+        unroll<MR>([&](auto m) MXQ_LAMBDA {
+          constexpr int M = decltype(m)::value;
+          dot[M * U] = fma(w, load(xs + 16 * M), dot[M * U]);
+        });
+      }
+      unroll<MR>([&](auto m) MXQ_LAMBDA {
+        constexpr int M = decltype(m)::value;
+        V d = dot[M * U];
+        if constexpr (U >= 2) d = add(d, dot[M * U + 1]);
+        if constexpr (U == 4) d = add(d, add(dot[M * U + 2], dot[M * U + 3]));
+        if (last) acc[16 * M + r] += hsum(d);
+        else sums[r * MR + M] = d;
+      });
+    }
+  }
+}
+
+// acc += x block . tile `tile` of a piece, whatever its format.
+template <int MR>
+static void gemv_piece(const Job& j, const Piece& p, int64_t tile, int64_t rows, int64_t m0, float* acc) {
+  const Slot& s = at<Slot>(j.blob, header(j.blob).off_slots)[p.slot];
+  const float* x = j.xs + s.start * j.m + s.padded * m0;
+  if (p.format.kind == LUT) {
+    const uint8_t *codes = j.blob + p.codes + tile * 16 * p.code_step, *tables = j.blob + p.scales + tile * 16 * p.scale_step;
+    const int64_t lane_codes = s.padded / LANES;
+    switch (p.format.bits) {
+      case 2: return gemv_rows<2, MR>(codes, p.code_step, tables, rows, lane_codes, x, acc);
+      case 3: return gemv_rows<3, MR>(codes, p.code_step, tables, rows, lane_codes, x, acc);
+      default: return gemv_rows<4, MR>(codes, p.code_step, tables, rows, lane_codes, x, acc);
+    }
+  }
+  const Tile t = tile_of(j.blob, p, tile);
+  const float* sums = j.sums + s.sums * j.m + s.groups * m0;
+  const Book book = book_of(p.format);
+  switch (p.format.kind == NF ? 0 : p.format.bits) {
+    case 0: return gemv_tile<Words<4, false>, MR>(t, book, x, sums, acc);
+    case 2: return gemv_tile<Words<2, true>, MR>(t, book, x, sums, acc);
+    case 3: return gemv_tile<Words<3, true>, MR>(t, book, x, sums, acc);
+    case 4: return gemv_tile<Words<4, true>, MR>(t, book, x, sums, acc);
+    case 8: return gemv_tile<Words<8, true>, MR>(t, book, x, sums, acc);
+    default: return gemv_tile<Halves, MR>(t, book, x, sums, acc);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------- gemm
+
+// Panel: DEPTH columns of GEMM_TILES row tiles as float32, [column][row]. 256 x 32 floats are 32 KB: it stays in L1 (48 KB) or at worst
+// in L2 while all rows of x pass by it, so that a weight is decoded once per MAX_ROWS rows.
+static constexpr int DEPTH = 256;
+static constexpr int LDP = GEMM_TILES * 16;
+
+// Columns c0 .. c1 of a tile, dequantized exactly as QTensor.dequantize does, to panel[column - c0][LDP].
+template <class D>
+static void decode_tile(const Tile& t, const Book& book, int64_t c0, int64_t c1, float* panel) {
+  const V centre = set1((float)(1 << ((t.format.bits - 1) & 7)));
+  for (int64_t c = c0; c < c1;) {
+    const int64_t g = c / t.width, end = (g + 1) * t.width < c1 ? (g + 1) * t.width : c1;
+    V s = zero(), z = zero();
+    if constexpr (D::SCALED) {
+      s = load_scale(t.scales + 32 * g, t.format.bf16);
+      z = t.format.zero == INT ? load_s8(t.zeros + 16 * g) : t.format.zero == FLOATZERO ? load_scale(t.zeros + 32 * g, t.format.bf16) : z;
+    }
+    const bool fz = t.format.zero == FLOATZERO;
+    for (; c < end; c += D::STEP)
+      D::step(t.codes + c / D::STEP * D::BYTES, book, [&](auto i, V w) MXQ_LAMBDA {
+        if constexpr (D::SCALED) w = fz ? fma(s, add(w, centre), z) : mul(s, sub(w, z));
+        store(panel + (c - c0 + decltype(i)::value) * LDP, w);
+      });
+  }
+}
+
+// The same for `rows` rows of a column-lane piece: 16 columns of 16 rows at a time, turned by a transpose.
+template <int BITS>
+static void decode_rows(const uint8_t* words, int64_t step, const uint8_t* tables, int64_t rows, int64_t c0, int64_t c1, float* panel) {
+  V block[16];
+  for (int i = 0; i < 16; i++) block[i] = zero();
+  for (int64_t q = c0 / 16; q < c1 / 16; q++) {  // code q of a lane: slice q/4, byte q%4
+    for (int64_t r = 0; r < rows; r++)
+      block[r] = lookup<BITS>(make_book(load_half(tables + LUT_BYTES * r)), stripe_code<BITS>(words + step * r + q / STRIPE * BITS * 64, (int)(q % STRIPE)));
+    for (int64_t r = rows; r < 16; r++) block[r] = zero();
+    transpose(block);
+    for (int i = 0; i < 16; i++) store(panel + (q / 4 * SLICE + 4 * i + q % 4 - c0) * LDP, block[i]);
+  }
+}
+
+static void decode_panel(const Job& j, const Piece& p, int64_t tile, int64_t rows, int64_t c0, int64_t c1, float* panel) {
+  if (p.format.kind == LUT) {
+    const uint8_t *codes = j.blob + p.codes + tile * 16 * p.code_step, *tables = j.blob + p.scales + tile * 16 * p.scale_step;
+    switch (p.format.bits) {
+      case 2: return decode_rows<2>(codes, p.code_step, tables, rows, c0, c1, panel);
+      case 3: return decode_rows<3>(codes, p.code_step, tables, rows, c0, c1, panel);
+      default: return decode_rows<4>(codes, p.code_step, tables, rows, c0, c1, panel);
+    }
+  }
+  const Tile t = tile_of(j.blob, p, tile);
+  const Book book = book_of(p.format);
+  switch (p.format.kind == NF ? 0 : p.format.bits) {
+    case 0: return decode_tile<Words<4, false>>(t, book, c0, c1, panel);
+    case 2: return decode_tile<Words<2, true>>(t, book, c0, c1, panel);
+    case 3: return decode_tile<Words<3, true>>(t, book, c0, c1, panel);
+    case 4: return decode_tile<Words<4, true>>(t, book, c0, c1, panel);
+    case 8: return decode_tile<Words<8, true>>(t, book, c0, c1, panel);
+    default: return decode_tile<Halves>(t, book, c0, c1, panel);
+  }
+}
+
+// acc[m][lda] += sum over `depth` columns of x[column][m] * panel[column][...], for MR rows of x and NV vectors of 16 rows.
+template <int NV, int MR>
+static void gemm_block(const float* panel, const float* x, int64_t depth, float* acc, int64_t lda) {
+  V c[MR * NV];
+  unroll<MR * NV>([&](auto i) MXQ_LAMBDA {
+    constexpr int I = decltype(i)::value;
+    c[I] = load(acc + I / NV * lda + I % NV * 16);
+  });
+  for (int64_t d = 0; d < depth; d++, panel += LDP, x += MR) {
+    V w[NV];
+    unroll<NV>([&](auto v) MXQ_LAMBDA { w[decltype(v)::value] = load(panel + 16 * decltype(v)::value); });
+    unroll<MR>([&](auto m) MXQ_LAMBDA {
+      constexpr int M = decltype(m)::value;
+      const V b = set1(x[M]);
+      unroll<NV>([&](auto v) MXQ_LAMBDA { c[M * NV + decltype(v)::value] = fma(w[decltype(v)::value], b, c[M * NV + decltype(v)::value]); });
+    });
+  }
+  unroll<MR * NV>([&](auto i) MXQ_LAMBDA {
+    constexpr int I = decltype(i)::value;
+    store(acc + I / NV * lda + I % NV * 16, c[I]);
+  });
+}
+
+template <int NV>
+static void gemm_all_blocks(const Job& j, const float* panel, const float* x, int64_t padded, int64_t c0, int64_t depth, float* acc, int64_t lda) {
+  for (int64_t b = 0; b < j.blocks; b++) {
+    const int64_t m0 = block_start(j, b), mr = block_start(j, b + 1) - m0;
+    const float* xb = x + padded * m0 + c0 * mr;
+    unroll<GEMM_BLOCK>([&](auto m) MXQ_LAMBDA {
+      if (mr == decltype(m)::value + 1) gemm_block<NV, decltype(m)::value + 1>(panel, xb, depth, acc + m0 * lda, lda);
+    });
+  }
+}
+
+// acc[m][lda] += x . the `count` row tiles (at most GEMM_TILES) of a piece from `first`; `rows` rows of the weight are left from there on.
+static void gemm_piece(const Job& j, const Piece& p, int64_t first, int64_t count, int64_t rows, float* panel, float* acc, int64_t lda) {
+  const Slot& s = at<Slot>(j.blob, header(j.blob).off_slots)[p.slot];
+  const float* x = j.xs + s.start * j.m;
+  for (int64_t c0 = 0; c0 < (int64_t)s.padded; c0 += DEPTH) {
+    const int64_t c1 = c0 + DEPTH < (int64_t)s.padded ? c0 + DEPTH : s.padded;
+    for (int64_t t = 0; t < count; t++) {
+      const int64_t tile_rows = rows - 16 * t < 16 ? rows - 16 * t : 16;
+      decode_panel(j, p, first + t, tile_rows, c0, c1, panel + 16 * t);
+    }
+    if (count == GEMM_TILES) gemm_all_blocks<GEMM_TILES>(j, panel, x, s.padded, c0, c1 - c0, acc, lda);
+    else gemm_all_blocks<1>(j, panel, x, s.padded, c0, c1 - c0, acc, lda);
+  }
+}
+
+}  // namespace MXQ_TARGET
+}  // namespace mxq

@@ -1,0 +1,458 @@
+// The integer kernels: codes become bytes, int8 groups of x are multiplied with them, sums are int32 and exact, and one float32
+// multiplication and addition per group brings in the scales. Included by linear.inl.
+//   quads: how each format's codes become bytes
+//   gemv8: unpack in registers, for few rows of x
+//   gemm8: unpack a panel into the L1 cache, then a plain integer matrix kernel
+// A row's result does not depend on the rows beside it: both kernels round in the same places (row lanes only; lut adds lanes up in gemv).
+
+namespace mxq {
+namespace MXQ_TARGET {
+
+// ------------------------------------------------------------------------------------------------------------------------ quads
+
+// What dot() multiplies is `value + OFFSET`, an unsigned byte, for the sake of vpdpbusd; the groups' sums of x take OFFSET out again. Without
+// VNNI bytes of more than 7 bits are multiplied as signed ones.
+static constexpr int BIAS = VNNI ? 128 : 0;
+
+template <bool SMALL>
+MXQ_INLINE W dot_value(W acc, W u, W x) {
+  if constexpr (SMALL || VNNI) return dot(acc, u, x);
+  else return dot_signed(acc, u, x);
+}
+template <bool SMALL>
+MXQ_INLINE W dot_value_four(W acc, W u, const int8_t* x) {
+  if constexpr (SMALL || VNNI) return dot_four(acc, u, x);
+  else return dot_signed(acc, u, four_bytes(x));
+}
+
+// step() reads a stripe and calls f(Int<quad>, Int<S>, bytes): bytes << S of the values of each of the 8 quads. IN_PLACE leaves codes where
+// they lie in their byte (S > 0) instead of shifting them down: the sums are shifted once a group instead. It needs VNNI's full unsigned bytes.
+template <int BITS, bool IN_PLACE>
+struct Quads {  // uniform 2 and 4 bits
+  static constexpr int OFFSET = 1 << (BITS - 1), BYTES = BITS * 64;
+  static constexpr bool SMALL = true;
+  static constexpr int SHIFTS = !IN_PLACE ? 1 : BITS == 2 ? 0x55 : 0x11;  // bit S: some quad comes shifted by S
+  template <class F>
+  MXQ_INLINE void step(const uint8_t* p, const Bytes&, F&& f) {
+    constexpr int PER = quads_per_word(BITS);
+    constexpr uint32_t MASK = ((1u << BITS) - 1) * 0x01010101u, FLIP = (1u << (BITS - 1)) * 0x01010101u;
+    unroll<BITS>([&](auto v) MXQ_LAMBDA {
+      const W w = load_words(p + 64 * decltype(v)::value);
+      unroll<PER>([&](auto i) MXQ_LAMBDA {
+        constexpr int S = BITS * decltype(i)::value, Q = decltype(v)::value * PER + decltype(i)::value;
+        if constexpr (IN_PLACE) f(Int<Q>{}, Int<S>{}, field<(MASK << S), (FLIP << S)>(w));
+        else f(Int<Q>{}, Int<0>{}, field<MASK, FLIP>(shift<S>(w)));
+      });
+    });
+  }
+};
+
+template <bool IN_PLACE>
+struct Quads<3, IN_PLACE> {
+  static constexpr int OFFSET = 4, BYTES = 192;
+  static constexpr bool SMALL = true;
+  static constexpr int SHIFTS = IN_PLACE ? 0x9 : 1;
+  template <class F>
+  MXQ_INLINE void step(const uint8_t* p, const Bytes&, F&& f) {
+    const W w0 = load_words(p), w1 = load_words(p + 64), w2 = load_words(p + 128);
+    const auto pair = [&](auto v, W w) MXQ_LAMBDA {
+      constexpr int Q = 2 * decltype(v)::value;
+      f(Int<Q>{}, Int<0>{}, field<0x07070707u, 0x04040404u>(w));
+      if constexpr (IN_PLACE) f(Int<Q + 1>{}, Int<3>{}, field<0x38383838u, 0x20202020u>(w));
+      else f(Int<Q + 1>{}, Int<0>{}, field<0x07070707u, 0x04040404u>(shift<3>(w)));
+    };
+    pair(Int<0>{}, w0), pair(Int<1>{}, w1), pair(Int<2>{}, w2);
+    f(Int<6>{}, Int<0>{}, merge3(shift<6>(w0), shift<4>(w1)));
+    f(Int<7>{}, Int<0>{}, merge3(shift<6>(w2), shift<5>(w1)));
+  }
+};
+
+template <bool IN_PLACE>
+struct Quads<8, IN_PLACE> {
+  static constexpr int OFFSET = BIAS, BYTES = 512;
+  static constexpr bool SMALL = false;
+  static constexpr int SHIFTS = 1;
+  template <class F>
+  MXQ_INLINE void step(const uint8_t* p, const Bytes&, F&& f) {
+    unroll<8>([&](auto v) MXQ_LAMBDA {
+      f(v, Int<0>{}, field<0xffffffffu, BIAS * 0x01010101u>(load_words(p + 64 * decltype(v)::value)));
+    });
+  }
+};
+
+// nf4: the table holds 127 * level + BIAS.
+struct NfQuads {
+  static constexpr int OFFSET = BIAS, BYTES = 256;
+  static constexpr bool SMALL = false;
+  static constexpr int SHIFTS = 1;
+  template <class F>
+  MXQ_INLINE void step(const uint8_t* p, const Bytes& table, F&& f) {
+    unroll<4>([&](auto v) MXQ_LAMBDA {
+      constexpr int Q = 2 * decltype(v)::value;
+      const W w = load_words(p + 64 * decltype(v)::value);
+      f(Int<Q>{}, Int<0>{}, lookup_bytes(table, field<0x0f0f0f0fu, 0>(w)));
+      f(Int<Q + 1>{}, Int<0>{}, lookup_bytes(table, field<0x0f0f0f0fu, 0>(shift<4>(w))));
+    });
+  }
+};
+
+MXQ_INLINE Bytes nf_table() {
+  uint8_t t[16];
+  for (int i = 0; i < 16; i++) {
+    const float v = NF4_LEVELS[i] * 127.0f;
+    t[i] = (uint8_t)((int)(v < 0 ? v - 0.5f : v + 0.5f) + BIAS);
+  }
+  return load_bytes(t);
+}
+
+// The table of one lut row, biased.
+MXQ_INLINE Bytes lut_table(const uint8_t* row) {
+  uint8_t t[16];
+  for (int i = 0; i < 16; i++) t[i] = (uint8_t)(row[32 + i] + BIAS);
+  return load_bytes(t);
+}
+MXQ_INLINE float lut_unit(const uint8_t* row) { float u; memcpy(&u, row + 48, 4); return u; }
+
+// lut: indices of the quads of a stripe, whose bits above the code do not matter but for bit 7.
+template <int BITS, class F>
+MXQ_INLINE void lut_step(const uint8_t* p, F&& f) {
+  if constexpr (BITS == 3) {
+    const W w0 = load_words(p), w1 = load_words(p + 64), w2 = load_words(p + 128);
+    const auto pair = [&](auto v, W w) MXQ_LAMBDA {
+      constexpr int Q = 2 * decltype(v)::value;
+      f(Int<Q>{}, field<0x0f0f0f0fu, 0>(w));
+      f(Int<Q + 1>{}, field<0x0f0f0f0fu, 0>(shift<3>(w)));
+    };
+    pair(Int<0>{}, w0), pair(Int<1>{}, w1), pair(Int<2>{}, w2);
+    const W flip = ints(0x04040404);  // merge3 flips the top bit, which tables do not want
+    f(Int<6>{}, ixor(merge3(shift<6>(w0), shift<4>(w1)), flip));
+    f(Int<7>{}, ixor(merge3(shift<6>(w2), shift<5>(w1)), flip));
+  } else {
+    constexpr int PER = quads_per_word(BITS);
+    unroll<BITS>([&](auto v) MXQ_LAMBDA {
+      const W w = load_words(p + 64 * decltype(v)::value);
+      unroll<PER>([&](auto i) MXQ_LAMBDA { f(Int<decltype(v)::value * PER + decltype(i)::value>{}, field<0x0f0f0f0fu, 0>(shift<BITS * decltype(i)::value>(w))); });
+    });
+  }
+}
+
+// The same for one quad of a tail that is shorter than a stripe.
+template <int BITS>
+MXQ_INLINE W lut_quad(const uint8_t* p, int i) {
+  if (BITS == 3 && i >= 6)
+    return ixor(merge3(shift<6>(load_words(p + (i == 6 ? 0 : 128))), shift_by(load_words(p + 64), i - 2)), ints(0x04040404));
+  constexpr int PER = quads_per_word(BITS);
+  return field<0x0f0f0f0fu, 0>(shift_by(load_words(p + 64 * (i / PER)), BITS * (i % PER)));
+}
+
+// The int8 input of a piece for the rows from m0: codes [m][stride], units and sums [group][step].
+struct Input8 {
+  const int8_t* bytes;
+  const float* units;
+  const int32_t* sums;
+  int64_t stride, step, groups, group;
+};
+MXQ_INLINE Input8 input8(const Job& j, const Piece& p, int64_t m0) {
+  const Slot8& s = at<Slot8>(j.blob, header(j.blob).off_slots8)[p.slot8];
+  return {j.bytes + s.start * j.m + m0 * s.padded, j.units + s.scales * j.m + m0, j.byte_sums + s.scales * j.m + m0,
+          (int64_t)s.padded, j.m, (int64_t)s.groups, s.group};
+}
+
+// Scales and zeros of group g of a tile.
+struct GroupScale {
+  V scale, zero;
+};
+MXQ_INLINE GroupScale group_scale(const Tile& t, int64_t g) {
+  if (!t.format.group) g = 0;
+  const bool fz = t.format.zero == FLOATZERO;
+  return {load_scale(t.scales + 32 * g, t.format.bf16), t.format.zero == INT ? load_s8(t.zeros + 16 * g) : fz ? load_scale(t.zeros + 32 * g, t.format.bf16) : zero()};
+}
+// What a group adds to the output: one place, so that gemv and gemm round alike. d = sum of value * x, unit and sum those of x.
+MXQ_INLINE V add_group(Format f, const GroupScale& s, V d, float unit, int32_t sum, V total) {
+  if (f.zero == INT) d = fnma(s.zero, set1((float)sum), d);
+  total = fma(mul(s.scale, set1(unit)), d, total);
+  if (f.zero == FLOATZERO) total = fma(mul(s.zero, set1(unit)), set1((float)sum), total);
+  return total;
+}
+
+// ------------------------------------------------------------------------------------------------------------------------ gemv8
+
+// acc[m][16 rows] += x[m] . tile.
+template <class D, int MR>
+static void gemv8_tile(const Tile& t, const Bytes& table, const Input8& in, float* acc) {
+  constexpr int SLOTS = 9;  // sums by shift; the last one for the odd quads that come unshifted, when there are registers for it
+  const uint8_t* codes = t.codes;
+  const int8_t* x = in.bytes;
+  const int offset = D::OFFSET - (t.format.zero == FLOATZERO ? 1 << (t.format.bits - 1) : 0);
+  const float unit = t.format.kind == NF ? 1.0f / 127.0f : 1.0f;
+  V tot[MR];
+  unroll<MR>([&](auto m) MXQ_LAMBDA { tot[decltype(m)::value] = load(acc + 16 * decltype(m)::value); });
+  for (int64_t g = 0, c0 = 0; c0 < t.padded; g++, c0 += in.group) {
+    const int64_t cols = t.padded - c0 < in.group ? t.padded - c0 : in.group;
+    const float* units = in.units + g * in.step;
+    const int32_t* sums = in.sums + g * in.step;
+    W dots[MR * SLOTS];
+    unroll<MR>([&](auto m) MXQ_LAMBDA {
+      constexpr int M = decltype(m)::value;
+      dots[M * SLOTS] = ints(-offset * sums[M]);
+      unroll<SLOTS - 1>([&](auto s) MXQ_LAMBDA { dots[M * SLOTS + 1 + decltype(s)::value] = ints(0); });
+    });
+    for (int64_t c = 0; c < cols; c += STRIPE, x += STRIPE, codes += D::BYTES) {
+      prefetch<D::BYTES>(codes);
+      D::step(codes, table, [&](auto q, auto s, W u) MXQ_LAMBDA {
+        constexpr int Q = decltype(q)::value, S = decltype(s)::value == 0 && Q % 2 && MR < 3 ? 8 : decltype(s)::value;
+        unroll<MR>([&](auto m) MXQ_LAMBDA {
+          constexpr int M = decltype(m)::value;
+          dots[M * SLOTS + S] = dot_value_four<D::SMALL>(dots[M * SLOTS + S], u, x + M * in.stride + 4 * Q);
+        });
+      });
+    }
+    const GroupScale s = group_scale(t, g);
+    unroll<MR>([&](auto m) MXQ_LAMBDA {
+      constexpr int M = decltype(m)::value;
+      W d = dots[M * SLOTS];
+      if constexpr (MR < 3) d = iadd(d, dots[M * SLOTS + 8]);
+      unroll<7>([&](auto i) MXQ_LAMBDA {
+        constexpr int S = decltype(i)::value + 1;
+        if constexpr (D::SHIFTS >> S & 1) d = iadd(d, sra<S>(dots[M * SLOTS + S]));
+      });
+      tot[M] = add_group(t.format, s, to_float(d), unit * units[M], sums[M], tot[M]);
+    });
+  }
+  unroll<MR>([&](auto m) MXQ_LAMBDA { store(acc + 16 * decltype(m)::value, tot[decltype(m)::value]); });
+}
+
+// acc[m][r] += x[m] . row r for `rows` rows of a column-lane piece.
+template <int BITS, int MR>
+static void gemv8_rows(const uint8_t* words, int64_t step, const uint8_t* tables, int64_t rows, const Input8& in, float* acc) {
+  static_assert(A8_GROUP == 2 * SLICE, "a group is two quads");
+  const int64_t slices = in.stride / SLICE;
+  for (int64_t r = 0; r < rows; r++) {
+    const Bytes table = lut_table(tables + LUT_BYTES * r);
+    const uint8_t* p = words + step * r;
+    V tot[MR];
+    W d[MR];
+    unroll<MR>([&](auto m) MXQ_LAMBDA { tot[decltype(m)::value] = zero(); });
+    const auto begin = [&](int64_t g) MXQ_LAMBDA { unroll<MR>([&](auto m) MXQ_LAMBDA { d[decltype(m)::value] = first_int(-BIAS * in.sums[g * in.step + decltype(m)::value]); }); };
+    const auto end = [&](int64_t g) MXQ_LAMBDA {
+      unroll<MR>([&](auto m) MXQ_LAMBDA {
+        constexpr int M = decltype(m)::value;
+        tot[M] = fma(to_float(d[M]), set1(in.units[g * in.step + M]), tot[M]);
+      });
+    };
+    const auto add_quad = [&](int64_t slice, W index) MXQ_LAMBDA {
+      const W u = lookup_bytes(table, index);
+      unroll<MR>([&](auto m) MXQ_LAMBDA {
+        constexpr int M = decltype(m)::value;
+        d[M] = dot_value<false>(d[M], u, load_words(in.bytes + M * in.stride + SLICE * slice));
+      });
+    };
+    int64_t slice = 0;
+    for (; slice + 8 <= slices; slice += 8, p += BITS * 64) {
+      prefetch<BITS * 64>(p);
+      lut_step<BITS>(p, [&](auto q, W index) MXQ_LAMBDA {
+        constexpr int Q = decltype(q)::value;
+        if constexpr (Q % 2 == 0) begin((slice + Q) / 2);
+        add_quad(slice + Q, index);
+        if constexpr (Q % 2) end((slice + Q) / 2);
+      });
+    }
+    for (int i = 0; slice < slices; slice++, i++) {
+      if (i % 2 == 0) begin(slice / 2);
+      add_quad(slice, lut_quad<BITS>(p, i));
+      if (i % 2 || slice + 1 == slices) end(slice / 2);
+    }
+    unroll<MR>([&](auto m) MXQ_LAMBDA { acc[16 * decltype(m)::value + r] += hsum(tot[decltype(m)::value]) * lut_unit(tables + LUT_BYTES * r); });
+  }
+}
+
+template <int MR>
+static void gemv8_piece(const Job& j, const Piece& p, int64_t tile, int64_t rows, int64_t m0, float* acc) {
+  const Input8 in = input8(j, p, m0);
+  if (p.format.kind == LUT) {
+    const uint8_t *words = j.blob + p.codes + tile * 16 * p.code_step, *tables = j.blob + p.scales + tile * 16 * p.scale_step;
+    switch (p.format.bits) {
+      case 2: return gemv8_rows<2, MR>(words, p.code_step, tables, rows, in, acc);
+      case 3: return gemv8_rows<3, MR>(words, p.code_step, tables, rows, in, acc);
+      default: return gemv8_rows<4, MR>(words, p.code_step, tables, rows, in, acc);
+    }
+  }
+  const Tile t = tile_of(j.blob, p, tile);
+  const Bytes table = nf_table();
+  switch (p.format.kind == NF ? 0 : p.format.bits) {
+    case 0: return gemv8_tile<NfQuads, MR>(t, table, in, acc);
+    case 2: return gemv8_tile<Quads<2, VNNI>, MR>(t, table, in, acc);
+    case 3: return gemv8_tile<Quads<3, VNNI>, MR>(t, table, in, acc);
+    case 4: return gemv8_tile<Quads<4, VNNI>, MR>(t, table, in, acc);
+    default: return gemv8_tile<Quads<8, VNNI>, MR>(t, table, in, acc);
+  }
+}
+
+// ------------------------------------------------------------------------------------------------------------------------ gemm8
+
+// Panel: DEPTH8 columns of GEMM8_TILES row tiles as bytes, [tile][column/4][row][4]. 256 x 64 bytes are 16 KB: it stays in L1 beside the block of
+// x and the sums of one block, while all rows of x pass by it.
+static constexpr int DEPTH8 = 256;
+static constexpr int TILE8 = DEPTH8 * 16;                 // bytes of a tile in the panel
+static constexpr int PANEL8 = GEMM8_TILES * TILE8;
+
+// Columns c0 .. c1 of a tile as bytes. A small integer zero is taken out here already: value - zero + 2^bits lies in 1 .. 2^(bits+1) - 1.
+template <class D>
+static void unpack_tile(const Tile& t, const Bytes& table, int64_t group, int64_t c0, int64_t c1, uint8_t* out) {
+  const bool fold = D::SMALL && t.format.zero == INT;
+  W moved = ints(0);
+  for (int64_t c = c0; c < c1; c += STRIPE, out += 512) {
+    if (fold && (c == c0 || c % group == 0)) {  // code + (2^(bits-1) - stored zero): both below 2^bits
+      int32_t v[16];
+      const uint8_t* z = t.zeros + (t.format.group ? c / group : 0) * 16;
+      for (int i = 0; i < 16; i++) v[i] = ((1 << (t.format.bits - 1)) - (int8_t)z[i]) * 0x01010101;
+      moved = load_words(v);
+    }
+    D::step(t.codes + c / STRIPE * D::BYTES, table, [&](auto q, auto, W u) MXQ_LAMBDA { store_words(out + 64 * decltype(q)::value, iadd(u, moved)); });
+  }
+}
+
+// The same for `rows` rows of a column-lane piece, a slice of 16 rows at a time: a transpose of words brings rows into the lanes.
+template <int BITS>
+static void unpack_rows(const uint8_t* words, int64_t step, const uint8_t* tables, int64_t rows, int64_t c0, int64_t c1, uint8_t* out) {
+  Bytes table[16];
+  for (int64_t r = 0; r < rows; r++) table[r] = lut_table(tables + LUT_BYTES * r);
+  for (int64_t s = c0 / SLICE; s < c1 / SLICE; s++, out += 16 * 64) {
+    V block[16];
+    for (int64_t r = 0; r < 16; r++)
+      block[r] = r < rows ? as_floats(lookup_bytes(table[r], lut_quad<BITS>(words + step * r + s / 8 * BITS * 64, (int)(s % 8)))) : zero();
+    transpose(block);
+    for (int i = 0; i < 16; i++) store_words(out + 64 * i, as_words(block[i]));
+  }
+}
+
+static void unpack_panel(const Job& j, const Piece& p, int64_t tile, int64_t rows, int64_t group, int64_t c0, int64_t c1, uint8_t* out) {
+  if (p.format.kind == LUT) {
+    const uint8_t *words = j.blob + p.codes + tile * 16 * p.code_step, *tables = j.blob + p.scales + tile * 16 * p.scale_step;
+    switch (p.format.bits) {
+      case 2: return unpack_rows<2>(words, p.code_step, tables, rows, c0, c1, out);
+      case 3: return unpack_rows<3>(words, p.code_step, tables, rows, c0, c1, out);
+      default: return unpack_rows<4>(words, p.code_step, tables, rows, c0, c1, out);
+    }
+  }
+  const Tile t = tile_of(j.blob, p, tile);
+  if (c1 > t.padded) c1 = t.padded;  // x is padded further; what is behind the tile's last column is multiplied by its zeros
+  const Bytes table = nf_table();
+  switch (p.format.kind == NF ? 0 : p.format.bits) {
+    case 0: return unpack_tile<NfQuads>(t, table, group, c0, c1, out);
+    case 2: return unpack_tile<Quads<2, false>>(t, table, group, c0, c1, out);
+    case 3: return unpack_tile<Quads<3, false>>(t, table, group, c0, c1, out);
+    case 4: return unpack_tile<Quads<4, false>>(t, table, group, c0, c1, out);
+    default: return unpack_tile<Quads<8, false>>(t, table, group, c0, c1, out);
+  }
+}
+
+// How the panel of a piece is to be read.
+struct Reading {
+  Format format;  // zero: INT only if it has not been folded into the bytes
+  int offset;
+  bool small;
+  float unit;     // 1/127 for nf
+};
+static Reading reading(Format f) {
+  const bool small = f.kind == UNIFORM && f.bits < 8, fold = small && f.zero == INT;
+  Reading r{f, small ? 1 << (f.bits - 1) : BIAS, small, f.kind == NF ? 1.0f / 127.0f : 1.0f};
+  if (fold) r.format.zero = SYM, r.offset = 1 << f.bits;
+  if (f.zero == FLOATZERO) r.offset -= 1 << (f.bits - 1);
+  return r;
+}
+
+// acc[m][lda] += one group: `quads` quads of NV tiles times MR rows of x [quad][MR][4].
+template <int NV, int MR, bool SMALL>
+static void gemm8_block(const uint8_t* panel, const int8_t* x, int64_t quads, Reading how, const GroupScale* scales, const float* units,
+                        const int32_t* sums, float* acc, int64_t lda) {
+  W d[MR * NV];
+  unroll<MR>([&](auto m) MXQ_LAMBDA {
+    const W start = ints(-how.offset * sums[decltype(m)::value]);
+    unroll<NV>([&](auto v) MXQ_LAMBDA { d[decltype(m)::value * NV + decltype(v)::value] = start; });
+  });
+  for (int64_t q = 0; q < quads; q++, panel += 64, x += 4 * MR) {
+    W u[NV];
+    unroll<NV>([&](auto v) MXQ_LAMBDA {
+      u[decltype(v)::value] = load_words(panel + TILE8 * decltype(v)::value);
+    });
+    unroll<MR>([&](auto m) MXQ_LAMBDA {
+      constexpr int M = decltype(m)::value;
+      W b = four_bytes(x + 4 * M);
+      if constexpr (NV > 1) pin(b);  // one load for all tiles
+      unroll<NV>([&](auto v) MXQ_LAMBDA {
+        constexpr int I = M * NV + decltype(v)::value;
+        d[I] = dot_value<SMALL>(d[I], u[decltype(v)::value], b);
+      });
+    });
+  }
+  const auto finish = [&](Format f) MXQ_LAMBDA {
+    unroll<MR>([&](auto m) MXQ_LAMBDA {
+      constexpr int M = decltype(m)::value;
+      const float unit = how.unit * units[M];
+      const int32_t sum = sums[M];
+      unroll<NV>([&](auto v) MXQ_LAMBDA {
+        constexpr int N = decltype(v)::value;
+        float* to = acc + M * lda + 16 * N;
+        store(to, add_group(f, scales[N], to_float(d[M * NV + N]), unit, sum, load(to)));
+      });
+    });
+  };
+  Format symmetric = how.format;
+  symmetric.zero = SYM;
+  if (how.format.zero == SYM) finish(symmetric);  // the common case without a question per vector
+  else finish(how.format);
+}
+
+template <int NV, bool SMALL>
+static void gemm8_all_blocks(const Job& j, const uint8_t* panel, const int8_t* x, int64_t c0, int64_t c1, const Reading& how, const Input8& in,
+                             const GroupScale* scales, float* acc, int64_t lda) {
+  for (int64_t b = 0; b < j.blocks; b++) {
+    const int64_t m0 = block_start(j, b), mr = block_start(j, b + 1) - m0;
+    for (int64_t c = c0, i = 0; c < c1; c += in.group, i++) {  // the groups of the panel, while the sums are in L1
+      const int64_t g = c / in.group, width = c1 - c < in.group ? c1 - c : in.group, full = in.stride - c < in.group ? in.stride - c : in.group;
+      const int8_t* xb = x + c * j.m + m0 * full;
+      unroll<GEMM8_BLOCK>([&](auto m) MXQ_LAMBDA {
+        if (mr == decltype(m)::value + 1)
+          gemm8_block<NV, decltype(m)::value + 1, SMALL>(panel + (c - c0) * 16, xb, width / 4, how, scales + i * GEMM8_TILES, in.units + g * in.step + m0,
+                                                         in.sums + g * in.step + m0, acc + m0 * lda, lda);
+      });
+    }
+  }
+}
+
+// acc[m][lda] += x . the `count` row tiles of a piece from `first`.
+static void gemm8_piece(const Job& j, const Piece& p, int64_t first, int64_t count, int64_t rows, uint8_t* panel, float* acc) {
+  const Slot8& s = at<Slot8>(j.blob, header(j.blob).off_slots8)[p.slot8];
+  const Input8 in = input8(j, p, 0);
+  const int8_t* x = j.bytes + s.start * j.m;
+  const Reading how = reading(p.format);
+  const int64_t padded = padded_cols(p.format, p.c1 - p.c0), lda = 16 * GEMM8_TILES;
+  GroupScale scales[DEPTH8 / 32 * GEMM8_TILES];
+  for (int64_t c0 = 0; c0 < padded; c0 += DEPTH8) {
+    const int64_t c1 = c0 + DEPTH8 < padded ? c0 + DEPTH8 : padded;
+    for (int64_t t = 0; t < count; t++) {
+      const int64_t tile_rows = rows - 16 * t < 16 ? rows - 16 * t : 16;
+      unpack_panel(j, p, first + t, tile_rows, in.group, c0, c1, panel + TILE8 * t);
+      for (int64_t c = c0, i = 0; c < c1; c += in.group, i++) {
+        GroupScale& to = scales[i * GEMM8_TILES + t];
+        if (p.format.kind != LUT) {
+          to = group_scale(tile_of(j.blob, p, first + t), c / in.group);
+        } else {
+          float unit[16] = {0};
+          for (int64_t r = 0; r < tile_rows; r++) unit[r] = lut_unit(j.blob + p.scales + ((first + t) * 16 + r) * p.scale_step);
+          to = {load(unit), zero()};
+        }
+      }
+    }
+    unroll<GEMM8_TILES>([&](auto n) MXQ_LAMBDA {
+      constexpr int NV = decltype(n)::value + 1;
+      if (count != NV) return;
+      if (how.small) gemm8_all_blocks<NV, true>(j, panel, x, c0, c1, how, in, scales, acc, lda);
+      else gemm8_all_blocks<NV, VNNI>(j, panel, x, c0, c1, how, in, scales, acc, lda);
+    });
+  }
+}
+
+}  // namespace MXQ_TARGET
+}  // namespace mxq
