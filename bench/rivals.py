@@ -1,4 +1,4 @@
-"""More uniform formats beside the demo's, so that its mixed plans are held to the best uniform plan of at most their bytes.
+"""More uniform formats beside the demo's, so that its mixed plans are held to the best uniform plan within their budget.
 
     python bench/rivals.py --demo mxq-demo -o bench/results/rivals.json
 
@@ -26,8 +26,8 @@ from mxq_ext.structure import find_units  # noqa: E402
 from mxq_ext.testing.timing import machine  # noqa: E402
 from mxq_ext.trials import Trials  # noqa: E402
 
-#: Those closest below 4.0 and 3.5 stored bits first: float minima and symmetric grids of group 32, then tables per row and wider groups.
-FORMATS = ("w3g32_fz", "w3g32", "w3g64_fz", "lut3", "w3g128_asym", "w2g32_fz")
+#: Those closest below 4.0, 3.5 and 3.0 stored bits: float minima, narrow and wide groups, tables per row, one scale per row.
+FORMATS = ("w3g32_fz", "w3g64_fz", "w3g64_asym", "lut3", "w3", "w3_asym", "w2g32_fz", "w2g32_asym")
 
 
 def evaluation(row: dict) -> Evaluation:
@@ -59,7 +59,7 @@ def main() -> None:
             quality = {k: evaluate(swapped, references[k], t) for k, t in held.items()}
             row = {"name": f"uniform {fmt}", "bytes": plan.predicted_bytes(units)["total"], "stored_bits": plan.stored_bits(units)}
             against = [{"mixed": m["name"], "uniform": row["name"], "text": k, **paired(evaluation(m[k]), quality[k])}
-                       for m in demo["rows"] if m["name"].startswith("mixed") and m["bytes"] >= row["bytes"] for k in held]
+                       for m in demo["rows"] if m["name"].startswith("mixed-") and float(m["name"][6:]) >= row["stored_bits"] for k in held]
             rows.append(row | {k: e.to_dict() for k, e in quality.items()} | {"against": against})
             write_json(options.out, {"machine": machine(), "rows": rows})
             progress.note(f"{row['name']} {row['stored_bits']:.3f} bits " + "  ".join(f"{k}: ppl {e.perplexity:.2f} KL {e.kl:.4f}" for k, e in quality.items()))

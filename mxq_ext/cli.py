@@ -194,6 +194,7 @@ def quantize(model: Model, out: Out, bits: Bits = None, nbytes: Bytes = None,
              preset: Annotated[str | None, typer.Option("--preset", help="A named choice of candidates, metric and method.")] = None,
              text: Text = None, candidates: Candidates = None, metric: Metric = None,
              method: Annotated[str | None, typer.Option("--method", help="gptq, rtn, hqq or kmeans.")] = None,
+             activations: Annotated[str | None, typer.Option("--activations", help="How linears read their input: a16 exactly, a8 as int8, faster.")] = None,
              windows: Windows = None,
              uniform: Annotated[str | None, typer.Option("--format", help="One format for all, instead of a budget: w4g64.")] = None,
              plan: Annotated[Path | None, typer.Option("--plan", help="A plan made by `mxq plan`, instead of a budget.")] = None,
@@ -211,8 +212,8 @@ def quantize(model: Model, out: Out, bits: Bits = None, nbytes: Bytes = None,
     with Progress() as progress:
         result = pipeline.quantize_checkpoint(
             model, out, overwrite=overwrite, progress=progress,
-            **_given(bits=bits, nbytes=nbytes, preset=preset, text=text, candidates=chosen, metric=metric, method=method, windows=windows,
-                     uniform=uniform, plan=plan, stats=stats, work=work))
+            **_given(bits=bits, nbytes=nbytes, preset=preset, text=text, candidates=chosen, metric=metric, method=method, activations=activations,
+                     windows=windows, uniform=uniform, plan=plan, stats=stats, work=work))
     _show(result, f"quantized {model} -> {out}", as_json)
 
 

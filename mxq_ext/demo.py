@@ -23,7 +23,7 @@ from .errors import CheckpointError
 from .evaluate import Evaluation, Reference, evaluate, paired, speed
 from .fileio import write_json
 from .hf import demo_model_path, load_model, permute_model
-from .nn import replace_linear
+from .nn import replace_linear, set_compute
 from .pipeline import LENGTH, calibrate_for, calibration_tokens, make_table, quantize_by_plan, written_bytes
 from .plan import Plan, solve
 from .plan.presets import find_preset
@@ -32,7 +32,7 @@ from .report import bit_map_entries, bit_map_svg, bit_map_text, markdown_table
 from .structure import find_units
 from .trials import Trials
 
-UNIFORM = ("w8g128_asym", "w4g64_asym", "w3g32_asym", "w3g64_asym", "w2g32_asym", "w2g64_asym")
+UNIFORM = ("w8g128_asym", "w4g64_asym", "w3g32", "w3g128_asym", "w2g64_asym")
 MIXED = (4.0, 3.5, 3.0, 2.5)
 KEPT = "mixed-3.5"  #: the row whose checkpoint stays on disk and writes the sample
 PROMPT = "The three most important things to know about the sea are"
@@ -106,6 +106,9 @@ def run_demo(out: str | os.PathLike = "mxq-demo", quick: bool = False, progress:
         say("  ".join(f"{h} {c}" for h, c in zip(HEADER, rows[-1].cells(), strict=True)))
         if name == KEPT:
             sample = _continue(swapped, tokenizer)
+            set_compute(swapped, "a8")
+            quality = {k: evaluate(swapped, references[k], t, progress=progress) for k, t in held_out.items()}
+            rows.append(Row(f"a8: {name}", rows[-1].stored_bits, nbytes, quality, *_speed(swapped), rows[-1].formats))
         del swapped
 
     kept = out / KEPT
@@ -148,13 +151,12 @@ def _continue(model: nn.Module, tokenizer) -> str:
 
 
 def _compare(rows: list[Row]) -> list[dict]:
-    """Each mixed plan against the best uniform plan of the table of at most its bytes, by KL on each text; paired per window."""
+    """Each mixed plan against the best uniform plan of the table within its budget, by KL on each text; paired per window."""
     out = []
     for row in rows:
-        smaller = [r for r in rows if r.name.startswith("uniform") and r.nbytes <= row.nbytes]
-        if not row.name.startswith("mixed") or not smaller:
-            continue
-        for kind in row.quality:
+        budget = float(row.name.removeprefix("mixed-")) if row.name.startswith("mixed-") else 0.0
+        smaller = [r for r in rows if r.name.startswith("uniform") and r.stored_bits <= budget]
+        for kind in row.quality if smaller else ():
             rival = min(smaller, key=lambda r: r.quality[kind].kl)
             out.append({"mixed": row.name, "uniform": rival.name, "text": kind, **paired(row.quality[kind], rival.quality[kind])})
     return out

@@ -30,6 +30,7 @@ from .errors import CheckpointError, ModelError, MxqError, PlanError, Quantizati
 from .fileio import load_tensors, save_tensors
 from .formats import Format
 from .nn import quantized_modules, replace_linear
+from .nn.swap import as_plan
 from .plan import Plan, pareto_front, solve
 from .plan.presets import Preset, find_preset
 from .progress import SILENT, Progress
@@ -117,8 +118,8 @@ def quantize_by_plan(model: nn.Module, plan: Plan, trials: Trials, progress: Pro
 
 def quantize_model(model: nn.Module, tokenizer, *, bits: float | None = None, nbytes: int | None = None, plan: Plan | str | None = None,
                    text: str | os.PathLike | None = None, preset: str | None = None, candidates=None, metric: str | None = None,
-                   method: str | None = None, weighting: str | None = None, windows: int = WINDOWS, stats_dir: str | os.PathLike | None = None,
-                   work: str | os.PathLike | None = None, progress: Progress = SILENT) -> Result:
+                   method: str | None = None, weighting: str | None = None, activations: str | None = None, windows: int = WINDOWS,
+                   stats_dir: str | os.PathLike | None = None, work: str | os.PathLike | None = None, progress: Progress = SILENT) -> Result:
     """Calibrates, senses, plans and quantizes ``model`` in place.
 
     Args:
@@ -126,6 +127,7 @@ def quantize_model(model: nn.Module, tokenizer, *, bits: float | None = None, nb
             a plan file or a format name, which skips the search. Exactly one of the three.
         text: path of a UTF-8 text file to calibrate on; None takes the built-in text and as much written by the model itself.
         preset: a name of ``presets.PRESETS``; ``candidates``, ``metric``, ``method`` and ``weighting`` replace parts of it.
+        activations: how the linears will read their input, ``"a16"`` or ``"a8"``; None leaves it to the plan.
         windows: calibration windows of 512 tokens.
         stats_dir: what ``mxq calibrate`` wrote for this model; then ``text`` and ``windows`` are not used.
         work: directory of intermediate files; kept, and reused by a later call. A temporary one when None.
@@ -142,22 +144,21 @@ def quantize_model(model: nn.Module, tokenizer, *, bits: float | None = None, nb
     if plan is not None:
         if preset is not None and not isinstance(plan, str):
             raise PlanError(f"a plan together with preset {preset!r}", "a plan names its own quantizer", "drop one of them, or pass method=")
-        plan = as_plan(plan, chosen)
+        plan = as_plan(plan, quantizer=chosen.quantizer())
         chosen = quantizer_of(plan, chosen, method=method, weighting=weighting)
-        plan = dataclasses.replace(plan, quantizer=chosen.quantizer())
+        plan = dataclasses.replace(plan, quantizer=chosen.quantizer(), activations=activations or plan.activations)
     check_request(find_units(model), chosen, plan, bits=bits, nbytes=nbytes)
     with working_directory(work) as directory:
         table = stats = None
-        given = None if stats_dir is None else open_stats(stats_dir, model)
-        if plan is None or chosen.method in CALIBRATED:
+        if stats_dir is not None:
+            stats, tokens = open_stats(stats_dir, model)
+        elif plan is None or chosen.method in CALIBRATED:
             read = None if text is None else texts.read_text(text)
-            if given is None:
-                tokens = calibration_tokens(model, tokenizer, directory, text=read, windows=windows, progress=progress)
-            stats = calibrate_for(model, tokens, chosen, directory, progress) if given is None else given
+            tokens = calibration_tokens(model, tokenizer, directory, text=read, windows=windows, progress=progress)
+            stats = calibrate_for(model, tokens, chosen, directory, progress)
         if plan is None:
-            tokens = tokens if given is None else load_tensors(Path(stats_dir) / TOKENS)[0]["tokens"]
             table = make_table(model, tokens, stats, chosen, directory, progress)
-            plan = solve(table, bits=bits, nbytes=nbytes, quantizer=chosen.quantizer())
+            plan = dataclasses.replace(solve(table, bits=bits, nbytes=nbytes, quantizer=chosen.quantizer()), activations=activations)
         plan.save(directory / "plan.json")
         units, width = find_units(model), next(model.parameters()).element_size()
         nbytes, stored = plan.predicted_bytes(units, width)["total"], plan.stored_bits(units, width)
@@ -205,12 +206,12 @@ def calibrate_for(model: nn.Module, tokens: torch.Tensor, preset: Preset, work: 
     return calibrate(model, tokens, work / f"stats-{kinds}", weightings=weightings, fisher=fisher, progress=progress)
 
 
-def open_stats(directory: str | os.PathLike, model: nn.Module) -> Stats:
-    """Statistics that ``mxq calibrate`` wrote. Raises CheckpointError if they are of another model."""
+def open_stats(directory: str | os.PathLike, model: nn.Module) -> tuple[Stats, torch.Tensor]:
+    """What ``mxq calibrate`` wrote: statistics, and the windows they are of. Raises CheckpointError if they are of another model."""
     stats = Stats.load(directory)
     if stats.meta["model"]["hash"] != model_fingerprint(model):
         raise CheckpointError(f"the statistics in {directory}", "they were collected on another model", "calibrate this model first")
-    return stats
+    return stats, load_tensors(Path(directory) / TOKENS)[0]["tokens"]
 
 
 def needs_fisher(preset: Preset) -> bool:
@@ -222,15 +223,6 @@ def needed_weightings(preset: Preset) -> tuple[str, ...]:
     """The second moments that a preset reads; each kind costs time and disk in calibration."""
     gradient = ("gradient",) if preset.metric in ("fisher", "anchored_kl") else ()
     return tuple(dict.fromkeys(("none", preset.weighting, *gradient)))
-
-
-def as_plan(plan: Plan | str | os.PathLike, preset: Preset) -> Plan:
-    """A Plan from a Plan, a file, or the name of a format for all units."""
-    if isinstance(plan, Plan):
-        return plan
-    if isinstance(plan, os.PathLike) or str(plan).endswith(".json"):
-        return Plan.load(plan)
-    return Plan.uniform(Format.parse(str(plan)), quantizer=preset.quantizer())
 
 
 def quantizer_of(plan: Plan, preset: Preset, *, method: str | None, weighting: str | None) -> Preset:
@@ -272,8 +264,7 @@ def sense_model(model_path, stats_dir, out, *, candidates=None, metric: str | No
     """``mxq sense``: writes the CostTable to the JSON file ``out`` (and a CSV beside it); trials are kept beside the Stats."""
     preset = find_preset(None, candidates=candidates, metric=metric)
     model, tokenizer = load(model_path)
-    stats = open_stats(stats_dir, model)
-    tokens = load_tensors(Path(stats_dir) / TOKENS)[0]["tokens"]
+    stats, tokens = open_stats(stats_dir, model)
     trials = Trials(Path(stats_dir) / "trials", model, stats, preset)
     table = sense(model, tokens, stats, preset.candidates, metric=preset.metric, trial=trials, progress=progress)
     table.save(out)
@@ -297,14 +288,16 @@ def plan_from_table(cost_path, out, *, bits: float | None = None, nbytes: int | 
 
 def quantize_checkpoint(model_path, out, *, bits: float | None = None, nbytes: int | None = None, preset: str | None = None, text=None,
                         candidates=None, metric: str | None = None, method: str | None = None, windows: int = WINDOWS,
-                        uniform: str | None = None, plan=None, stats=None, work=None, overwrite: bool = False, progress: Progress = SILENT) -> dict:
+                        activations: str | None = None, uniform: str | None = None, plan=None, stats=None, work=None, overwrite: bool = False,
+                        progress: Progress = SILENT) -> dict:
     """``mxq quantize``: the whole line on paths. Resumes from ``work`` (default ``<out>.work``, removed after success)."""
     out = Path(out)
     checkpoint.check_target(out, overwrite)
     model, tokenizer = load(model_path)
     directory = Path(work) if work is not None else out.with_name(out.name + ".work")
     result = quantize_model(model, tokenizer, bits=bits, nbytes=nbytes, plan=uniform if plan is None else Path(plan), text=text, preset=preset,
-                            candidates=candidates, metric=metric, method=method, windows=windows, stats_dir=stats, work=directory, progress=progress)
+                            candidates=candidates, metric=metric, method=method, activations=activations, windows=windows, stats_dir=stats, work=directory,
+                            progress=progress)
     checkpoint.save(result.model, out, tokenizer, result.plan, overwrite=overwrite, progress=progress)
     units = find_units(result.model)
     written = written_bytes(out, result.plan, units)

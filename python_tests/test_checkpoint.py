@@ -545,3 +545,13 @@ def test_code_in_the_checkpoint_is_not_run(broken):
     reseal(broken)
     refused(broken, "transformers cannot build the model")
     assert not (broken / "ran").exists()
+
+
+def test_how_activations_are_read_is_part_of_the_checkpoint(tmp_path):
+    model = make_model()
+    replace_linear(model, Plan.uniform("w4g32", activations="a8"))
+    save(model, tmp_path / "a8")
+    loaded = load(tmp_path / "a8")
+    assert loaded.mxq_plan.activations == "a8" and {m.compute for m in quantized_modules(loaded).values() if hasattr(m, "compute")} == {"a8"}
+    with torch.inference_mode():
+        assert torch.equal(loaded(IDS).logits, model(IDS).logits)

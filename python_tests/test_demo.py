@@ -24,9 +24,10 @@ def shown(tmp_path_factory):
 def test_rows_are_ordered_as_their_bytes(shown):
     _, result = shown
     rows = {r["name"]: r for r in result["rows"]}
-    assert list(rows) == ["float32", *(f"uniform {f}" for f in demo.UNIFORM), "mixed-3.5", "mixed-2.5"]
+    assert list(rows) == ["float32", *(f"uniform {f}" for f in demo.UNIFORM), "mixed-3.5", "a8: mixed-3.5", "mixed-2.5"]
     assert rows["float32"]["technical"]["kl"] == 0
-    assert 0 < rows["uniform w8g128_asym"]["technical"]["kl"] < rows["uniform w3g64_asym"]["technical"]["kl"] < rows["uniform w2g64_asym"]["technical"]["kl"]
+    assert 0 < rows["uniform w8g128_asym"]["technical"]["kl"] < rows["uniform w3g128_asym"]["technical"]["kl"] < rows["uniform w2g64_asym"]["technical"]["kl"]
+    assert rows["a8: mixed-3.5"]["bytes"] == rows["mixed-3.5"]["bytes"] and rows["a8: mixed-3.5"]["technical"] != rows["mixed-3.5"]["technical"]
     for name in ("mixed-3.5", "mixed-2.5"):
         assert rows[name]["stored_bits"] <= float(name[-3:]) and sum(rows[name]["formats"].values()) == 15
     assert all(r["decode_tokens_per_s"] > 0 and r["prefill_tokens_per_s"] > 0 for r in rows.values())
@@ -44,11 +45,11 @@ def test_what_is_left_on_disk(shown):
 
 def test_comparisons_are_against_no_larger_plans(shown):
     _, result = shown
-    sizes = {r["name"]: r["bytes"] for r in result["rows"]}
+    bits = {r["name"]: r["stored_bits"] for r in result["rows"]}
     assert result["comparisons"] and {c["text"] for c in result["comparisons"]} == {"technical", "literary"}
     for c in result["comparisons"]:
         kl = {r["name"]: r[c["text"]]["kl"] for r in result["rows"]}
-        fits = [n for n in sizes if n.startswith("uniform") and sizes[n] <= sizes[c["mixed"]]]
+        fits = [n for n in bits if n.startswith("uniform") and bits[n] <= float(c["mixed"][6:])]
         assert c["uniform"] == min(fits, key=kl.get)
         nll = {r["name"]: r[c["text"]]["nll"] for r in result["rows"]}
         assert c["nll"] == pytest.approx(nll[c["mixed"]] - nll[c["uniform"]], abs=1e-9)

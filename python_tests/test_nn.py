@@ -7,12 +7,14 @@ import timeit
 
 import pytest
 import torch
+from conftest import make_model
 from torch import nn
 
 from mxq_ext import ops
 from mxq_ext.errors import NativeError, ShapeError
-from mxq_ext.nn import Held, QuantEmbedding, QuantLinear
+from mxq_ext.nn import Held, QuantEmbedding, QuantLinear, replace_linear, set_compute
 from mxq_ext.nn.linear import META_KEY, shape_meta
+from mxq_ext.plan import Plan
 from mxq_ext.qtensor import QTensor, Rectangle, Sparse
 from mxq_ext.quantizers import quantize
 
@@ -224,17 +226,32 @@ def test_embedding_follows_the_dtype_of_the_model():
     assert layer.dtype == torch.bfloat16 and torch.equal(net(torch.arange(50)), want.to(torch.bfloat16))
 
 
+def test_the_plan_says_how_linears_read_their_input():
+    model = make_model()
+    replace_linear(model, Plan.uniform("w4g32", activations="a8"))
+    layer = model.get_submodule("model.layers.0.mlp.up_proj")
+    assert layer.compute == "a8" and "gemv_w4g32_a8__" in repr(layer)
+    x = torch.randn(3, layer.in_features)
+    eight = layer(x)
+    assert torch.equal(eight, ops.linear(x, layer.packed, layer.bias, "a8"))
+    set_compute(model, "a16")
+    exact = layer(x)
+    assert torch.equal(exact, ops.linear(x, layer.packed, layer.bias)) and 1e-4 < (eight - exact).norm() / exact.norm() < 0.02
+    with pytest.raises(NativeError, match="compute mode 'a4': there are a16 and a8"):
+        set_compute(model, "a4")
+
+
 def test_the_call_adds_less_than_two_microseconds(monkeypatch):
     layer = QuantLinear.from_linear(linear(8, 32), "w4g32")
     x = torch.randn(1, 32)
     # A native call that takes no time: what is left is what the module adds to it.
-    monkeypatch.setattr(ops, "linear", lambda x, packed, bias: x)
+    monkeypatch.setattr(ops, "linear", lambda x, packed, bias, compute: x)
     packed, bias = layer.packed, layer.bias
 
     def best(f):
         return min(timeit.repeat(f, number=200, repeat=200)) / 200
 
     with torch.inference_mode():
-        extra = best(lambda: layer(x)) - best(lambda: ops.linear(x, packed, bias))
+        extra = best(lambda: layer(x)) - best(lambda: ops.linear(x, packed, bias, "a16"))
     print(f"QuantLinear adds {extra * 1e6:.2f} us to ops.linear")
     assert extra < 2e-6

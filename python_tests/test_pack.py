@@ -87,13 +87,16 @@ def test_layouts(layout):
 
 def stripe(words: list[int], bits: int) -> list[int]:
     """The 32 codes of one lane of a stripe, by the drawing in docs/formats.md."""
+    field = [[word >> 8 * k & 255 for k in range(4)] for word in words]  # [word][byte]
     if bits != 3:
-        return [words[p // (32 // bits)] >> bits * (p % (32 // bits)) & ((1 << bits) - 1) for p in range(32)]
-    codes = [words[p // 10] >> 3 * (p % 10) & 7 for p in range(30)]
-    return codes + [words[p - 30] >> 30 | (words[2] >> p & 1) << 2 for p in (30, 31)]
+        per = 8 // bits
+        return [field[i // per][k] >> bits * (i % per) & ((1 << bits) - 1) for i in range(8) for k in range(4)]
+    codes = [field[i // 2][k] >> 3 * (i % 2) & 7 for i in range(6) for k in range(4)]
+    codes += [field[0][k] >> 6 | (field[1][k] >> 6 & 1) << 2 for k in range(4)]
+    return codes + [field[2][k] >> 6 | (field[1][k] >> 7) << 2 for k in range(4)]
 
 
-@pytest.mark.parametrize("name", ["w2", "w3", "w4", "nf4", "lut2", "lut3", "lut4"])
+@pytest.mark.parametrize("name", ["w2", "w3", "w4", "w8", "nf4", "lut2", "lut3", "lut4"])
 def test_prepacked_codes_are_what_the_document_says(name):
     """Finds the stripes of a one-tile weight in the blob's bytes by value: their place is the blob's own business, their form is not."""
     fmt = Format.parse(name)
@@ -103,12 +106,13 @@ def test_prepacked_codes_are_what_the_document_says(name):
     codes = q.rectangles[0].codes().long()
     if fmt.kind == "uniform":
         codes = codes ^ (1 << (bits - 1))
-    want = codes.reshape(32, 16).T if fmt.kind == "lut" else codes  # [lane, code]
+    if fmt.kind == "lut":  # column 64*i + 4*lane + k is code 4*i + k
+        codes = codes.reshape(8, 16, 4).transpose(0, 1).reshape(16, 32)
     raw = ops.prepack(q).blob.numpy().tobytes()
     found = False
     for offset in range(0, len(raw) - 64 * bits + 1, 64):
         words = np.frombuffer(raw, "<u4", 16 * bits, offset).reshape(bits, 16)
-        found |= all(stripe([int(w) for w in words[:, lane]], bits) == want[lane].tolist() for lane in range(16))
+        found |= all(stripe([int(w) for w in words[:, lane]], bits) == codes[lane].tolist() for lane in range(16))
     assert found
 
 

@@ -204,14 +204,16 @@ def quantize_weight(weight: torch.Tensor, fmt: str | Format, **options) -> QTens
 class QuantLinear(QuantModule):
     """``y = x W^T + b`` with a packed W [out_features, in_features] and a float bias. W is not trained; gradients flow to x.
 
-    Input [..., in_features] in float32, bfloat16 or float16; output of the same dtype, accumulated in float32. ``repr`` names the
-    kernel that a single row would use. Make one with :meth:`from_linear`, :meth:`from_qtensor` or :meth:`empty`.
+    Input [..., in_features] in float32, bfloat16 or float16; output of the same dtype, accumulated in float32. ``compute`` says how the input
+    is read: ``"a16"`` exactly, ``"a8"`` rounded to int8 (see ``ops.linear``); it may be set at any time. ``repr`` names the kernel that a
+    single row would use. Make one with :meth:`from_linear`, :meth:`from_qtensor` or :meth:`empty`.
     """
 
     mxq_kind = "linear"
 
-    def __init__(self, held: Held, bias: torch.Tensor | None = None, owner: bool = True):
+    def __init__(self, held: Held, bias: torch.Tensor | None = None, owner: bool = True, compute: str = "a16"):
         super().__init__(held, owner)
+        self.compute = compute
         self.out_features, self.in_features = held.shape
         if bias is not None and tuple(bias.shape) != (self.out_features,):
             raise ShapeError(f"QuantLinear of {self.out_features} x {self.in_features}",
@@ -242,11 +244,11 @@ class QuantLinear(QuantModule):
         packed = self.held.packed
         if packed is None:
             self.held.loaded()  # raises
-        return ops.linear(x, packed, self._buffers["bias"])
+        return ops.linear(x, packed, self._buffers["bias"], self.compute)
 
     def extra_repr(self) -> str:
         bias = self._buffers["bias"]
         text = f"in_features={self.in_features}, out_features={self.out_features}, bias={bias is not None}, {self._describe()}"
         if self.held.packed is not None:
-            text += f", kernel={ops.explain(self.held.packed, 1, torch.float32 if bias is None else bias.dtype)}"
+            text += f", kernel={ops.explain(self.held.packed, 1, torch.float32 if bias is None else bias.dtype, self.compute)}"
         return text

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from .. import ops
 from ..errors import ModelError, MxqError, PlanError
 from ..formats import Format
 from ..plan.schema import Bands, Plan, closest
@@ -30,15 +31,23 @@ def quantized_modules(model: nn.Module) -> dict[str, QuantModule]:
     return {name: m for name, m in model.named_modules() if isinstance(m, QuantModule)}
 
 
-def as_plan(plan: Plan | Format | str | os.PathLike) -> Plan:
-    """A Plan as it is; a format (name) as the uniform plan; a path (``.json``, or an existing file) is read."""
+def set_compute(model: nn.Module, compute: str) -> None:
+    """How all packed linears of the model read their input from now on: ``"a16"`` or ``"a8"``. Raises NativeError for anything else."""
+    ops.check_compute(compute)
+    for module in quantized_modules(model).values():
+        if isinstance(module, QuantLinear):
+            module.compute = compute
+
+
+def as_plan(plan: Plan | Format | str | os.PathLike, quantizer: dict | None = None) -> Plan:
+    """A Plan as it is; a format (name) as the uniform plan, by ``quantizer``; a path (``.json``, or an existing file) is read."""
     if isinstance(plan, Plan):
         return plan
     if isinstance(plan, Format):
-        return Plan.uniform(plan)
+        return Plan.uniform(plan, quantizer=quantizer)
     if isinstance(plan, os.PathLike) or plan.endswith(".json") or Path(plan).is_file():
         return Plan.load(plan)
-    return Plan.uniform(Format.parse(plan))
+    return Plan.uniform(Format.parse(plan), quantizer=quantizer)
 
 
 def replace_linear(model: nn.Module, plan: Plan | Format | str | os.PathLike, stats=None, qtensors: Mapping[str, QTensor] | None = None, *,
@@ -108,6 +117,8 @@ def finish(model: nn.Module, plan: Plan | None) -> None:
     """Marks a swapped model: its parameters frozen, its plan kept, and a ``quantization_config``: to transformers it is no float model."""
     model.requires_grad_(False)
     model.mxq_plan = plan
+    if plan is not None and plan.activations is not None:
+        set_compute(model, plan.activations)
     if getattr(model, "config", None) is not None:
         model.config.quantization_config = {"quant_method": "mxq"}
 

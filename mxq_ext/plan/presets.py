@@ -38,8 +38,9 @@ class Preset:
         return {"name": self.method, "weighting": self.weighting, **dict(self.options)}
 
 
-#: Integer zero points: a symmetric grid loses a level that 2 and 3 bits cannot spare. Group 32 beside 64 gives steps between widths.
-DEFAULT_CANDIDATES = ("w2g64_asym", "w2g32_asym", "w3g64_asym", "w3g32_asym", "w4g64_asym", "w4g32_asym", "w8g128_asym")
+#: What the solver takes at 2.5 to 4 stored bits when it is offered everything: integer zero points, since a symmetric grid loses a level that
+#: 2 bits cannot spare; groups of 128, which leave more bytes for code bits than groups of 32 bring; at 3 bits a symmetric g64 between them.
+DEFAULT_CANDIDATES = ("w2g64_asym", "w3g128_asym", "w3g64", "w4g128_asym", "w4g64_asym", "w8g128_asym")
 
 PRESETS: dict[str, Preset] = {
     "mxq": Preset(DEFAULT_CANDIDATES,

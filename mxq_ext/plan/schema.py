@@ -9,7 +9,8 @@ A plan is a JSON object::
                "model.layers.1.mlp.up_proj": {"cols": [[448, "w3g64"], [128, "w8"]], "permute": true},
                "lm_head": "keep"},                            stays in float
      "quantizer": {"name": "gptq"},       how codes are found, with its options
-     "kv": null, "activations": null,     reserved: version 1 quantizes weights only
+     "activations": "a8",                 how linears read their input: a16 exactly, a8 rounded to int8 by groups; null: a16
+     "kv": null,                          reserved
      "meta": {}}                          anything; never read by the code that applies the plan
 
 Exact names win over patterns, patterns are tried in the order in which they stand, then ``default`` applies. An entry that
@@ -32,6 +33,7 @@ from ..formats import Format
 from ..structure import Unit
 
 VERSION = 1
+ACTIVATIONS = ("a16", "a8")
 KEEP = "keep"  #: the entry that leaves a unit in floating point
 PATTERN = "re:"  #: prefix of an entry's name that makes it a regular expression
 
@@ -198,7 +200,8 @@ class Plan:
         default: canonical format name for units that no entry names, or None to keep them in float.
         units: entry name (module name or ``re:`` pattern) -> entry in its canonical JSON form, in order.
         quantizer: ``{"name": ..., options}``; the names and options are checked where quantizers live.
-        kv, activations: must be None in version 1.
+        activations: ``"a16"``, ``"a8"``, or None, which is the former (``ops.linear``).
+        kv: must be None in version 1.
         meta: free notes, for example how the plan was found.
 
     Everything is validated on construction; raises PlanError.
@@ -208,7 +211,7 @@ class Plan:
     units: dict[str, str | dict] = field(default_factory=dict)
     quantizer: dict = field(default_factory=lambda: {"name": "gptq"})
     kv: None = None
-    activations: None = None
+    activations: str | None = None
     meta: dict = field(default_factory=dict)
 
     def __post_init__(self):
@@ -217,12 +220,13 @@ class Plan:
     # -- making, reading, writing ---------------------------------------------------------------------------------------------
 
     @staticmethod
-    def uniform(fmt: str | Format, *, keep: Sequence[str] = (), quantizer: dict | None = None, meta: dict | None = None) -> Plan:
+    def uniform(fmt: str | Format, *, keep: Sequence[str] = (), quantizer: dict | None = None, activations: str | None = None,
+                meta: dict | None = None) -> Plan:
         """One format for all units but those named in ``keep`` (names or ``re:`` patterns), which stay in float."""
         if isinstance(keep, str):
             raise PlanError(f"uniform plan with keep={keep!r}", "keep is a sequence of names, found one string", f"write keep=({keep!r},)")
         rest = {} if quantizer is None else {"quantizer": quantizer}
-        return Plan(default=Format.parse(fmt).name, units=dict.fromkeys(keep, KEEP), meta=meta or {}, **rest)
+        return Plan(default=Format.parse(fmt).name, units=dict.fromkeys(keep, KEEP), activations=activations, meta=meta or {}, **rest)
 
     @staticmethod
     def from_json(obj: object, where: str = "plan") -> Plan:
@@ -284,10 +288,10 @@ class Plan:
         if not isinstance(self.quantizer.get("name"), str) or not self.quantizer["name"]:
             raise PlanError(f"plan: quantizer {self.quantizer!r}", "it must have a name, a non-empty string",
                             'write for example {"name": "gptq"}')
-        for what in ("kv", "activations"):
-            if getattr(self, what) is not None:
-                raise PlanError(f"plan: {what} {getattr(self, what)!r}",
-                                f"version {VERSION} of the plan quantizes weights only, {what} must be null", "write null")
+        if self.activations not in (None, *ACTIVATIONS):
+            raise PlanError(f"plan: activations {self.activations!r}", f"linears read their input as {' or '.join(ACTIVATIONS)}", "write one of them, or null")
+        if self.kv is not None:
+            raise PlanError(f"plan: kv {self.kv!r}", f"version {VERSION} of the plan has no quantized KV cache, kv must be null", "write null")
         self.meta = _checked_object(self.meta, "meta")
         if units is not None:
             self.resolve(units)
@@ -370,7 +374,7 @@ class Plan:
         """What differs: (unit, entry here, entry there), empty for plans that do the same.
 
         With ``units`` the two are compared unit by unit. Without, every module that either plan names is looked up in both (by name,
-        pattern, default); patterns are compared as text. Rows ``default`` and ``quantizer`` follow where those differ; meta never counts.
+        pattern, default); patterns are compared as text. Rows ``default``, ``quantizer`` and ``activations`` follow where those differ; meta never counts.
         """
         out = []
         if units is not None:
@@ -389,4 +393,6 @@ class Plan:
                 out.append(("default", *(KEEP if p.default is None else p.default for p in (self, other))))
         if self.quantizer != other.quantizer:
             out.append(("quantizer", dict(self.quantizer), dict(other.quantizer)))
+        if (self.activations or ACTIVATIONS[0]) != (other.activations or ACTIVATIONS[0]):
+            out.append(("activations", self.activations or ACTIVATIONS[0], other.activations or ACTIVATIONS[0]))
         return out
