@@ -1,8 +1,11 @@
 """The one entry of all benchmarks.
 
-    python bench/run.py --op linear --formats w4g64,lut3 --shapes 4096x4096 --m 1,16,512 --threads 1 --out linear.json
+    python bench/run.py --op linear --device cpu --formats all --shapes llama3-8b,smollm2 --m 1,4,16,64,512 --threads 1,2 --peers all
+    python bench/run.py --formats w4g64,lut3 --shapes 4096x4096 --m 1,16 --peers none --out try.json
+    python bench/run.py --ladder w4g64 --m 1,16 --out ladder.json
 
-Prints Markdown tables. With ``--out NAME`` the numbers, the machine and the versions go to bench/results/NAME as JSON.
+Prints Markdown tables as they are measured and keeps them, and the numbers with the machine and the versions as JSON, under
+bench/results: ``linear-cpu.md`` and ``linear-cpu.json`` unless ``--out`` says otherwise. What is finished is kept if a run is stopped.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]  # the checkout wins over an installed package
 
-OPS = {"linear": "linear"}  # op -> module beside this file, with arguments(parser) and run(options) -> rows
+OPS = {"linear": "linear"}  # op -> module beside this file: arguments(parser), run(options) -> (results so far, Markdown of the newest) ...
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -23,32 +26,41 @@ def main(argv: list[str] | None = None) -> None:
     first.add_argument("--op", choices=OPS, default="linear", help="what to measure")
     op = importlib.import_module(OPS[first.parse_known_args(argv)[0].op])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[first])
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", choices=["cpu"], default="cpu")
     parser.add_argument("--target", help="instruction set, the fastest one without it")
-    parser.add_argument("--out", help="JSON file; a bare name goes to bench/results")
+    parser.add_argument("--out", help="JSON file, the tables beside it as .md; a bare name goes to bench/results; none: only print")
     op.arguments(parser)
     options = parser.parse_args(argv)
 
-    import torch
-
     from mxq_ext import ops
     from mxq_ext.errors import MxqError
-    from mxq_ext.fileio import write_json
+    from mxq_ext.fileio import write_json, write_text
     from mxq_ext.testing.timing import machine
 
-    torch.set_num_threads(options.threads)
+    name = options.out or f"{options.op}-{options.device}.json"
+    path = Path(name) if "/" in name else HERE / "results" / name
+    asked = {k: v for k, v in vars(options).items() if k != "out"}  # results hold no path of a machine
+    tables = []
     try:
         if options.target:
             ops.set_target(options.target)
-        where = machine() | {"threads": options.threads, "target": ops.target()}
-        print(", ".join(f"{name} {value}" for name, value in where.items()))
-        rows = op.run(options)
+        where = machine() | {"target": ops.target()}
+        tables.append(", ".join(f"{name} {value}" for name, value in where.items()))
+        print(tables[0])
+        refused = []
+        for result, table in op.run(options):
+            print(table, flush=True)
+            tables.append(table)
+            refused = result["refused"]
+            if name != "none":
+                write_json(path, {"machine": where, "options": asked} | result)
+                write_text(path.with_suffix(".md"), "\n".join(tables) + "\n")
     except MxqError as error:
         raise SystemExit(f"bench: {error}") from None
-    if options.out:
-        path = Path(options.out) if "/" in options.out else HERE / "results" / options.out
-        write_json(path, {"op": options.op, "machine": where, "options": vars(options), "rows": rows})
-        print(f"\nwritten to {path}")
+    if name != "none":
+        print(f"\nwritten to {path} and {path.with_suffix('.md').name}")
+    if refused:
+        raise SystemExit(f"bench: {len(refused)} rows could not be timed, the first: {refused[0]}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
-"""bench/run.py: checks before it times, prints a table, keeps numbers with the machine they are from."""
+"""bench/run.py: checks before it times, prints tables, keeps numbers with the machine they are from."""
 
+import dataclasses
 import importlib.util
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,8 +18,6 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture
 def bench(monkeypatch):
     """bench/run.py as a module; the thread count, the target and sys.path come back."""
-    import sys
-
     monkeypatch.setattr(sys, "path", list(sys.path))
     spec = importlib.util.spec_from_file_location("bench_run", ROOT / "bench" / "run.py")
     module = importlib.util.module_from_spec(spec)
@@ -27,28 +28,151 @@ def bench(monkeypatch):
     torch.set_num_threads(threads)
 
 
-TINY = ["--op", "linear", "--formats", "w4g32,lut3", "--shapes", "33x70", "--m", "1,17", "--rounds", "1", "--seconds", "0.001"]
+@pytest.fixture
+def linear(bench):
+    import linear
+
+    return linear
 
 
-def test_table_and_json(bench, tmp_path, capsys):
-    out = tmp_path / "linear.json"
-    bench.main([*TINY, "--target", "scalar", "--out", str(out)])
+@pytest.fixture
+def measure(bench, tmp_path):
+    """Runs with tiny numbers and these arguments; gives the JSON that it writes."""
+
+    def run(*args: str) -> dict:
+        out = tmp_path / "linear.json"
+        tiny = ["--shapes", "33x70", "--m", "1", "--peers", "none", "--compute", "a16", "--cycle", "1", "--rounds", "1", "--seconds", "0.001"]
+        try:
+            bench.main(["--op", "linear", "--device", "cpu", "--formats", "w4g32", "--out", str(out), *tiny, *args])
+        finally:
+            kept = json.loads(out.read_text()) if out.exists() else None
+            run.kept = kept
+        return kept
+
+    return run
+
+
+def test_tables_and_json(measure, tmp_path, capsys):
+    kept = measure("--formats", "w4g32,lut3", "--m", "1,33", "--threads", "1,2", "--target", "scalar")
     text = capsys.readouterr().out
-    assert "### N=33 K=70 M=1" in text and "| w4g32 | `gemv_w4g32_a16__scalar` |" in text and "| lut3 | `gemm_lut3_a16__scalar` |" in text
-    kept = json.loads(out.read_text())
-    assert kept["op"] == "linear" and kept["machine"]["torch"] == torch.__version__ and kept["machine"]["target"] == "scalar"
-    assert [(r["format"], r["m"]) for r in kept["rows"]] == [(f, m) for m in (1, 17) for f in ("torch fp32", "torch bf16", "w4g32", "lut3")]
-    assert all(r["ms"] > 0 and r["ms_median"] >= r["ms"] and r["error"] < 0.02 for r in kept["rows"])
+    assert "### N=33 K=70 M=1, 1 thread, reading " in text and "### N=33 K=70 M=33, 2 threads, reading " in text
+    assert "| w4g32 a16 | 4 | `gemv_w4g32_a16__scalar` |" in text and "| lut3 a16 | 3 | `gemm_lut3_a16__scalar` |" in text
+    assert (tmp_path / "linear.md").read_text().strip() in text
+    assert kept["machine"]["torch"] == torch.__version__ and kept["machine"]["target"] == "scalar" and kept["options"]["op"] == "linear"
+    names = ["torch fp32", "torch bf16", "w4g32 a16", "lut3 a16"]
+    assert [(r["m"], r["threads"], r["name"]) for r in kept["rows"]] == [(m, t, n) for m in (1, 33) for t in (1, 2) for n in names]
+    assert all(r["ms_median"] >= r["ms"] > 0 and r["error"] <= r["limit"] <= 0.01 for r in kept["rows"])
+    assert kept["refused"] == [] and kept["peers"] == {}
 
 
-def test_wrong_results_are_not_timed(bench, monkeypatch):
-    monkeypatch.setattr(ops, "linear", lambda x, p, bias=None: torch.zeros(*x.shape[:-1], p.shape[0]))
-    with pytest.raises(SystemExit, match="w4g32 at 33x70, M=1 is wrong: error 1.00e[+]00"):
-        bench.main(TINY)
+def test_results_hold_no_path(measure, tmp_path):
+    """--out is absolute here, and neither it nor the checkout or the interpreter may appear."""
+    measure()
+    for file in tmp_path.iterdir():
+        assert not [p for p in (tmp_path, ROOT, Path(sys.prefix), Path.home()) if str(p) in file.read_text()]
 
 
-def test_mistakes_end_without_a_traceback(bench):
-    with pytest.raises(SystemExit, match="bench: uniform format of 5 bits"):
-        bench.main(["--formats", "w5"])
-    with pytest.raises(SystemExit, match="CPU target 'sse9'"):
-        bench.main(["--target", "sse9"])
+def test_rates_and_ratios(measure, capsys):
+    kept = measure("--formats", "w8,w4g32,w3g64", "--shapes", "64x256", "--peers", "torch")
+    rows = {r["name"]: r for r in kept["rows"]}
+    int8 = [r for r in rows.values() if r["bits"] == 8 and not r["ours"]]
+    best = min(int8, key=lambda r: r["ms"])
+    ours = rows["w8 a16"]
+    assert ours["best_peer"] == best["name"] and ours["x_best_peer"] == pytest.approx(best["ms"] / ours["ms"])
+    assert all(r["x_bf16"] == pytest.approx(rows["torch bf16"]["ms"] / r["ms"]) for r in rows.values())
+    assert all(r["gb_per_s"] == pytest.approx(r["nbytes"] / r["ms"] / 1e6) for r in rows.values())
+    assert all(r["read_share"] == pytest.approx(r["gb_per_s"] / r["read_gb_per_s"]) for r in rows.values())
+    assert rows["torch int4pack g128"]["nbytes"] == 64 * 256 // 2 + 64 * 2 * 4
+    assert rows["w3g64 a16"]["best_peer"] is None and rows["w3g64 a16"]["x_best_peer"] is None  # torch has no 3 bits
+    assert kept["peers"] == {"torch": torch.__version__}
+    assert f"| 64 x 256 | 1 | 8 | {ours['x_best_peer']:.2f} (w8 a16; {best['name']}) |" in capsys.readouterr().out
+
+
+def test_int8_activations(measure, linear):
+    if "a8" not in linear.COMPUTES:
+        pytest.skip("this build computes in a16 only")
+    kept = measure("--formats", "w4g64", "--shapes", "64x256", "--compute", "a16,a8")
+    exact, rounded = (r for r in kept["rows"] if r["ours"])
+    assert (exact["name"], rounded["name"]) == ("w4g64 a16", "w4g64 a8") and "_a8__" in rounded["kernel"]
+    assert exact["error"] < 1e-5 < rounded["error"] < 0.02
+
+
+def test_ladder(measure):
+    before = ops.target()
+    rows = measure("--ladder", "w4g32")["rows"]
+    assert [r["name"] for r in rows] == ["torch fp32", "torch bf16", "dequantize, then torch", *(f"w4g32 a16 {t}" for t in ops.targets())]
+    assert [r["kernel"] for r in rows[3:]] == [f"gemv_w4g32_a16__{t}" for t in ops.targets()]
+    assert all(r["x_first_step"] == pytest.approx(rows[2]["ms"] / r["ms"]) for r in rows)
+    assert ops.target() == before
+
+
+def test_a_missing_peer_is_one_line(measure, linear, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    monkeypatch.delitem(sys.modules, "peers.ort", raising=False)
+    kept = measure("--peers", "onnxruntime,torch")
+    assert capsys.readouterr().out.count("peer onnxruntime is skipped: onnxruntime is not installed (pip install -r third_party/peers.txt)\n") == 1
+    assert list(kept["peers"]) == ["torch"] and "torch int8 dynamic fbgemm" in [r["name"] for r in kept["rows"]]
+
+
+def test_wrong_results_are_not_timed(measure, monkeypatch):
+    monkeypatch.setattr(ops, "linear", lambda x, p, *_: torch.zeros(*x.shape[:-1], p.shape[0]))
+    with pytest.raises(SystemExit, match="1 rows could not be timed, the first: w4g32 a16 at 33x70, M=1, threads=1: it is wrong, error 1.00e[+]00 above 1"):
+        measure()
+    assert [r["name"] for r in measure.kept["rows"]] == ["torch fp32", "torch bf16"] and len(measure.kept["refused"]) == 1
+
+
+def test_peers_that_are_wrong_or_fail_leave_the_others(measure, linear, monkeypatch, capsys):
+    def fail(*args):
+        raise RuntimeError("no such kernel\nin /home/someone/kernels.cc:7")
+
+    def candidates(case):
+        good = next(linear.references(case))
+        yield dataclasses.replace(good, name="shifted", dense=good.dense.roll(1, 0))
+        yield dataclasses.replace(good, name="failing", bind=fail)
+        yield dataclasses.replace(good, name="fine")
+
+    modules = [SimpleNamespace(__name__="a library", candidates=candidates), SimpleNamespace(__name__="another", candidates=fail)]
+    monkeypatch.setattr(linear, "load", lambda names: (modules, {}))
+    with pytest.raises(SystemExit, match="3 rows could not be timed"):
+        measure()
+    assert "fine" in [r["name"] for r in measure.kept["rows"]]
+    text = capsys.readouterr().out
+    assert "error: another at 33x70: it fails with RuntimeError (no such kernel in kernels.cc:7); it is not timed" in text
+    assert "error: failing at 33x70, M=1, threads=1: it fails with RuntimeError (no such kernel in kernels.cc:7); it is not timed" in text
+    assert "error: shifted at 33x70, M=1, threads=1: it is wrong, error 1" in text
+
+
+def test_every_copy_is_checked(linear):
+    """A copy that a library loses or mixes up would be timed as if it were right."""
+    case = linear.Case.random(40, 64)
+    makes = iter([case.weight, case.weight, torch.zeros_like(case.weight)])
+    c = dataclasses.replace(next(linear.references(case)), bind=linear.eager(lambda: next(makes), torch.nn.functional.linear))
+    with pytest.raises(linear.MxqError, match="it is wrong, error 1.00e[+]00"):
+        linear.checked(c, case, torch.randn(1, 64), 1, 3 * c.nbytes)
+
+
+def test_sets_of_shapes(linear):
+    assert linear.shapes("llama3-8b,2x3")[::4] == [(4096, 4096), (2, 3)]
+    assert linear.shapes("smollm2") == [(1536, 576), (576, 1536), (576, 576), (192, 576)]
+
+
+def test_peers_are_pinned(linear):
+    from peers import LIBRARIES
+
+    pinned = {line.split("==")[0] for line in (ROOT / "third_party" / "peers.txt").read_text().splitlines() if "==" in line and line[0] != "#"}
+    assert pinned >= {distribution for _, distribution in LIBRARIES.values()}
+
+
+@pytest.mark.parametrize("args, message", [
+    (["--formats", "w5"], "bench: uniform format of 5 bits"),
+    (["--target", "sse9"], "bench: CPU target 'sse9'"),
+    (["--shapes", "4096"], "bench: shape '4096': a shape is NxK with whole numbers above 0; write 4096x4096, or one of llama3-8b, smollm2"),
+    (["--m", "1,0"], "bench: --m 1,0: '0' is no whole number above 0"),
+    (["--threads", "two"], "bench: --threads two: 'two' is no whole number above 0"),
+    (["--peers", "tinygrad"], "bench: peer 'tinygrad': the peers are torch, onnxruntime, "),
+    (["--compute", "a4"], "bench: --compute a4: this build computes in a16"),
+])
+def test_mistakes_end_without_a_traceback(measure, args, message):
+    with pytest.raises(SystemExit) as error:
+        measure(*args)
+    assert str(error.value).startswith(message) and measure.kept is None

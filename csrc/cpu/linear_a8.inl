@@ -314,9 +314,12 @@ static void unpack_tile(const Tile& t, const Bytes& table, int64_t group, int64_
 
 // The same for `rows` rows of a column-lane piece, a slice of 16 rows at a time: a transpose of words brings rows into the lanes.
 template <int BITS>
-static void unpack_rows(const uint8_t* words, int64_t step, const uint8_t* tables, int64_t rows, int64_t c0, int64_t c1, uint8_t* out) {
+static void unpack_rows(const uint8_t* words, int64_t step, const uint8_t* tables, int64_t rows, int64_t c0, int64_t c1, const uint8_t* next, uint8_t* out) {
   Bytes table[16];
-  for (int64_t r = 0; r < rows; r++) table[r] = lut_table(tables + LUT_BYTES * r);
+  for (int64_t r = 0; r < rows; r++) {
+    table[r] = lut_table(tables + LUT_BYTES * r);
+    __builtin_prefetch(next + step * r, 0, 2), __builtin_prefetch(next + step * r + 64, 0, 2);
+  }
   for (int64_t s = c0 / SLICE; s < c1 / SLICE; s++, out += 16 * 64) {
     V block[16];
     for (int64_t r = 0; r < 16; r++)
@@ -326,13 +329,33 @@ static void unpack_rows(const uint8_t* words, int64_t step, const uint8_t* table
   }
 }
 
+// The codes that the next panel will take from the place of `tile`: the same tile's next columns, or the next chunk's first ones. (At the very
+// end that is no weight at all; it is only prefetched.)
+static const uint8_t* next_codes(const Job& j, const Piece& p, int64_t tile, int64_t c0) {
+  const int64_t lanes = column_lanes(p.format) ? 1 : 16, step = (int64_t)p.code_step * (16 / lanes), end = c0 + DEPTH8;
+  const bool last = end >= padded_cols(p.format, p.c1 - p.c0);
+  return j.blob + p.codes + tile * step + (last ? GEMM8_TILES * step : end * p.format.bits / 8 * lanes);
+}
+
+// The same for scales and zeros: those of the group at column c of the tile, or, if c is negative, the first ones of the next chunk.
+static void fetch_scales(const Job& j, const Piece& p, int64_t tile, int64_t c) {
+  if (c < 0) tile += GEMM8_TILES;
+  const int64_t g = c < 0 || !p.format.group ? 0 : c / p.format.group;
+  const uint8_t* scales = j.blob + p.scales + tile * p.scale_step + 32 * g;
+  const int64_t bytes = p.format.group ? 32 * DEPTH8 / p.format.group : 32;
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(scales + i);
+  if (p.format.zero != SYM) __builtin_prefetch(j.blob + p.zeros + tile * p.zero_step + (p.format.zero == INT ? 16 : 32) * g);
+}
+
 static void unpack_panel(const Job& j, const Piece& p, int64_t tile, int64_t rows, int64_t group, int64_t c0, int64_t c1, uint8_t* out) {
+  const int64_t unit = column_lanes(p.format) ? 16 : 1;  // steps per tile
+  const uint8_t *words = j.blob + p.codes + tile * unit * p.code_step, *tables = j.blob + p.scales + tile * unit * p.scale_step;
+  const uint8_t* next = next_codes(j, p, tile, c0);
   if (p.format.kind == LUT) {
-    const uint8_t *words = j.blob + p.codes + tile * 16 * p.code_step, *tables = j.blob + p.scales + tile * 16 * p.scale_step;
     switch (p.format.bits) {
-      case 2: return unpack_rows<2>(words, p.code_step, tables, rows, c0, c1, out);
-      case 3: return unpack_rows<3>(words, p.code_step, tables, rows, c0, c1, out);
-      default: return unpack_rows<4>(words, p.code_step, tables, rows, c0, c1, out);
+      case 2: return unpack_rows<2>(words, p.code_step, tables, rows, c0, c1, next, out);
+      case 3: return unpack_rows<3>(words, p.code_step, tables, rows, c0, c1, next, out);
+      default: return unpack_rows<4>(words, p.code_step, tables, rows, c0, c1, next, out);
     }
   }
   const Tile t = tile_of(j.blob, p, tile);
@@ -362,16 +385,22 @@ static Reading reading(Format f) {
   return r;
 }
 
-// acc[m][lda] += one group: `quads` quads of NV tiles times MR rows of x [quad][MR][4].
+// acc[m][lda] += one group: `quads` quads of NV tiles times MR rows of x [quad][MR][4]. Meanwhile the codes at `next`, if not null, are prefetched,
+// `stride` bytes a quad: as one burst while unpacking they would overrun the queue of outstanding loads, and the next panel would wait for memory.
 template <int NV, int MR, bool SMALL>
 static void gemm8_block(const uint8_t* panel, const int8_t* x, int64_t quads, Reading how, const GroupScale* scales, const float* units,
-                        const int32_t* sums, float* acc, int64_t lda) {
+                        const int32_t* sums, float* acc, int64_t lda, const uint8_t* next, int64_t stride) {
   W d[MR * NV];
   unroll<MR>([&](auto m) MXQ_LAMBDA {
     const W start = ints(-how.offset * sums[decltype(m)::value]);
     unroll<NV>([&](auto v) MXQ_LAMBDA { d[decltype(m)::value * NV + decltype(v)::value] = start; });
   });
   for (int64_t q = 0; q < quads; q++, panel += 64, x += 4 * MR) {
+    if (next) {
+      __builtin_prefetch(next, 0, 2);
+      __builtin_prefetch(next + stride - 64, 0, 2);
+      next += stride;
+    }
     W u[NV];
     unroll<NV>([&](auto v) MXQ_LAMBDA {
       u[decltype(v)::value] = load_words(panel + TILE8 * decltype(v)::value);
@@ -404,34 +433,60 @@ static void gemm8_block(const uint8_t* panel, const int8_t* x, int64_t quads, Re
   else finish(how.format);
 }
 
+// All blocks of x times the panel of columns c0 .. c1.
+struct PanelJob {
+  const uint8_t* panel;
+  const int8_t* x;
+  int64_t c0, c1;
+  Reading how;
+  Input8 in;
+  const GroupScale* scales;
+  const uint8_t* next[GEMM8_TILES];  // where each tile goes on
+  int64_t next_bytes;                // of each of them
+  float* acc;
+  int64_t lda;
+};
+
 template <int NV, bool SMALL>
-static void gemm8_all_blocks(const Job& j, const uint8_t* panel, const int8_t* x, int64_t c0, int64_t c1, const Reading& how, const Input8& in,
-                             const GroupScale* scales, float* acc, int64_t lda) {
-  for (int64_t b = 0; b < j.blocks; b++) {
-    const int64_t m0 = block_start(j, b), mr = block_start(j, b + 1) - m0;
-    for (int64_t c = c0, i = 0; c < c1; c += in.group, i++) {  // the groups of the panel, while the sums are in L1
-      const int64_t g = c / in.group, width = c1 - c < in.group ? c1 - c : in.group, full = in.stride - c < in.group ? in.stride - c : in.group;
-      const int8_t* xb = x + c * j.m + m0 * full;
+static void gemm8_all_blocks(const Job& j, const PanelJob& a) {
+  // No division in here: a micro-kernel takes some 400 cycles, and its addresses would wait for one.
+  const Input8& in = a.in;
+  const int64_t stride = a.how.format.bits == 8 ? 128 : 64, size = j.m / j.blocks, larger = j.m % j.blocks, first = a.c0 / in.group;
+  int64_t tile = a.next_bytes ? 0 : NV, fetched = 0;
+  for (int64_t b = 0, m0 = 0, mr; b < j.blocks; b++, m0 += mr) {
+    mr = size + (b < larger);
+    const float* units = in.units + first * in.step + m0;
+    const int32_t* sums = in.sums + first * in.step + m0;
+    const GroupScale* scales = a.scales;
+    float* acc = a.acc + m0 * a.lda;
+    for (int64_t c = a.c0; c < a.c1; c += in.group) {  // the groups of the panel, while the sums are in L1
+      const int64_t width = a.c1 - c < in.group ? a.c1 - c : in.group, full = in.stride - c < in.group ? in.stride - c : in.group;
+      const int8_t* x = a.x + c * j.m + m0 * full;
+      const uint8_t* panel = a.panel + (c - a.c0) * 16;
+      const uint8_t* next = tile < NV ? a.next[tile] + fetched : nullptr;
       unroll<GEMM8_BLOCK>([&](auto m) MXQ_LAMBDA {
-        if (mr == decltype(m)::value + 1)
-          gemm8_block<NV, decltype(m)::value + 1, SMALL>(panel + (c - c0) * 16, xb, width / 4, how, scales + i * GEMM8_TILES, in.units + g * in.step + m0,
-                                                         in.sums + g * in.step + m0, acc + m0 * lda, lda);
+        if (mr == decltype(m)::value + 1) gemm8_block<NV, decltype(m)::value + 1, SMALL>(panel, x, width / 4, a.how, scales, units, sums, acc, a.lda, next, stride);
       });
+      units += in.step, sums += in.step, scales += GEMM8_TILES;
+      fetched += width / 4 * stride;
+      if (fetched >= a.next_bytes) tile++, fetched = 0;
     }
   }
 }
 
 // acc[m][lda] += x . the `count` row tiles of a piece from `first`.
 static void gemm8_piece(const Job& j, const Piece& p, int64_t first, int64_t count, int64_t rows, uint8_t* panel, float* acc) {
-  const Slot8& s = at<Slot8>(j.blob, header(j.blob).off_slots8)[p.slot8];
   const Input8 in = input8(j, p, 0);
-  const int8_t* x = j.bytes + s.start * j.m;
-  const Reading how = reading(p.format);
-  const int64_t padded = padded_cols(p.format, p.c1 - p.c0), lda = 16 * GEMM8_TILES;
+  const int64_t padded = padded_cols(p.format, p.c1 - p.c0);
   GroupScale scales[DEPTH8 / 32 * GEMM8_TILES];
+  const int64_t next_bytes = column_lanes(p.format) ? 0 : DEPTH8 * 16 * p.format.bits / 8;  // the rows of a lut tile lie apart: see unpack_rows
+  PanelJob a{panel, in.bytes, 0, 0, reading(p.format), in, scales, {}, next_bytes, acc, 16 * GEMM8_TILES};
   for (int64_t c0 = 0; c0 < padded; c0 += DEPTH8) {
     const int64_t c1 = c0 + DEPTH8 < padded ? c0 + DEPTH8 : padded;
+    a.c0 = c0, a.c1 = c1;
     for (int64_t t = 0; t < count; t++) {
+      a.next[t] = next_codes(j, p, first + t, c0);
+      fetch_scales(j, p, first + t, c0 + DEPTH8 < padded ? c0 + DEPTH8 : -1);
       const int64_t tile_rows = rows - 16 * t < 16 ? rows - 16 * t : 16;
       unpack_panel(j, p, first + t, tile_rows, in.group, c0, c1, panel + TILE8 * t);
       for (int64_t c = c0, i = 0; c < c1; c += in.group, i++) {
@@ -448,8 +503,8 @@ static void gemm8_piece(const Job& j, const Piece& p, int64_t first, int64_t cou
     unroll<GEMM8_TILES>([&](auto n) MXQ_LAMBDA {
       constexpr int NV = decltype(n)::value + 1;
       if (count != NV) return;
-      if (how.small) gemm8_all_blocks<NV, true>(j, panel, x, c0, c1, how, in, scales, acc, lda);
-      else gemm8_all_blocks<NV, VNNI>(j, panel, x, c0, c1, how, in, scales, acc, lda);
+      if (a.how.small) gemm8_all_blocks<NV, true>(j, a);
+      else gemm8_all_blocks<NV, VNNI>(j, a);
     });
   }
 }
