@@ -167,16 +167,19 @@ Codes are stored as they are; columns are padded to a multiple of 64 with code 0
 
 ### Integer activations (a8)
 
-The input is cut into groups of columns: those of the weight's format, or 128 columns where a row has one scale or a table, counted from the
-rectangle's first column. Each group of each row of x is rounded to int8 in units of its largest magnitude / 127; nf levels are rounded to
+The input is cut into groups of columns: those of the weight's format, or 128 columns where a row has one scale or a table (256 for w8), counted
+from the rectangle's first column. Each group of each row of x is rounded to int8 in units of its largest magnitude / 127; nf levels are rounded to
 multiples of 1/127, lut tables as above. Products are summed in int32, exactly, and scaled in float32 once a group. fp16 rectangles and the
 sparse part read the input unrounded.
 */
 static constexpr int LANES = 16;     // lanes of a vector
 static constexpr int STRIPE = 32;    // codes per lane in a stripe
 static constexpr int SLICE = 64;     // columns of a slice of a lut row
-static constexpr int A8_GROUP = 128; // columns that share a scale of x where the weight's format has no group
 static constexpr int LUT_BYTES = 64; // table, int8 table, its unit, padding
+
+// Columns of x that share a scale in integer mode; at most A8_GROUP.
+static constexpr int A8_GROUP = 256;
+static constexpr uint32_t a8_group(Format f) { return f.group ? f.group : f.kind == UNIFORM && f.bits == 8 ? A8_GROUP : 128; }
 
 // Quads that one vector holds whole: 4, 2, 2, 1.
 static constexpr int quads_per_word(int bits) { return 32 / bits / 4; }

@@ -129,7 +129,7 @@ def linear(x, q: QTensor, bias=None, compute: str = "a16") -> np.ndarray:
     single = x.float().numpy()
     stored = single if q.perm_cols is None else single[:, q.perm_cols.numpy()]
     for r in (r for r in q.rectangles if r.format.kind != "float"):
-        w, width = _rounded_weight(r), r.format.group or 128
+        w, width = _rounded_weight(r), r.format.group or (256 if r.format.kind == "uniform" and r.format.bits == 8 else 128)
         for c in range(r.c0, r.c1, width):
             end = min(r.c1, c + width)
             codes, unit = round_group(stored[:, c:end])

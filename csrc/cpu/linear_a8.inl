@@ -62,8 +62,8 @@ struct Quads<3, IN_PLACE> {
       else f(Int<Q + 1>{}, Int<0>{}, field<0x07070707u, 0x04040404u>(shift<3>(w)));
     };
     pair(Int<0>{}, w0), pair(Int<1>{}, w1), pair(Int<2>{}, w2);
-    f(Int<6>{}, Int<0>{}, merge3(shift<6>(w0), shift<4>(w1)));
-    f(Int<7>{}, Int<0>{}, merge3(shift<6>(w2), shift<5>(w1)));
+    f(Int<6>{}, Int<0>{}, merge3<true>(shift<6>(w0), shift<4>(w1)));
+    f(Int<7>{}, Int<0>{}, merge3<true>(shift<6>(w2), shift<5>(w1)));
   }
 };
 
@@ -113,34 +113,70 @@ MXQ_INLINE Bytes lut_table(const uint8_t* row) {
 }
 MXQ_INLINE float lut_unit(const uint8_t* row) { float u; memcpy(&u, row + 48, 4); return u; }
 
-// lut: indices of the quads of a stripe, whose bits above the code do not matter but for bit 7.
-template <int BITS, class F>
-MXQ_INLINE void lut_step(const uint8_t* p, F&& f) {
-  if constexpr (BITS == 3) {
-    const W w0 = load_words(p), w1 = load_words(p + 64), w2 = load_words(p + 128);
-    const auto pair = [&](auto v, W w) MXQ_LAMBDA {
-      constexpr int Q = 2 * decltype(v)::value;
-      f(Int<Q>{}, field<0x0f0f0f0fu, 0>(w));
-      f(Int<Q + 1>{}, field<0x0f0f0f0fu, 0>(shift<3>(w)));
-    };
-    pair(Int<0>{}, w0), pair(Int<1>{}, w1), pair(Int<2>{}, w2);
-    const W flip = ints(0x04040404);  // merge3 flips the top bit, which tables do not want
-    f(Int<6>{}, ixor(merge3(shift<6>(w0), shift<4>(w1)), flip));
-    f(Int<7>{}, ixor(merge3(shift<6>(w2), shift<5>(w1)), flip));
-  } else {
+// lut: calls f(Int<quad>, bytes of the table) for each quad of a stripe.
+template <int BITS>
+struct LutQuads {
+  static constexpr int BYTES = BITS * 64;
+  Bytes table;
+  MXQ_INLINE LutQuads of(const uint8_t* row) { return {lut_table(row)}; }
+  template <class F>
+  MXQ_INLINE void step(const LutQuads& t, const uint8_t* p, F&& f) {
     constexpr int PER = quads_per_word(BITS);
     unroll<BITS>([&](auto v) MXQ_LAMBDA {
       const W w = load_words(p + 64 * decltype(v)::value);
-      unroll<PER>([&](auto i) MXQ_LAMBDA { f(Int<decltype(v)::value * PER + decltype(i)::value>{}, field<0x0f0f0f0fu, 0>(shift<BITS * decltype(i)::value>(w))); });
+      unroll<PER>([&](auto i) MXQ_LAMBDA {
+        f(Int<decltype(v)::value * PER + decltype(i)::value>{}, lookup_bytes(t.table, field<0x0f0f0f0fu, 0>(shift<BITS * decltype(i)::value>(w))));
+      });
     });
   }
-}
+};
 
-// The same for one quad of a tail that is shorter than a stripe.
+template <>
+struct LutQuads<2> {  // a lookup has room for two codes: one table reads the low one, another the high one, and half of the shifts fall away
+  static constexpr int BYTES = 128;
+  Bytes low, high;
+  MXQ_INLINE LutQuads of(const uint8_t* row) {
+    static constexpr uint8_t second[16] = {0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3};
+    uint8_t t[16];
+    for (int i = 0; i < 16; i++) t[i] = (uint8_t)(row[32 + second[i]] + BIAS);
+    return {lut_table(row), load_bytes(t)};
+  }
+  template <class F>
+  MXQ_INLINE void step(const LutQuads& t, const uint8_t* p, F&& f) {
+    unroll<2>([&](auto v) MXQ_LAMBDA {
+      constexpr int Q = 4 * decltype(v)::value;
+      const W w = load_words(p + 64 * decltype(v)::value), a = field<0x0f0f0f0fu, 0>(w), b = field<0x0f0f0f0fu, 0>(shift<4>(w));
+      f(Int<Q>{}, lookup_bytes(t.low, a));
+      f(Int<Q + 1>{}, lookup_bytes(t.high, a));
+      f(Int<Q + 2>{}, lookup_bytes(t.low, b));
+      f(Int<Q + 3>{}, lookup_bytes(t.high, b));
+    });
+  }
+};
+
+template <>
+struct LutQuads<3> {
+  static constexpr int BYTES = 192;
+  Bytes table;
+  MXQ_INLINE LutQuads of(const uint8_t* row) { return {lut_table(row)}; }
+  template <class F>
+  MXQ_INLINE void step(const LutQuads& t, const uint8_t* p, F&& f) {
+    const W w0 = load_words(p), w1 = load_words(p + 64), w2 = load_words(p + 128);
+    const auto pair = [&](auto v, W w) MXQ_LAMBDA {
+      constexpr int Q = 2 * decltype(v)::value;
+      f(Int<Q>{}, lookup_bytes(t.table, field<0x0f0f0f0fu, 0>(w)));  // the bit above the code is ignored: the table repeats itself
+      f(Int<Q + 1>{}, lookup_bytes(t.table, field<0x0f0f0f0fu, 0>(shift<3>(w))));
+    };
+    pair(Int<0>{}, w0), pair(Int<1>{}, w1), pair(Int<2>{}, w2);
+    f(Int<6>{}, lookup_bytes(t.table, merge3<false>(shift<6>(w0), shift<4>(w1))));
+    f(Int<7>{}, lookup_bytes(t.table, merge3<false>(shift<6>(w2), shift<5>(w1))));
+  }
+};
+
+// Table indices of one quad, for tails shorter than a stripe and for panels.
 template <int BITS>
 MXQ_INLINE W lut_quad(const uint8_t* p, int i) {
-  if (BITS == 3 && i >= 6)
-    return ixor(merge3(shift<6>(load_words(p + (i == 6 ? 0 : 128))), shift_by(load_words(p + 64), i - 2)), ints(0x04040404));
+  if (BITS == 3 && i >= 6) return merge3<false>(shift<6>(load_words(p + (i == 6 ? 0 : 128))), shift_by(load_words(p + 64), i - 2));
   constexpr int PER = quads_per_word(BITS);
   return field<0x0f0f0f0fu, 0>(shift_by(load_words(p + 64 * (i / PER)), BITS * (i % PER)));
 }
@@ -180,7 +216,9 @@ MXQ_INLINE V add_group(Format f, const GroupScale& s, V d, float unit, int32_t s
 // acc[m][16 rows] += x[m] . tile.
 template <class D, int MR>
 static void gemv8_tile(const Tile& t, const Bytes& table, const Input8& in, float* acc) {
-  constexpr int SLOTS = 9;  // sums by shift; the last one for the odd quads that come unshifted, when there are registers for it
+  // Sums by shift; the last one for the odd quads that come unshifted, when there are registers for it: a sum takes one addition in 4 cycles.
+  constexpr int SLOTS = 9;
+  constexpr bool SPLIT = MR < 3 || D::SHIFTS == 1;
   const uint8_t* codes = t.codes;
   const int8_t* x = in.bytes;
   const int offset = D::OFFSET - (t.format.zero == FLOATZERO ? 1 << (t.format.bits - 1) : 0);
@@ -200,7 +238,7 @@ static void gemv8_tile(const Tile& t, const Bytes& table, const Input8& in, floa
     for (int64_t c = 0; c < cols; c += STRIPE, x += STRIPE, codes += D::BYTES) {
       prefetch<D::BYTES>(codes);
       D::step(codes, table, [&](auto q, auto s, W u) MXQ_LAMBDA {
-        constexpr int Q = decltype(q)::value, S = decltype(s)::value == 0 && Q % 2 && MR < 3 ? 8 : decltype(s)::value;
+        constexpr int Q = decltype(q)::value, S = decltype(s)::value == 0 && Q % 2 && SPLIT ? 8 : decltype(s)::value;
         unroll<MR>([&](auto m) MXQ_LAMBDA {
           constexpr int M = decltype(m)::value;
           dots[M * SLOTS + S] = dot_value_four<D::SMALL>(dots[M * SLOTS + S], u, x + M * in.stride + 4 * Q);
@@ -211,7 +249,7 @@ static void gemv8_tile(const Tile& t, const Bytes& table, const Input8& in, floa
     unroll<MR>([&](auto m) MXQ_LAMBDA {
       constexpr int M = decltype(m)::value;
       W d = dots[M * SLOTS];
-      if constexpr (MR < 3) d = iadd(d, dots[M * SLOTS + 8]);
+      if constexpr (SPLIT) d = iadd(d, dots[M * SLOTS + 8]);
       unroll<7>([&](auto i) MXQ_LAMBDA {
         constexpr int S = decltype(i)::value + 1;
         if constexpr (D::SHIFTS >> S & 1) d = iadd(d, sra<S>(dots[M * SLOTS + S]));
@@ -222,47 +260,58 @@ static void gemv8_tile(const Tile& t, const Bytes& table, const Input8& in, floa
   unroll<MR>([&](auto m) MXQ_LAMBDA { store(acc + 16 * decltype(m)::value, tot[decltype(m)::value]); });
 }
 
-// acc[m][r] += x[m] . row r for `rows` rows of a column-lane piece.
+// acc[m][r] += x[m] . row r for `rows` rows of a column-lane piece. A group is two quads; several sums take turns, since each takes one group in
+// 4 cycles.
 template <int BITS, int MR>
 static void gemv8_rows(const uint8_t* words, int64_t step, const uint8_t* tables, int64_t rows, const Input8& in, float* acc) {
-  static_assert(A8_GROUP == 2 * SLICE, "a group is two quads");
+  static_assert(a8_group({LUT, 4, SYM, 0, 0}) == 2 * SLICE, "a group is two quads");
+  constexpr int TURNS = MR == 1 ? 4 : MR == 2 ? 2 : 1;
+  using D = LutQuads<BITS>;
   const int64_t slices = in.stride / SLICE;
   for (int64_t r = 0; r < rows; r++) {
-    const Bytes table = lut_table(tables + LUT_BYTES * r);
+    const D table = D::of(tables + LUT_BYTES * r);
     const uint8_t* p = words + step * r;
-    V tot[MR];
+    const int8_t* x = in.bytes;
+    const float* units = in.units;
+    const int32_t* sums = in.sums;
+    V tot[MR * TURNS];
     W d[MR];
-    unroll<MR>([&](auto m) MXQ_LAMBDA { tot[decltype(m)::value] = zero(); });
-    const auto begin = [&](int64_t g) MXQ_LAMBDA { unroll<MR>([&](auto m) MXQ_LAMBDA { d[decltype(m)::value] = first_int(-BIAS * in.sums[g * in.step + decltype(m)::value]); }); };
-    const auto end = [&](int64_t g) MXQ_LAMBDA {
+    unroll<MR * TURNS>([&](auto i) MXQ_LAMBDA { tot[decltype(i)::value] = zero(); });
+    const auto add_quad = [&](bool begins, W u, const int8_t* xq) MXQ_LAMBDA {
       unroll<MR>([&](auto m) MXQ_LAMBDA {
         constexpr int M = decltype(m)::value;
-        tot[M] = fma(to_float(d[M]), set1(in.units[g * in.step + M]), tot[M]);
+        const W from = begins ? BIAS ? first_int(-BIAS * sums[M]) : ints(0) : d[M];
+        d[M] = dot_value<false>(from, u, load_words(xq + M * in.stride));
       });
     };
-    const auto add_quad = [&](int64_t slice, W index) MXQ_LAMBDA {
-      const W u = lookup_bytes(table, index);
+    const auto end_group = [&](auto turn) MXQ_LAMBDA {
       unroll<MR>([&](auto m) MXQ_LAMBDA {
-        constexpr int M = decltype(m)::value;
-        d[M] = dot_value<false>(d[M], u, load_words(in.bytes + M * in.stride + SLICE * slice));
+        constexpr int I = decltype(m)::value * TURNS + decltype(turn)::value;
+        tot[I] = fma(to_float(d[decltype(m)::value]), set1(units[decltype(m)::value]), tot[I]);
       });
+      units += in.step, sums += in.step;
     };
-    int64_t slice = 0;
-    for (; slice + 8 <= slices; slice += 8, p += BITS * 64) {
-      prefetch<BITS * 64>(p);
-      lut_step<BITS>(p, [&](auto q, W index) MXQ_LAMBDA {
+    int64_t left = slices;
+    for (; left >= 8; left -= 8, p += D::BYTES, x += 8 * SLICE) {
+      prefetch<D::BYTES>(p);
+      D::step(table, p, [&](auto q, W u) MXQ_LAMBDA {
         constexpr int Q = decltype(q)::value;
-        if constexpr (Q % 2 == 0) begin((slice + Q) / 2);
-        add_quad(slice + Q, index);
-        if constexpr (Q % 2) end((slice + Q) / 2);
+        add_quad(Q % 2 == 0, u, x + SLICE * Q);
+        if constexpr (Q % 2) end_group(Int<Q / 2 % TURNS>{});
       });
     }
-    for (int i = 0; slice < slices; slice++, i++) {
-      if (i % 2 == 0) begin(slice / 2);
-      add_quad(slice, lut_quad<BITS>(p, i));
-      if (i % 2 || slice + 1 == slices) end(slice / 2);
+    const Bytes plain = lut_table(tables + LUT_BYTES * r);
+    for (int i = 0; i < left; i++) {
+      add_quad(i % 2 == 0, lookup_bytes(plain, lut_quad<BITS>(p, i)), x + SLICE * i);
+      if (i % 2 || i + 1 == left) end_group(Int<0>{});
     }
-    unroll<MR>([&](auto m) MXQ_LAMBDA { acc[16 * decltype(m)::value + r] += hsum(tot[decltype(m)::value]) * lut_unit(tables + LUT_BYTES * r); });
+    unroll<MR>([&](auto m) MXQ_LAMBDA {
+      constexpr int M = decltype(m)::value, I = M * TURNS;
+      V sum = tot[I];
+      if constexpr (TURNS == 4) sum = add(add(sum, tot[I + 1]), add(tot[I + 2], tot[I + 3]));
+      if constexpr (TURNS == 2) sum = add(sum, tot[I + 1]);
+      acc[16 * M + r] += hsum(sum) * lut_unit(tables + LUT_BYTES * r);
+    });
   }
 }
 

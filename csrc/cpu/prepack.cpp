@@ -91,7 +91,7 @@ uint32_t add_slot(Layout& l, uint32_t c0, uint32_t c1, SlotLayout layout, uint64
 }
 
 uint32_t add_slot8(Layout& l, uint32_t c0, uint32_t c1, Format f) {
-  const uint32_t group = f.group ? f.group : A8_GROUP;
+  const uint32_t group = a8_group(f);
   for (uint32_t i = 0; i < l.slots8.size(); i++)
     if (l.slots8[i].c0 == c0 && l.slots8[i].c1 == c1 && l.slots8[i].group == group) return i;
   const uint64_t padded = uint64_t(round_up(c1 - c0, SLICE));

@@ -80,7 +80,7 @@ double weight8_at(const Canonical& c, int64_t row, int64_t col) {
 }
 
 void add_rounded(const Canonical& c, const Weight& weight, const void* x, int64_t ldx, int type, int64_t m, double* sums) {
-  const int64_t cols = c.rect.c1 - c.rect.c0, group = c.rect.format.group ? c.rect.format.group : A8_GROUP;
+  const int64_t cols = c.rect.c1 - c.rect.c0, group = a8_group(c.rect.format);
   for (int64_t c0 = 0; c0 < cols; c0 += group) {
     const int64_t c1 = std::min(cols, c0 + group);
     for (int64_t i = 0; i < m; i++) {

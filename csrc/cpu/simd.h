@@ -123,9 +123,14 @@ template <int S>
 MXQ_INLINE W sra(W a) { return S ? _mm512_srai_epi32(a, S) : a; }
 MXQ_INLINE V to_float(W a) { return _mm512_cvtepi32_ps(a); }
 template <uint32_t MASK, uint32_t FLIP>
-MXQ_INLINE W field(W w) { return _mm512_ternarylogic_epi32(w, ints((int32_t)MASK), ints((int32_t)FLIP), 0x6a); }  // (w & MASK) ^ FLIP
-MXQ_INLINE W merge3(W a, W b) {  // (a & 3) | (~b & 4) in each byte: a stored 3-bit code with its top bit flipped back
-  return _mm512_ternarylogic_epi32(_mm512_and_si512(a, ints(0x03030303)), b, ints(0x04040404), 0xf2);
+MXQ_INLINE W field(W w) {  // (w & MASK) ^ FLIP
+  if constexpr (FLIP == 0) return _mm512_and_si512(w, ints((int32_t)MASK));  // leaves w alone, where a ternary operation needs a copy of it
+  else return _mm512_ternarylogic_epi32(w, ints((int32_t)MASK), ints((int32_t)FLIP), 0x6a);
+}
+// (a & 3) | (b & 4) in each byte, a code of quads 6 and 7 of a 3-bit stripe; FLIP inverts its top bit.
+template <bool FLIP>
+MXQ_INLINE W merge3(W a, W b) {
+  return _mm512_ternarylogic_epi32(_mm512_and_si512(a, ints(0x03030303)), b, ints(0x04040404), FLIP ? 0xf2 : 0xf8);
 }
 MXQ_INLINE void pin(W& w) { __asm__("" : "+v"(w)); }
 MXQ_INLINE Bytes load_bytes(const void* p) { return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)p)); }
@@ -280,8 +285,9 @@ MXQ_INLINE W field(W w) {
   if constexpr (FLIP) w = ixor(w, ints((int32_t)FLIP));
   return w;
 }
+template <bool FLIP>
 MXQ_INLINE W merge3(W a, W b) {
-  const W low = mask_words(a, 0x03030303), top = field<0x04040404, 0x04040404>(b);
+  const W low = mask_words(a, 0x03030303), top = field<0x04040404, FLIP ? 0x04040404 : 0>(b);
   return {_mm256_or_si256(low.a, top.a), _mm256_or_si256(low.b, top.b)};
 }
 MXQ_INLINE void pin(W&) {}
@@ -406,7 +412,8 @@ MXQ_INLINE V to_float(W w) { return MXQ_EACH(MXQ_F); }
 template <uint32_t MASK, uint32_t FLIP>
 MXQ_INLINE W field(W w) { return MXQ_EACH(MXQ_F); }
 #undef MXQ_F
-#define MXQ_F(m) (x.m & 0x03030303u) | (~y.m & 0x04040404u)
+#define MXQ_F(m) (x.m & 0x03030303u) | ((FLIP ? ~y.m : y.m) & 0x04040404u)
+template <bool FLIP>
 MXQ_INLINE W merge3(W x, W y) { return MXQ_EACH(MXQ_F); }
 #undef MXQ_F
 MXQ_INLINE void pin(W&) {}
