@@ -8,6 +8,8 @@ what the weight dequantizes to. A row that is wrong or fails is not timed, and t
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -47,6 +49,7 @@ def arguments(parser) -> None:
     parser.add_argument("--threads", default="1", help="thread counts, separated by commas")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="type of x of ours; a peer gets its fastest")
     parser.add_argument("--cycle", type=int, default=CYCLE_BYTES >> 20, help="MiB that the copies of a weight fill, more than the caches")
+    parser.add_argument("--busy", type=int, default=0, help="processes that spin meanwhile: what is left when the machine is shared")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--seconds", type=float, default=0.02, help="seconds of each candidate in each round")
 
@@ -112,6 +115,18 @@ def ladder(case: Case, name: str, wanted: list[str], dtype: torch.dtype) -> Iter
 
 
 # ------------------------------------------------------------------------------------------------------------------ timing
+
+
+@contextmanager
+def spinning(processes: int) -> Iterator[None]:
+    """That many other processes keep a core busy each."""
+    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(processes)]
+    try:
+        yield
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
 
 
 class Reading:
@@ -222,7 +237,8 @@ def run(options) -> Iterator[tuple[dict, str]]:
                 candidates.sort(key=lambda c: -c.bits)
             for m in ms:
                 for t in threads:
-                    rows, refused = one_case(candidates, case, m, t, options)
+                    with spinning(options.busy):
+                        rows, refused = one_case(candidates, case, m, t, options)
                     result["rows"] += rows
                     result["refused"] += refused
                     yield result, markdown(rows)

@@ -1,4 +1,4 @@
-"""Writes the measured tables of README.md and docs/quality.md from bench/results/; ``--check`` only says whether they are current.
+"""Writes the measured tables of README.md, docs/quality.md and docs/performance.md from bench/results/; ``--check`` only says whether they are current.
 
     python bench/readme.py [--check]
 """
@@ -42,8 +42,38 @@ def quality_table(result: dict) -> list[str]:
     return lines
 
 
+def speed_table(result: dict) -> list[str]:
+    """M = 1, one thread: each of ours beside the fastest peer of its width; then the ratio to that peer over all M."""
+    lines = []
+    for n, k in dict.fromkeys((r["n"], r["k"]) for r in result["rows"]):
+        rows = [r for r in result["rows"] if (r["n"], r["k"], r["threads"]) == (n, k, 1)]
+        one = [r for r in rows if r["m"] == 1]
+        if not one:
+            continue
+        read = one[0]["read_gb_per_s"]
+        lines += ["", f"### {n} x {k}, one thread", "", f"M = 1, beside a plain read of {read:.0f} GB/s:", "",
+                  "| row | MB | ms (median) | GB/s | of reading | x best peer | best peer | x torch bf16 |",
+                  "| --- | ---: | ---: | ---: | ---: | ---: | --- | ---: |"]
+        for r in one:
+            if r["ours"]:
+                peer = f"{r['x_best_peer']:.2f} | {r['best_peer']}" if r["best_peer"] else "- | none"
+                time = f"{r['ms']:.3f} ({r['ms_median']:.3f}) | {r['gb_per_s']:.0f} | {r['read_share']:.0%}"
+                lines.append(f"| {r['name']} | {r['nbytes'] / 1e6:.2f} | {time} | {peer} | {r['x_bf16']:.2f} |")
+        ms = sorted({r["m"] for r in rows})
+        lines += ["", "How many times as fast as the fastest peer of the width:", "", "| row | " + " | ".join(f"M={m}" for m in ms) + " |",
+                  "| --- |" + " ---: |" * len(ms)]
+        for name in dict.fromkeys(r["name"] for r in rows if r["ours"] and r["best_peer"]):
+            cells = {r["m"]: f"{r['x_best_peer']:.2f}" for r in rows if r["name"] == name}
+            lines.append(f"| {name} | " + " | ".join(cells.get(m, "-") for m in ms) + " |")
+    m = result["machine"]
+    peers = ", ".join(f"{name} {version}" for name, version in result["peers"].items())
+    return [f"Measured on {m['cpu']}, {m['cores']} cores, target {m['target']}; peers: {peers}. "
+            "Times are minima (medians in brackets) of alternating rounds.", *lines]
+
+
 #: document -> (file under bench/results, table)
-TABLES: dict[str, tuple[str, Callable[[dict], list[str]]]] = {"README.md": ("demo.json", demo_table), "docs/quality.md": ("quality.json", quality_table)}
+TABLES: dict[str, tuple[str, Callable[[dict], list[str]]]] = {
+    "README.md": ("demo.json", demo_table), "docs/quality.md": ("quality.json", quality_table), "docs/performance.md": ("linear-cpu.json", speed_table)}
 
 
 def fresh(document: str) -> tuple[str, str]:

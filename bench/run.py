@@ -18,7 +18,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]  # the checkout wins over an installed package
 
-OPS = {"linear": "linear"}  # op -> module beside this file: arguments(parser), run(options) -> (results so far, Markdown of the newest) ...
+#: op -> module beside this file: arguments(parser), run(options) -> (results so far, Markdown of the newest) ...
+OPS = {"linear": "linear", "mixed": "mixed", "stack": "stack"}
 
 
 def main(argv: list[str] | None = None) -> None:

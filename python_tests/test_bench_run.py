@@ -176,3 +176,19 @@ def test_mistakes_end_without_a_traceback(measure, args, message):
     with pytest.raises(SystemExit) as error:
         measure(*args)
     assert str(error.value).startswith(message) and measure.kept is None
+
+
+def test_mixed_weights_against_their_parts(bench, tmp_path, capsys):
+    out = tmp_path / "mixed.json"
+    bench.main(["--op", "mixed", "--size", "512", "--rounds", "1", "--seconds", "0.001", "--out", str(out)])
+    rows = json.loads(out.read_text())["rows"]
+    assert [(r["name"], r["compute"]) for r in rows] == [(n, c) for c in ops.COMPUTES for n in ("row bands", "column bands, outliers, sparse")]
+    assert all(r["ratio"] == pytest.approx(r["ms"] / r["predicted_ms"]) for r in rows) and "w2g128+w3g128+w4g128+w8g128" in capsys.readouterr().out
+
+
+def test_stack_of_layers(bench, tmp_path):
+    out = tmp_path / "stack.json"
+    bench.main(["--op", "stack", "--shrink", "32", "--rounds", "1", "--seconds", "0.001", "--out", str(out)])
+    rows = {r["name"]: r for r in json.loads(out.read_text())["rows"]}
+    assert rows["mixed"]["stored_bits"] < 3.04 + 0.2 and rows["uniform w8"]["x_w8"] == 1 and rows["torch bf16"]["x_bf16"] == 1
+    assert rows["mixed"]["x_w8"] == pytest.approx(rows["uniform w8"]["ms"] / rows["mixed"]["ms"])

@@ -35,7 +35,7 @@ thread_local Scratch scratch;
 
 // Multiply-adds below which a thread more costs as much as it brings (waking one takes a few microseconds).
 constexpr int64_t WORK_PER_THREAD = 100000;
-
+constexpr int64_t CHUNK_BYTES = 256 << 10;
 
 }  // namespace
 
@@ -63,8 +63,10 @@ void linear(const uint8_t* blob, const void* x, int64_t ldx, int type, int64_t m
   job.bytes = reinterpret_cast<int8_t*>(job.units + 2 * units);
   float* workers = job.units + 2 * units + bytes;
 
-  // gemv chunks: small enough to balance threads, large enough for a stream of memory; one chunk per band when alone.
-  const int64_t step = job.gemm ? blocking.gemm_tiles : threads == 1 ? int64_t(h.tiles) : std::max<int64_t>(1, std::min<int64_t>(8, h.tiles / (4 * threads)));
+  // gemv chunks: a few for each thread, so that one that loses its core holds up little; not much below CHUNK_BYTES, since each begins with a
+  // wait for memory; one chunk per band when alone.
+  const int64_t tile_bytes = std::max<int64_t>(1, int64_t(h.work) / std::max<int64_t>(1, h.tiles)), few = std::max<int64_t>(1, h.tiles / (4 * threads));
+  const int64_t step = job.gemm ? blocking.gemm_tiles : threads == 1 ? int64_t(h.tiles) : std::min(few, ceil_div(CHUNK_BYTES, tile_bytes));
   int64_t chunks = 0;
   const Band* bands = at<Band>(blob, h.off_bands);
   for (uint32_t i = 0; i < h.bands; i++) chunks += ceil_div(tiles(bands[i].r1 - bands[i].r0), std::max<int64_t>(step, 1));

@@ -184,9 +184,9 @@ static void gemv(const Job& j, int64_t tile0, int64_t tile1, float*) {
           constexpr int MR = decltype(m)::value + 1;
           if (mr != MR) return;
           if constexpr (MR <= GEMV8_BLOCK) {
-            if (j.a8 && p.format.kind != FLOAT) return gemv8_piece<MR>(j, p, tile, rows, m0, acc);
+            if (j.a8 && p.format.kind != FLOAT) return gemv8_piece<MR>(j, p, tile, run.first + run.count, rows, m0, acc);
           }
-          gemv_piece<MR>(j, p, tile, rows, m0, acc);
+          gemv_piece<MR>(j, p, tile, run.first + run.count, rows, m0, acc);
         });
       }
       finish(j, row0, rows, m0, mr, acc, 16);

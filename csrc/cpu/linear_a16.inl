@@ -17,11 +17,21 @@ struct Words {  // 2, 4 and 8 bits: one word a step
   template <class F>
   MXQ_INLINE void step(const uint8_t* p, const Book& book, F&& f) {
     const W w = load_words(p);
-    unroll<STEP>([&](auto i) MXQ_LAMBDA {
-      constexpr int I = decltype(i)::value, S = 8 * (I % 4) + BITS * (I / 4);
-      if constexpr (SIGNED) f(i, centred<BITS, S>(book, w));
-      else f(i, lookup<BITS>(book, shift<S>(w)));
-    });
+    if constexpr (BITS == 2 && PAIRS) {  // shifts and lookups share two of the ports: half of the shifts are a quarter of the time
+      const Book upper = upper_code(book);
+      unroll<8>([&](auto i) MXQ_LAMBDA {
+        constexpr int K = decltype(i)::value % 4, Q = decltype(i)::value / 4 * 2, I = 4 * Q + K;
+        const W both = shift<8 * K + 2 * Q>(w);
+        f(Int<I>{}, lookup<2>(book, both));
+        f(Int<I + 4>{}, lookup<2>(upper, both));
+      });
+    } else {
+      unroll<STEP>([&](auto i) MXQ_LAMBDA {
+        constexpr int I = decltype(i)::value, S = 8 * (I % 4) + BITS * (I / 4);
+        if constexpr (SIGNED) f(i, centred<BITS, S>(book, w));
+        else f(i, lookup<BITS>(book, shift<S>(w)));
+      });
+    }
   }
 };
 
@@ -43,10 +53,11 @@ struct Words<3, SIGNED> {  // 3 bits: a whole stripe, because quads 6 and 7 lie 
       f(Int<I + 8>{}, one<S>(book, w1));
       f(Int<I + 16>{}, one<S>(book, w2));
     });
+    const W q6 = merge3<false>(shift<6>(w0), shift<4>(w1)), q7 = merge3<false>(shift<6>(w2), shift<5>(w1));
     unroll<4>([&](auto k) MXQ_LAMBDA {
       constexpr int K = decltype(k)::value;
-      f(Int<24 + K>{}, lookup<3>(book, spare<8 * K + 6, 8 * K + 4>(w0, w1)));
-      f(Int<28 + K>{}, lookup<3>(book, spare<8 * K + 6, 8 * K + 5>(w2, w1)));
+      f(Int<24 + K>{}, lookup<3>(book, shift<8 * K>(q6)));
+      f(Int<28 + K>{}, lookup<3>(book, shift<8 * K>(q7)));
     });
   }
 };
@@ -75,21 +86,23 @@ struct Tile {
   Format format;
   const uint8_t *codes, *scales, *zeros;
   int64_t padded, width;  // columns; columns of a group
+  const uint8_t* stop;    // what lies behind is not worth a prefetch
 };
-MXQ_INLINE Tile tile_of(const uint8_t* blob, const Piece& p, int64_t tile) {
+MXQ_INLINE Tile tile_of(const uint8_t* blob, const Piece& p, int64_t tile, const uint8_t* stop = nullptr) {
   const int64_t padded = padded_cols(p.format, p.c1 - p.c0);
   return {p.format, blob + p.codes + tile * p.code_step, blob + p.scales + tile * p.scale_step, blob + p.zeros + tile * p.zero_step,
-          padded, p.format.group && p.format.group < padded ? p.format.group : padded};
+          padded, p.format.group && p.format.group < padded ? p.format.group : padded, stop};
+}
+// Where the codes of tile `end` would begin.
+MXQ_INLINE const uint8_t* codes_end(const Job& j, const Piece& p, int64_t end) {
+  return j.blob + p.codes + end * (column_lanes(p.format) ? 16 : 1) * (int64_t)p.code_step;
 }
 
 // Index (in the low bits) of code p of a stripe or tail of a column-lane row, for the loops that are not worth unrolling.
 template <int BITS>
 MXQ_INLINE W stripe_code(const uint8_t* words, int p) {
   const int i = p / 4, k = p % 4;
-  if (BITS == 3 && i >= 6) {
-    const W low = shift_by(load_words(words + (i == 6 ? 0 : 128)), 8 * k + 6), top = shift_by(load_words(words + 64), 8 * k + i - 2);
-    return spare<0, 0>(low, top);
-  }
+  if (BITS == 3 && i >= 6) return shift_by(merge3<false>(shift<6>(load_words(words + (i == 6 ? 0 : 128))), shift_by(load_words(words + 64), i - 2)), 8 * k);
   constexpr int PER = quads_per_word(BITS);
   return shift_by(load_words(words + 64 * (i / PER)), 8 * k + BITS * (i % PER));
 }
@@ -103,8 +116,10 @@ static constexpr int chains() { return MR == 1 ? GEMV_CHAINS_1 : MR == 2 ? GEMV_
 // Asks for the codes that are due in some 300 ns. The hardware follows a stream by itself, but not across 4 KB pages and not deep enough: at
 // 4096 x 4096 w4g128 a8 M = 1 takes 0.23 ms without it or 2 KB ahead, 0.22 at 4 KB, 0.19 from 8 KB on; w2g128 0.14, 0.12, 0.10, and 0.085 at 16 KB.
 static constexpr int AHEAD = 16384;
+// Nothing from `stop` on, where another thread's tiles or another layer's bytes begin.
 template <int BYTES>
-MXQ_INLINE void prefetch(const uint8_t* codes) {
+MXQ_INLINE void prefetch(const uint8_t* codes, const uint8_t* stop) {
+  if (codes + AHEAD >= stop) return;
   unroll<BYTES / 64>([&](auto i) MXQ_LAMBDA { __builtin_prefetch(codes + AHEAD + 64 * decltype(i)::value); });
 }
 
@@ -121,7 +136,7 @@ static void gemv_tile(const Tile& t, const Book& book, const float* x, const flo
     V dot[MR * U];
     unroll<MR * U>([&](auto i) MXQ_LAMBDA { dot[decltype(i)::value] = zero(); });
     for (int64_t c = 0; c < cols; c += D::STEP) {
-      prefetch<D::BYTES>(codes);
+      prefetch<D::BYTES>(codes, t.stop);
       D::step(codes, book, [&](auto i, V w) MXQ_LAMBDA {
         constexpr int I = decltype(i)::value;
         unroll<MR>([&](auto m) MXQ_LAMBDA {
@@ -176,7 +191,7 @@ static constexpr int64_t codes_per_round() { return 384 / MR / STRIPE * STRIPE; 
 
 // acc[m][r] += x[m] . row r, for `rows` rows of a column-lane piece of `codes` codes a lane; x is sliced.
 template <int BITS, int MR>
-static void gemv_rows(const uint8_t* words, int64_t step, const uint8_t* tables, int64_t rows, int64_t codes, const float* x, float* acc) {
+static void gemv_rows(const uint8_t* words, int64_t step, const uint8_t* tables, int64_t rows, int64_t codes, const uint8_t* stop, const float* x, float* acc) {
   constexpr int U = chains<MR>();
   using D = Words<BITS, false>;
   V sums[16 * MR];  // of a row between rounds, lanes not yet added up
@@ -193,7 +208,7 @@ static void gemv_rows(const uint8_t* words, int64_t step, const uint8_t* tables,
       });
       int64_t left = last ? codes - s0 : codes_per_round<MR>();
       for (; left >= D::STEP; left -= D::STEP) {
-        prefetch<D::BYTES>(p);
+        prefetch<D::BYTES>(p, stop);
         D::step(p, book, [&](auto i, V w) MXQ_LAMBDA {
           constexpr int I = decltype(i)::value;
           unroll<MR>([&](auto m) MXQ_LAMBDA {
@@ -223,21 +238,21 @@ static void gemv_rows(const uint8_t* words, int64_t step, const uint8_t* tables,
   }
 }
 
-// acc += x block . tile `tile` of a piece, whatever its format.
+// acc += x block . tile `tile` of a piece, whatever its format; the chunk goes on to tile `end`.
 template <int MR>
-static void gemv_piece(const Job& j, const Piece& p, int64_t tile, int64_t rows, int64_t m0, float* acc) {
+static void gemv_piece(const Job& j, const Piece& p, int64_t tile, int64_t end, int64_t rows, int64_t m0, float* acc) {
   const Slot& s = at<Slot>(j.blob, header(j.blob).off_slots)[p.slot];
   const float* x = j.xs + s.start * j.m + s.padded * m0;
   if (p.format.kind == LUT) {
     const uint8_t *codes = j.blob + p.codes + tile * 16 * p.code_step, *tables = j.blob + p.scales + tile * 16 * p.scale_step;
     const int64_t lane_codes = s.padded / LANES;
     switch (p.format.bits) {
-      case 2: return gemv_rows<2, MR>(codes, p.code_step, tables, rows, lane_codes, x, acc);
-      case 3: return gemv_rows<3, MR>(codes, p.code_step, tables, rows, lane_codes, x, acc);
-      default: return gemv_rows<4, MR>(codes, p.code_step, tables, rows, lane_codes, x, acc);
+      case 2: return gemv_rows<2, MR>(codes, p.code_step, tables, rows, lane_codes, codes_end(j, p, end), x, acc);
+      case 3: return gemv_rows<3, MR>(codes, p.code_step, tables, rows, lane_codes, codes_end(j, p, end), x, acc);
+      default: return gemv_rows<4, MR>(codes, p.code_step, tables, rows, lane_codes, codes_end(j, p, end), x, acc);
     }
   }
-  const Tile t = tile_of(j.blob, p, tile);
+  const Tile t = tile_of(j.blob, p, tile, codes_end(j, p, end));
   const float* sums = j.sums + s.sums * j.m + s.groups * m0;
   const Book book = book_of(p.format);
   switch (p.format.kind == NF ? 0 : p.format.bits) {

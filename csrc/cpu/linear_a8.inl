@@ -236,7 +236,7 @@ static void gemv8_tile(const Tile& t, const Bytes& table, const Input8& in, floa
       unroll<SLOTS - 1>([&](auto s) MXQ_LAMBDA { dots[M * SLOTS + 1 + decltype(s)::value] = ints(0); });
     });
     for (int64_t c = 0; c < cols; c += STRIPE, x += STRIPE, codes += D::BYTES) {
-      prefetch<D::BYTES>(codes);
+      prefetch<D::BYTES>(codes, t.stop);
       D::step(codes, table, [&](auto q, auto s, W u) MXQ_LAMBDA {
         constexpr int Q = decltype(q)::value, S = decltype(s)::value == 0 && Q % 2 && SPLIT ? 8 : decltype(s)::value;
         unroll<MR>([&](auto m) MXQ_LAMBDA {
@@ -260,73 +260,98 @@ static void gemv8_tile(const Tile& t, const Bytes& table, const Input8& in, floa
   unroll<MR>([&](auto m) MXQ_LAMBDA { store(acc + 16 * decltype(m)::value, tot[decltype(m)::value]); });
 }
 
-// acc[m][r] += x[m] . row r for `rows` rows of a column-lane piece. A group is two quads; several sums take turns, since each takes one group in
-// 4 cycles.
-template <int BITS, int MR>
-static void gemv8_rows(const uint8_t* words, int64_t step, const uint8_t* tables, int64_t rows, const Input8& in, float* acc) {
+// acc[m][r] += x[m] . row r, for ROWS rows of a column-lane piece. A group is two quads. Rows are short (4096 columns of 2 bits are 16 vectors):
+// two at once halve what a row's end costs; at 4 bits they are long enough, and one stream of memory is better than two. Several sums take turns,
+// since each takes one group in 4 cycles.
+template <int BITS, int MR, int ROWS>
+static void gemv8_rows(const uint8_t* words, int64_t step, const uint8_t* tables, const Input8& in, const uint8_t* stop, float* acc) {
   static_assert(a8_group({LUT, 4, SYM, 0, 0}) == 2 * SLICE, "a group is two quads");
-  constexpr int TURNS = MR == 1 ? 4 : MR == 2 ? 2 : 1;
+  constexpr int TURNS = MR > 2 ? 1 : ROWS == 2 || MR == 2 ? 2 : 4, SUMS = ROWS * MR;
   using D = LutQuads<BITS>;
-  const int64_t slices = in.stride / SLICE;
-  for (int64_t r = 0; r < rows; r++) {
-    const D table = D::of(tables + LUT_BYTES * r);
-    const uint8_t* p = words + step * r;
-    const int8_t* x = in.bytes;
-    const float* units = in.units;
-    const int32_t* sums = in.sums;
-    V tot[MR * TURNS];
-    W d[MR];
-    unroll<MR * TURNS>([&](auto i) MXQ_LAMBDA { tot[decltype(i)::value] = zero(); });
-    const auto add_quad = [&](bool begins, W u, const int8_t* xq) MXQ_LAMBDA {
-      unroll<MR>([&](auto m) MXQ_LAMBDA {
-        constexpr int M = decltype(m)::value;
-        const W from = begins ? BIAS ? first_int(-BIAS * sums[M]) : ints(0) : d[M];
-        d[M] = dot_value<false>(from, u, load_words(xq + M * in.stride));
-      });
-    };
-    const auto end_group = [&](auto turn) MXQ_LAMBDA {
-      unroll<MR>([&](auto m) MXQ_LAMBDA {
-        constexpr int I = decltype(m)::value * TURNS + decltype(turn)::value;
-        tot[I] = fma(to_float(d[decltype(m)::value]), set1(units[decltype(m)::value]), tot[I]);
-      });
-      units += in.step, sums += in.step;
-    };
-    int64_t left = slices;
-    for (; left >= 8; left -= 8, p += D::BYTES, x += 8 * SLICE) {
-      prefetch<D::BYTES>(p);
-      D::step(table, p, [&](auto q, W u) MXQ_LAMBDA {
+  const uint8_t* p[ROWS];
+  D table[ROWS];
+  unroll<ROWS>([&](auto r) MXQ_LAMBDA {
+    constexpr int R = decltype(r)::value;
+    p[R] = words + step * R;
+    table[R] = D::of(tables + LUT_BYTES * R);
+  });
+  const int8_t* x = in.bytes;
+  const float* units = in.units;
+  const int32_t* sums = in.sums;
+  V tot[SUMS * TURNS];
+  W d[SUMS];
+  unroll<SUMS * TURNS>([&](auto i) MXQ_LAMBDA { tot[decltype(i)::value] = zero(); });
+  const auto begin = [&](auto r, int64_t g) MXQ_LAMBDA {
+    unroll<MR>([&](auto m) MXQ_LAMBDA { d[decltype(r)::value * MR + decltype(m)::value] = BIAS ? first_int(-BIAS * sums[g * in.step + decltype(m)::value]) : ints(0); });
+  };
+  const auto add_quad = [&](auto r, W u, const int8_t* xq) MXQ_LAMBDA {
+    unroll<MR>([&](auto m) MXQ_LAMBDA {
+      constexpr int I = decltype(r)::value * MR + decltype(m)::value;
+      d[I] = dot_value<false>(d[I], u, load_words(xq + decltype(m)::value * in.stride));
+    });
+  };
+  const auto end = [&](auto r, auto turn, int64_t g) MXQ_LAMBDA {
+    unroll<MR>([&](auto m) MXQ_LAMBDA {
+      constexpr int I = decltype(r)::value * MR + decltype(m)::value, T = I * TURNS + decltype(turn)::value;
+      tot[T] = fma(to_float(d[I]), set1(units[g * in.step + decltype(m)::value]), tot[T]);
+    });
+  };
+  int64_t left = in.stride / SLICE;
+  for (; left >= 8; left -= 8, x += 8 * SLICE, units += 4 * in.step, sums += 4 * in.step) {
+    unroll<ROWS>([&](auto r) MXQ_LAMBDA {
+      constexpr int R = decltype(r)::value;
+      prefetch<D::BYTES>(p[R], stop);
+      D::step(table[R], p[R], [&](auto q, W u) MXQ_LAMBDA {
         constexpr int Q = decltype(q)::value;
-        add_quad(Q % 2 == 0, u, x + SLICE * Q);
-        if constexpr (Q % 2) end_group(Int<Q / 2 % TURNS>{});
+        if constexpr (Q % 2 == 0) begin(r, Q / 2);
+        add_quad(r, u, x + SLICE * Q);
+        if constexpr (Q % 2) end(r, Int<Q / 2 % TURNS>{}, Q / 2);
       });
-    }
-    const Bytes plain = lut_table(tables + LUT_BYTES * r);
-    for (int i = 0; i < left; i++) {
-      add_quad(i % 2 == 0, lookup_bytes(plain, lut_quad<BITS>(p, i)), x + SLICE * i);
-      if (i % 2 || i + 1 == left) end_group(Int<0>{});
+      p[R] += D::BYTES;
+    });
+  }
+  unroll<ROWS>([&](auto r) MXQ_LAMBDA {
+    constexpr int R = decltype(r)::value;
+    const uint8_t* row = tables + LUT_BYTES * R;
+    if (left) {
+      const Bytes plain = lut_table(row);
+      for (int i = 0; i < left; i++) {
+        if (i % 2 == 0) begin(r, i / 2);
+        add_quad(r, lookup_bytes(plain, lut_quad<BITS>(p[R], i)), x + SLICE * i);
+        if (i % 2 || i + 1 == left) end(r, Int<0>{}, i / 2);
+      }
     }
     unroll<MR>([&](auto m) MXQ_LAMBDA {
-      constexpr int M = decltype(m)::value, I = M * TURNS;
+      constexpr int M = decltype(m)::value, I = (R * MR + M) * TURNS;
       V sum = tot[I];
       if constexpr (TURNS == 4) sum = add(add(sum, tot[I + 1]), add(tot[I + 2], tot[I + 3]));
       if constexpr (TURNS == 2) sum = add(sum, tot[I + 1]);
-      acc[16 * M + r] += hsum(sum) * lut_unit(tables + LUT_BYTES * r);
+      acc[16 * M + R] += hsum(sum) * lut_unit(row);
     });
-  }
+  });
+}
+
+template <int BITS, int MR>
+static void gemv8_lut(const Job& j, const Piece& p, int64_t tile, int64_t end, int64_t rows, const Input8& in, float* acc) {
+  constexpr int ROWS = MR <= 2 && BITS < 4 ? 2 : 1;
+  const uint8_t *words = j.blob + p.codes + tile * 16 * p.code_step, *tables = j.blob + p.scales + tile * 16 * p.scale_step;
+  const uint8_t* stop = codes_end(j, p, end);
+  int64_t r = 0;
+  for (; r + ROWS <= rows; r += ROWS) gemv8_rows<BITS, MR, ROWS>(words + r * p.code_step, p.code_step, tables + r * LUT_BYTES, in, stop, acc + r);
+  for (; r < rows; r++) gemv8_rows<BITS, MR, 1>(words + r * p.code_step, p.code_step, tables + r * LUT_BYTES, in, stop, acc + r);
 }
 
 template <int MR>
-static void gemv8_piece(const Job& j, const Piece& p, int64_t tile, int64_t rows, int64_t m0, float* acc) {
+static void gemv8_piece(const Job& j, const Piece& p, int64_t tile, int64_t end, int64_t rows, int64_t m0, float* acc) {
   const Input8 in = input8(j, p, m0);
   if (p.format.kind == LUT) {
-    const uint8_t *words = j.blob + p.codes + tile * 16 * p.code_step, *tables = j.blob + p.scales + tile * 16 * p.scale_step;
     switch (p.format.bits) {
-      case 2: return gemv8_rows<2, MR>(words, p.code_step, tables, rows, in, acc);
-      case 3: return gemv8_rows<3, MR>(words, p.code_step, tables, rows, in, acc);
-      default: return gemv8_rows<4, MR>(words, p.code_step, tables, rows, in, acc);
+      case 2: return gemv8_lut<2, MR>(j, p, tile, end, rows, in, acc);
+      case 3: return gemv8_lut<3, MR>(j, p, tile, end, rows, in, acc);
+      default: return gemv8_lut<4, MR>(j, p, tile, end, rows, in, acc);
     }
   }
-  const Tile t = tile_of(j.blob, p, tile);
+  const Tile t = tile_of(j.blob, p, tile, codes_end(j, p, end));
   const Bytes table = nf_table();
   switch (p.format.kind == NF ? 0 : p.format.bits) {
     case 0: return gemv8_tile<NfQuads, MR>(t, table, in, acc);

@@ -96,11 +96,13 @@ MXQ_INLINE W load_words(const void* p) {
 template <int S>
 MXQ_INLINE W shift(W w) { return S ? _mm512_srli_epi32(w, S) : w; }
 MXQ_INLINE W shift_by(W w, int s) { return _mm512_srl_epi32(w, _mm_cvtsi32_si128(s)); }
-// a >> SA with bit 2 taken from b >> SB: a code of quads 6 and 7 of a 3-bit stripe, of any content above.
-template <int SA, int SB>
-MXQ_INLINE W spare(W a, W b) { return _mm512_ternarylogic_epi32(shift<SA>(a), shift<SB>(b), _mm512_set1_epi32(4), 0xd8); }  // c ? b : a
 template <int BITS>
 MXQ_INLINE V lookup(Book book, W w) { return _mm512_permutexvar_ps(w, book); }
+// A lookup reads 4 bits, two codes of 2 bits: with this table instead of `book` it answers for the upper one.
+static constexpr bool PAIRS = true;
+MXQ_INLINE Book upper_code(Book book) {
+  return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3), book);
+}
 // Field of BITS bits at bit S as a signed number; for less than 8 bits `book` says the same as a table.
 template <int BITS, int S>
 MXQ_INLINE V centred(Book book, W w) {
@@ -242,13 +244,6 @@ MXQ_INLINE W shift_by(W w, int s) {
   const __m128i n = _mm_cvtsi32_si128(s);
   return {_mm256_srl_epi32(w.a, n), _mm256_srl_epi32(w.b, n)};
 }
-template <int SA, int SB>
-MXQ_INLINE __m256i spare8(__m256i a, __m256i b) {
-  const __m256i four = _mm256_set1_epi32(4);
-  return _mm256_or_si256(_mm256_andnot_si256(four, _mm256_srli_epi32(a, SA)), _mm256_and_si256(_mm256_srli_epi32(b, SB), four));
-}
-template <int SA, int SB>
-MXQ_INLINE W spare(W x, W y) { return {spare8<SA, SB>(x.a, y.a), spare8<SA, SB>(x.b, y.b)}; }
 // vpermps reads 3 bits: tables of 16 need two lookups and a blend by bit 3.
 template <int BITS>
 MXQ_INLINE __m256 lookup8(Book book, __m256i w) {
@@ -377,10 +372,6 @@ MXQ_INLINE W shift_by(W w, int s) { return MXQ_EACH(MXQ_F); }
 #undef MXQ_F
 template <int S>
 MXQ_INLINE W shift(W w) { return shift_by(w, S); }
-#define MXQ_F(m) ((x.m >> (uint32_t)SA) & ~4u) | ((y.m >> (uint32_t)SB) & 4u)
-template <int SA, int SB>
-MXQ_INLINE W spare(W x, W y) { return MXQ_EACH(MXQ_F); }
-#undef MXQ_F
 MXQ_INLINE F4 lookup4(const Book& book, U4 u) { return F4{book.v[u[0] & 15], book.v[u[1] & 15], book.v[u[2] & 15], book.v[u[3] & 15]}; }
 #define MXQ_F(m) lookup4(book, w.m)
 template <int BITS>
@@ -470,6 +461,8 @@ MXQ_INLINE Book make_book(V v) {
   return book;
 }
 #if !defined(MXQ_AVX512)
+static constexpr bool PAIRS = false;
+MXQ_INLINE Book upper_code(const Book& book) { return book; }  // not used
 MXQ_INLINE uint32_t max_lane(W w) {
   uint32_t u[16], most = 0;
   store_words(u, w);

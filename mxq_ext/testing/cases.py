@@ -19,7 +19,7 @@ FORMATS = (
     "nf4g32", "nf4g64", "nf4g128", "nf4", "nf4g64_bf16", "lut2", "lut3", "lut4", "fp16",
 )
 #: What a benchmark shows when nothing is asked for.
-BENCH_FORMATS = ("w2g64", "w3g64", "w4g64", "w4g64_asym", "w8", "nf4g64", "lut2", "lut3", "lut4", "fp16")
+BENCH_FORMATS = ("w2g128", "w3g128", "w4g128", "w4g64_asym", "w8", "nf4g64", "lut2", "lut3", "lut4", "fp16")
 
 #: (N, K): single weights, ragged groups, less than a lane, odd multiples, widths of small models, a lut stripe and its tails.
 SHAPES = ((1, 1), (3, 31), (16, 32), (17, 33), (31, 64), (33, 100), (47, 191), (64, 576), (5, 1000), (18, 1519))
