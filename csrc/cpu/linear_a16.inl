@@ -17,7 +17,7 @@ struct Words {  // 2, 4 and 8 bits: one word a step
   template <class F>
   MXQ_INLINE void step(const uint8_t* p, const Book& book, F&& f) {
     const W w = load_words(p);
-    if constexpr (BITS == 2 && PAIRS) {  // shifts and lookups share two of the ports: half of the shifts are a quarter of the time
+    if constexpr (BITS == 2 && PAIRS) {  // one shift for two codes
       const Book upper = upper_code(book);
       unroll<8>([&](auto i) MXQ_LAMBDA {
         constexpr int K = decltype(i)::value % 4, Q = decltype(i)::value / 4 * 2, I = 4 * Q + K;
@@ -47,12 +47,10 @@ struct Words<3, SIGNED> {  // 3 bits: a whole stripe, because quads 6 and 7 lie 
   template <class F>
   MXQ_INLINE void step(const uint8_t* p, const Book& book, F&& f) {
     const W w0 = load_words(p), w1 = load_words(p + 64), w2 = load_words(p + 128);
-    unroll<8>([&](auto i) MXQ_LAMBDA {
-      constexpr int S = 8 * (decltype(i)::value % 4) + 3 * (decltype(i)::value / 4), I = decltype(i)::value;
-      f(Int<I>{}, one<S>(book, w0));
-      f(Int<I + 8>{}, one<S>(book, w1));
-      f(Int<I + 16>{}, one<S>(book, w2));
-    });
+    // Column after column: neighbours go to different sums.
+    unroll<8>([&](auto i) MXQ_LAMBDA { f(i, one<8 * (decltype(i)::value % 4) + 3 * (decltype(i)::value / 4)>(book, w0)); });
+    unroll<8>([&](auto i) MXQ_LAMBDA { f(Int<decltype(i)::value + 8>{}, one<8 * (decltype(i)::value % 4) + 3 * (decltype(i)::value / 4)>(book, w1)); });
+    unroll<8>([&](auto i) MXQ_LAMBDA { f(Int<decltype(i)::value + 16>{}, one<8 * (decltype(i)::value % 4) + 3 * (decltype(i)::value / 4)>(book, w2)); });
     const W q6 = merge3<false>(shift<6>(w0), shift<4>(w1)), q7 = merge3<false>(shift<6>(w2), shift<5>(w1));
     unroll<4>([&](auto k) MXQ_LAMBDA {
       constexpr int K = decltype(k)::value;
@@ -113,6 +111,13 @@ MXQ_INLINE W stripe_code(const uint8_t* words, int p) {
 template <int MR>
 static constexpr int chains() { return MR == 1 ? GEMV_CHAINS_1 : MR == 2 ? GEMV_CHAINS_2 : MR < GEMV_CHAINS_END ? 2 : 1; }
 
+// Sum of U vectors, U a power of two.
+template <int U>
+MXQ_INLINE V sum_of(const V* v) {
+  if constexpr (U == 1) return v[0];
+  else return add(sum_of<U / 2>(v), sum_of<U / 2>(v + U / 2));
+}
+
 // Asks for the codes that are due in some 300 ns. The hardware follows a stream by itself, but not across 4 KB pages and not deep enough: at
 // 4096 x 4096 w4g128 a8 M = 1 takes 0.23 ms without it or 2 KB ahead, 0.22 at 4 KB, 0.19 from 8 KB on; w2g128 0.14, 0.12, 0.10, and 0.085 at 16 KB.
 static constexpr int AHEAD = 16384;
@@ -149,8 +154,7 @@ static void gemv_tile(const Tile& t, const Book& book, const float* x, const flo
     }
     unroll<MR>([&](auto m) MXQ_LAMBDA {
       constexpr int M = decltype(m)::value * U;
-      if constexpr (U == 4) dot[M] = add(add(dot[M], dot[M + 1]), add(dot[M + 2], dot[M + 3]));
-      if constexpr (U == 2) dot[M] = add(dot[M], dot[M + 1]);
+      dot[M] = sum_of<U>(dot + M);
     });
     if constexpr (!D::SCALED) {
       unroll<MR>([&](auto m) MXQ_LAMBDA { tot[decltype(m)::value] = add(tot[decltype(m)::value], dot[decltype(m)::value * U]); });
@@ -228,9 +232,7 @@ static void gemv_rows(const uint8_t* words, int64_t step, const uint8_t* tables,
       }
       unroll<MR>([&](auto m) MXQ_LAMBDA {
         constexpr int M = decltype(m)::value;
-        V d = dot[M * U];
-        if constexpr (U >= 2) d = add(d, dot[M * U + 1]);
-        if constexpr (U == 4) d = add(d, add(dot[M * U + 2], dot[M * U + 3]));
+        const V d = sum_of<U>(dot + M * U);
         if (last) acc[16 * M + r] += hsum(d);
         else sums[r * MR + M] = d;
       });
