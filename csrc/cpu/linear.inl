@@ -138,24 +138,30 @@ namespace MXQ_TARGET {
 
 // -------------------------------------------------------------------------------------------------------------------- finish
 
-// y = acc + sparse + bias for `rows` rows of the weight from row0 (permuted) and mr rows of x from m0; acc[m * lda + row].
-static void finish(const Job& j, int64_t row0, int64_t rows, int64_t m0, int64_t mr, float* acc, int64_t lda) {
+// acc[m * lda + row] += the sparse part of tile `tile` for mr rows of x from m0.
+static void add_sparse(const Job& j, int64_t tile, int64_t m0, int64_t mr, float* acc, int64_t lda) {
+  const Header& h = header(j.blob);
+  const Slot& s = at<Slot>(j.blob, h.off_slots)[h.slots - 1];  // the ORIGINAL one is always last
+  const float* x = j.xs + s.start * j.m + s.padded * m0;
+  const uint32_t* first = at<uint32_t>(j.blob, h.off_sparse_tiles) + tile;
+  const SparseEntry *e = at<SparseEntry>(j.blob, h.off_sparse) + first[0], *end = at<SparseEntry>(j.blob, h.off_sparse) + first[1];
+  constexpr uint32_t COLUMN = (1u << ROW_SHIFT) - 1;
+  if (mr == 1) {
+    for (; e < end; e++) {
+      __builtin_prefetch((const uint8_t*)e + 1024);
+      acc[e->place >> ROW_SHIFT] += e->value * x[e->place & COLUMN];
+    }
+  } else {
+    for (; e < end; e++)
+      for (int64_t m = 0; m < mr; m++) acc[m * lda + (e->place >> ROW_SHIFT)] += e->value * x[(e->place & COLUMN) * mr + m];
+  }
+}
+
+// y = acc + sparse + bias for `rows` rows of the weight from row0 (permuted), tile `tile`, and mr rows of x from m0; acc[m * lda + row].
+static void finish(const Job& j, int64_t tile, int64_t row0, int64_t rows, int64_t m0, int64_t mr, float* acc, int64_t lda) {
   const Header& h = header(j.blob);
   const int32_t* perm = h.off_perm_rows ? at<int32_t>(j.blob, h.off_perm_rows) + row0 : nullptr;
-  if (h.off_rowptr) {
-    const Slot& s = at<Slot>(j.blob, h.off_slots)[h.slots - 1];  // the ORIGINAL one is always last
-    const float* x = j.xs + s.start * j.m + s.padded * m0;
-    const int32_t *ptr = at<int32_t>(j.blob, h.off_rowptr), *cols = at<int32_t>(j.blob, h.off_cols);
-    const uint16_t* values = at<uint16_t>(j.blob, h.off_values);
-    for (int64_t r = 0; r < rows; r++) {
-      const int64_t row = perm ? perm[r] : row0 + r;
-      for (int64_t m = 0; m < mr && ptr[row] < ptr[row + 1]; m++) {
-        float sum = 0.0f;
-        for (int64_t i = ptr[row]; i < ptr[row + 1]; i++) sum += half_to_float(values[i]) * x[cols[i] * mr + m];
-        acc[m * lda + r] += sum;
-      }
-    }
-  }
+  if (h.off_rowptr) add_sparse(j, tile, m0, mr, acc, lda);
   if (!perm && rows == 16) {
     const V bias = j.bias ? load_any(j.bias, row0, j.bias_type) : zero();
     for (int64_t m = 0; m < mr; m++) store_any(j.y, (m0 + m) * h.n + row0, j.type, add(load(acc + m * lda), bias));
@@ -189,7 +195,7 @@ static void gemv(const Job& j, int64_t tile0, int64_t tile1, float*) {
           gemv_piece<MR>(j, p, tile, run.first + run.count, rows, m0, acc);
         });
       }
-      finish(j, row0, rows, m0, mr, acc, 16);
+      finish(j, run.band->first_tile + tile, row0, rows, m0, mr, acc, 16);
     }
   }
 }
@@ -220,7 +226,7 @@ static void gemm(const Job& j, int64_t tile0, int64_t tile1, float* scratch) {
     const int64_t m0 = block_start(j, b), mr = block_start(j, b + 1) - m0;
     for (int64_t t = 0; t < run.count; t++) {
       const int64_t tile_rows = rows - 16 * t < 16 ? rows - 16 * t : 16;
-      finish(j, row0 + 16 * t, tile_rows, m0, mr, acc + m0 * lda + 16 * t, lda);
+      finish(j, tile0 + t, row0 + 16 * t, tile_rows, m0, mr, acc + m0 * lda + 16 * t, lda);
     }
   }
 }

@@ -69,14 +69,12 @@ struct Halves {  // fp16
   }
 };
 
-// The table of a uniform or nf format (see formats.h); unused for 8 and 16 bits.
-static Book book_of(Format f) {
-  float v[16];
-  for (int i = 0; i < 16; i++) {
-    const int q = i & ((1 << (f.bits & 7)) - 1), half = 1 << ((f.bits - 1) & 7);
-    v[i] = f.kind == NF ? NF4_LEVELS[i] : (float)(q < half ? q : q - 2 * half);
-  }
-  return make_book(load(v));
+// The table of a uniform or nf format (see formats.h); unused for 8 and 16 bits. Constants: a piece of a mixed weight may be a tile of few columns.
+static constexpr float CENTRED_2[16] = {0, 1, -2, -1, 0, 1, -2, -1, 0, 1, -2, -1, 0, 1, -2, -1};
+static constexpr float CENTRED_3[16] = {0, 1, 2, 3, -4, -3, -2, -1, 0, 1, 2, 3, -4, -3, -2, -1};
+static constexpr float CENTRED_4[16] = {0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1};
+MXQ_INLINE Book book_of(Format f) {
+  return make_book(load(f.kind == NF ? NF4_LEVELS : f.bits == 2 ? CENTRED_2 : f.bits == 3 ? CENTRED_3 : CENTRED_4));
 }
 
 // One tile of 16 rows of a row-lane piece.

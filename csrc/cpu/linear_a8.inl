@@ -96,12 +96,11 @@ struct NfQuads {
   }
 };
 
+// NF4_LEVELS * 127, rounded.
+static constexpr int8_t NF_BYTES[16] = {-127, -88, -67, -50, -36, -23, -12, 0, 10, 20, 31, 43, 56, 71, 92, 127};
 MXQ_INLINE Bytes nf_table() {
   uint8_t t[16];
-  for (int i = 0; i < 16; i++) {
-    const float v = NF4_LEVELS[i] * 127.0f;
-    t[i] = (uint8_t)((int)(v < 0 ? v - 0.5f : v + 0.5f) + BIAS);
-  }
+  for (int i = 0; i < 16; i++) t[i] = (uint8_t)(NF_BYTES[i] + BIAS);
   return load_bytes(t);
 }
 

@@ -152,7 +152,10 @@ Layout plan(const Weight& w) {
   h.off_slots8 = place(l.slots8.size() * sizeof(Slot8));
   if (w.perm_rows) h.off_perm_rows = place(4 * h.n), h.off_row_of = place(4 * h.n);
   if (w.perm_cols) h.off_perm_cols = place(4 * h.k);
-  if (w.rowptr) h.off_rowptr = place(4 * (uint64_t(h.n) + 1)), h.off_cols = place(4 * h.nnz), h.off_values = place(2 * h.nnz);
+  if (w.rowptr) {
+    h.off_rowptr = place(4 * (uint64_t(h.n) + 1)), h.off_cols = place(4 * h.nnz), h.off_values = place(2 * h.nnz);
+    h.off_sparse_tiles = place(4 * (uint64_t(h.tiles) + 1)), h.off_sparse = place(sizeof(SparseEntry) * h.nnz);
+  }
   for (const Band& b : l.bands)
     for (uint32_t i = 0; i < b.pieces; i++) {
       Piece& p = l.pieces[b.first_piece + i];
@@ -263,6 +266,28 @@ void dequantize_piece(const RowView& v, float* out) {  // out[cols]; the formula
   }
 }
 
+void pack_sparse(const Weight& w, const Layout& l, uint8_t* blob) {
+  uint32_t* first = reinterpret_cast<uint32_t*>(blob + l.header.off_sparse_tiles);
+  SparseEntry* entry = reinterpret_cast<SparseEntry*>(blob + l.header.off_sparse);
+  uint32_t count = 0;
+  for (const Band& b : l.bands)
+    for (uint32_t row0 = b.r0; row0 < b.r1; row0 += LANES) {
+      *first++ = count;
+      const uint32_t rows = std::min<uint32_t>(LANES, b.r1 - row0);
+      bool more = true;
+      for (int32_t i = 0; more; i++) {
+        more = false;
+        for (uint32_t r = 0; r < rows; r++) {
+          const int32_t row = w.perm_rows ? w.perm_rows[row0 + r] : int32_t(row0 + r), at = w.rowptr[row] + i;
+          if (at >= w.rowptr[row + 1]) continue;
+          more = true;
+          entry[count++] = {uint32_t(w.cols[at]) | r << ROW_SHIFT, half_to_float(w.values[at])};
+        }
+      }
+    }
+  *first = count;
+}
+
 }  // namespace
 
 // ------------------------------------------------------------------------------------------------------------------ public
@@ -291,6 +316,7 @@ void prepack(const Weight& w, uint8_t* blob, int threads) {
     put(h.off_rowptr, w.rowptr, 4 * size_t(w.n + 1));
     put(h.off_cols, w.cols, 4 * size_t(w.nnz));
     put(h.off_values, w.values, 2 * size_t(w.nnz));
+    pack_sparse(w, l, blob);
   }
   for (const Band& b : l.bands)
     parallel_for(tiles(b.r1 - b.r0), threads, [&](int64_t tile, int) {
