@@ -46,13 +46,12 @@ struct Slot8 {
   uint64_t scales;   // first scale per input row
 };
 
-// One value of the sparse part. A tile's entries go round its rows (the first of each, the second of each, ...), so that neighbours add to
-// different sums and one loop, whose length is predicted once, does all rows.
-struct SparseEntry {
-  uint32_t place;  // column + row in the tile << 28
-  float value;
+// The sparse part for the kernels: one value of each of a tile's 16 rows, as many of these as its longest row has values (the shorter ones are
+// filled up with zeros at column 0).
+struct SparseStep {
+  uint32_t column[16];
+  uint16_t value[16];  // fp16
 };
-static constexpr int ROW_SHIFT = 28;
 
 struct Rect {
   uint32_t r0, r1, c0, c1;
@@ -88,7 +87,7 @@ struct Header {
   uint64_t off_bands, off_pieces, off_rects, off_slots, off_slots8;
   uint64_t off_perm_rows, off_row_of, off_perm_cols;  // int32[]; 0: none. perm_rows[i]: original row of row i; row_of is its inverse
   uint64_t off_rowptr, off_cols, off_values, nnz;     // CSR in original coordinates; off_rowptr 0: none
-  uint64_t off_sparse_tiles, off_sparse;              // the same for the kernels: uint32[tiles + 1] first entry of a tile, SparseEntry[nnz]
+  uint64_t off_sparse_tiles, off_sparse;              // the same for the kernels: uint32[tiles + 1] first step of a tile, SparseStep[]
 };
 
 static inline const Header& header(const uint8_t* blob) { return *reinterpret_cast<const Header*>(blob); }

@@ -144,16 +144,20 @@ static void add_sparse(const Job& j, int64_t tile, int64_t m0, int64_t mr, float
   const Slot& s = at<Slot>(j.blob, h.off_slots)[h.slots - 1];  // the ORIGINAL one is always last
   const float* x = j.xs + s.start * j.m + s.padded * m0;
   const uint32_t* first = at<uint32_t>(j.blob, h.off_sparse_tiles) + tile;
-  const SparseEntry *e = at<SparseEntry>(j.blob, h.off_sparse) + first[0], *end = at<SparseEntry>(j.blob, h.off_sparse) + first[1];
-  constexpr uint32_t COLUMN = (1u << ROW_SHIFT) - 1;
+  const SparseStep *step = at<SparseStep>(j.blob, h.off_sparse) + first[0], *end = at<SparseStep>(j.blob, h.off_sparse) + first[1];
   if (mr == 1) {
-    for (; e < end; e++) {
-      __builtin_prefetch((const uint8_t*)e + 1024);
-      acc[e->place >> ROW_SHIFT] += e->value * x[e->place & COLUMN];
+    V sum = load(acc);
+    for (; step < end; step++) {
+      __builtin_prefetch(step + 32);
+      sum = fma(load_half(step->value), gather(x, load_words(step->column)), sum);
     }
+    store(acc, sum);
   } else {
-    for (; e < end; e++)
-      for (int64_t m = 0; m < mr; m++) acc[m * lda + (e->place >> ROW_SHIFT)] += e->value * x[(e->place & COLUMN) * mr + m];
+    for (; step < end; step++)
+      for (int r = 0; r < 16; r++) {
+        const float value = half_to_float(step->value[r]);
+        for (int64_t m = 0; m < mr; m++) acc[m * lda + r] += value * x[step->column[r] * mr + m];
+      }
   }
 }
 

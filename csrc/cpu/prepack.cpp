@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <utility>
 
 #include "convert.h"
 #include "parallel.h"
@@ -102,6 +103,27 @@ uint32_t add_slot8(Layout& l, uint32_t c0, uint32_t c1, Format f) {
   return uint32_t(l.slots8.size() - 1);
 }
 
+// Row r of a tile that begins at stored row `row0`: where its sparse values begin and end.
+std::pair<int32_t, int32_t> sparse_row(const Weight& w, uint32_t row0, uint32_t r) {
+  const int32_t row = w.perm_rows ? w.perm_rows[row0 + r] : int32_t(row0 + r);
+  return {w.rowptr[row], w.rowptr[row + 1]};
+}
+
+// Calls f(row0, rows, steps) for each tile.
+template <class F>
+void for_sparse_tiles(const Weight& w, const std::vector<Band>& bands, F&& f) {
+  for (const Band& b : bands)
+    for (uint32_t row0 = b.r0; row0 < b.r1; row0 += LANES) {
+      const uint32_t rows = std::min<uint32_t>(LANES, b.r1 - row0);
+      int32_t steps = 0;
+      for (uint32_t r = 0; r < rows; r++) {
+        const auto [begin, end] = sparse_row(w, row0, r);
+        steps = std::max(steps, end - begin);
+      }
+      f(row0, rows, uint32_t(steps));
+    }
+}
+
 Layout plan(const Weight& w) {
   Layout l;
   Header& h = l.header;
@@ -154,7 +176,9 @@ Layout plan(const Weight& w) {
   if (w.perm_cols) h.off_perm_cols = place(4 * h.k);
   if (w.rowptr) {
     h.off_rowptr = place(4 * (uint64_t(h.n) + 1)), h.off_cols = place(4 * h.nnz), h.off_values = place(2 * h.nnz);
-    h.off_sparse_tiles = place(4 * (uint64_t(h.tiles) + 1)), h.off_sparse = place(sizeof(SparseEntry) * h.nnz);
+    uint64_t steps = 0;
+    for_sparse_tiles(w, l.bands, [&](uint32_t, uint32_t, uint32_t n) { steps += n; });
+    h.off_sparse_tiles = place(4 * (uint64_t(h.tiles) + 1)), h.off_sparse = place(sizeof(SparseStep) * steps);
   }
   for (const Band& b : l.bands)
     for (uint32_t i = 0; i < b.pieces; i++) {
@@ -268,23 +292,16 @@ void dequantize_piece(const RowView& v, float* out) {  // out[cols]; the formula
 
 void pack_sparse(const Weight& w, const Layout& l, uint8_t* blob) {
   uint32_t* first = reinterpret_cast<uint32_t*>(blob + l.header.off_sparse_tiles);
-  SparseEntry* entry = reinterpret_cast<SparseEntry*>(blob + l.header.off_sparse);
+  SparseStep* step = reinterpret_cast<SparseStep*>(blob + l.header.off_sparse);
   uint32_t count = 0;
-  for (const Band& b : l.bands)
-    for (uint32_t row0 = b.r0; row0 < b.r1; row0 += LANES) {
-      *first++ = count;
-      const uint32_t rows = std::min<uint32_t>(LANES, b.r1 - row0);
-      bool more = true;
-      for (int32_t i = 0; more; i++) {
-        more = false;
-        for (uint32_t r = 0; r < rows; r++) {
-          const int32_t row = w.perm_rows ? w.perm_rows[row0 + r] : int32_t(row0 + r), at = w.rowptr[row] + i;
-          if (at >= w.rowptr[row + 1]) continue;
-          more = true;
-          entry[count++] = {uint32_t(w.cols[at]) | r << ROW_SHIFT, half_to_float(w.values[at])};
-        }
-      }
+  for_sparse_tiles(w, l.bands, [&](uint32_t row0, uint32_t rows, uint32_t steps) {
+    *first++ = count;
+    for (uint32_t r = 0; r < rows; r++) {
+      const auto [begin, end] = sparse_row(w, row0, r);
+      for (int32_t i = begin; i < end; i++) step[count + i - begin].column[r] = uint32_t(w.cols[i]), step[count + i - begin].value[r] = w.values[i];
     }
+    count += steps;
+  });
   *first = count;
 }
 

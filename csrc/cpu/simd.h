@@ -157,6 +157,7 @@ MXQ_INLINE W dot_signed(W acc, W s, W x) {  // both signed; only without VNNI
   const __m512i moved = _mm512_mask_sub_epi8(x, _mm512_movepi8_mask(s), _mm512_setzero_si512(), x);
   return iadd(acc, _mm512_madd_epi16(_mm512_maddubs_epi16(_mm512_abs_epi8(s), moved), _mm512_set1_epi16(1)));
 }
+MXQ_INLINE V gather(const float* x, W index) { return _mm512_i32gather_ps(index, x, 4); }
 MXQ_INLINE W max_bits(W most, V v) {  // of magnitudes as integers: ordered like floats, and a NaN is larger than all
   return _mm512_max_epu32(most, _mm512_and_si512(_mm512_castps_si512(v), ints(0x7fffffff)));
 }
@@ -294,6 +295,7 @@ MXQ_INLINE W dot(W acc, W u, W x) { return iadd(acc, {pairs(u.a, x.a), pairs(u.b
 MXQ_INLINE W dot_signed(W acc, W s, W x) {
   return iadd(acc, {pairs(_mm256_abs_epi8(s.a), _mm256_sign_epi8(x.a, s.a)), pairs(_mm256_abs_epi8(s.b), _mm256_sign_epi8(x.b, s.b))});
 }
+MXQ_INLINE V gather(const float* x, W index) { return {_mm256_i32gather_ps(x, index.a, 4), _mm256_i32gather_ps(x, index.b, 4)}; }
 MXQ_INLINE W max_bits(W most, V v) {
   const __m256i mask = _mm256_set1_epi32(0x7fffffff);
   return {_mm256_max_epu32(most.a, _mm256_and_si256(_mm256_castps_si256(v.a), mask)),
@@ -428,6 +430,13 @@ MXQ_INLINE W dot_bytes(W acc, W w, W x) {
 }
 MXQ_INLINE W dot(W acc, W u, W x) { return dot_bytes<uint8_t>(acc, u, x); }
 MXQ_INLINE W dot_signed(W acc, W s, W x) { return dot_bytes<int8_t>(acc, s, x); }
+MXQ_INLINE V gather(const float* x, W index) {
+  uint32_t i[16];
+  float out[16];
+  store_words(i, index);
+  for (int l = 0; l < 16; l++) out[l] = x[i[l]];
+  return load(out);
+}
 MXQ_INLINE W max_bits(W most, V v) {
   uint32_t a[16], b[16];
   memcpy(a, &most, 64), memcpy(b, &v, 64);
