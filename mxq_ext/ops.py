@@ -327,7 +327,9 @@ def target() -> str:
 
 
 def kernel_name(format_name: str, rows: int, compute: str = "a16") -> str:
-    """``<op>_<format>_<compute>__<target>``, for example ``gemv_w4g64_a16__avx512``."""
+    """``<op>_<format>_<compute>__<target>``, for example ``gemv_w4g64_a16__avx512``. fp16 is always a16: there is nothing to multiply in integers."""
+    if format_name.removesuffix("+sparse") == "fp16":
+        compute = "a16"
     return f"{'gemm' if _native.cpu.uses_gemm(rows, compute == 'a8') else 'gemv'}_{format_name}_{compute}__{target()}"
 
 

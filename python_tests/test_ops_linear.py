@@ -492,6 +492,9 @@ def test_explain_names_the_kernel(target):
     assert ops.explain(p, 1, torch.float32) == ops.explain(p, 16) == f"gemv_w4g64_a16__{target}"
     assert ops.explain(p, 17, torch.bfloat16) == f"gemm_w4g64_a16__{target}"
     assert ops.explain(ops.prepack(cases.LAYOUTS[1].make()), 1) == f"gemv_w2g64+w4g32_fz+fp16_a16__{target}"
+    half = ops.prepack(QTensor.from_float(torch.ones(4, 8)))
+    assert ops.explain(half, 9, compute="a8") == ops.explain(half, 9) == f"gemv_fp16_a16__{target}"
+    assert torch.equal(ops.linear(torch.ones(12, 8), half, None, "a8"), torch.full((12, 4), 8.0))
     assert ops.explain(p, 8, compute="a8") == f"gemv_w4g64_a8__{target}" and ops.explain(p, 9, compute="a8") == f"gemm_w4g64_a8__{target}"
 
 

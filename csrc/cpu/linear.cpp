@@ -44,6 +44,7 @@ bool uses_gemm(int64_t m, bool a8) { return m > (a8 ? GEMV8_ROWS : GEMV_ROWS); }
 void linear(const uint8_t* blob, const void* x, int64_t ldx, int type, int64_t m, void* y, const void* bias, int bias_type, bool a8, int threads) {
   const Header& h = header(blob);
   const Target& target = current_target();
+  a8 = a8 && h.slots8;  // a weight of fp16 alone is none of the integer kernels' business
   const Blocking& blocking = a8 ? target.a8 : target.a16;
   const int64_t size = type == F32 ? 4 : 2;
   const int64_t pass = ceil_div(m, ceil_div(m, MAX_ROWS));  // nearly equal passes: a last one of a few rows would cost a whole one

@@ -458,11 +458,11 @@ static Reading reading(Format f) {
   return r;
 }
 
-// acc[m][lda] += one group: `quads` quads of NV tiles times MR rows of x [quad][MR][4]. Meanwhile the codes at `next`, if not null, are prefetched,
-// `stride` bytes a quad: as one burst while unpacking they would overrun the queue of outstanding loads, and the next panel would wait for memory.
+// acc[m][lda] += one group: `quads` quads of NV tiles times MR rows of x [quad][MR][4]. Meanwhile the codes at `next` and
+// `other`, if not null, are prefetched, 64 bytes of each a quad: as one burst while unpacking they would overrun the queue of outstanding loads, and the next panel would wait for memory.
 template <int NV, int MR, bool SMALL>
 static void gemm8_block(const uint8_t* panel, const int8_t* x, int64_t quads, Reading how, const GroupScale* scales, const float* units,
-                        const int32_t* sums, float* acc, int64_t lda, const uint8_t* next, int64_t stride) {
+                        const int32_t* sums, float* acc, int64_t lda, const uint8_t* next, const uint8_t* other) {
   W d[MR * NV];
   unroll<MR>([&](auto m) MXQ_LAMBDA {
     const W start = ints(-how.offset * sums[decltype(m)::value]);
@@ -471,8 +471,8 @@ static void gemm8_block(const uint8_t* panel, const int8_t* x, int64_t quads, Re
   for (int64_t q = 0; q < quads; q++, panel += 64, x += 4 * MR) {
     if (next) {
       __builtin_prefetch(next, 0, 2);
-      __builtin_prefetch(next + stride - 64, 0, 2);
-      next += stride;
+      __builtin_prefetch(other, 0, 2);
+      next += 64, other += 64;
     }
     W u[NV];
     unroll<NV>([&](auto v) MXQ_LAMBDA {
@@ -524,7 +524,7 @@ template <int NV, bool SMALL>
 static void gemm8_all_blocks(const Job& j, const PanelJob& a) {
   // No division in here: a micro-kernel takes some 400 cycles, and its addresses would wait for one.
   const Input8& in = a.in;
-  const int64_t stride = a.how.format.bits == 8 ? 128 : 64, size = j.m / j.blocks, larger = j.m % j.blocks, first = a.c0 / in.group;
+  const int64_t size = j.m / j.blocks, larger = j.m % j.blocks, first = a.c0 / in.group;
   int64_t tile = a.next_bytes ? 0 : NV, fetched = 0;
   for (int64_t b = 0, m0 = 0, mr; b < j.blocks; b++, m0 += mr) {
     mr = size + (b < larger);
@@ -536,13 +536,14 @@ static void gemm8_all_blocks(const Job& j, const PanelJob& a) {
       const int64_t width = a.c1 - c < in.group ? a.c1 - c : in.group, full = in.stride - c < in.group ? in.stride - c : in.group;
       const int8_t* x = a.x + c * j.m + m0 * full;
       const uint8_t* panel = a.panel + (c - a.c0) * 16;
-      const uint8_t* next = tile < NV ? a.next[tile] + fetched : nullptr;
+      const uint8_t* next = tile < NV ? a.next[tile] + fetched : nullptr;  // two tiles at a time
+      const uint8_t* other = tile + 1 < NV ? a.next[tile + 1] + fetched : next;
       unroll<GEMM8_BLOCK>([&](auto m) MXQ_LAMBDA {
-        if (mr == decltype(m)::value + 1) gemm8_block<NV, decltype(m)::value + 1, SMALL>(panel, x, width / 4, a.how, scales, units, sums, acc, a.lda, next, stride);
+        if (mr == decltype(m)::value + 1) gemm8_block<NV, decltype(m)::value + 1, SMALL>(panel, x, width / 4, a.how, scales, units, sums, acc, a.lda, next, other);
       });
       units += in.step, sums += in.step, scales += GEMM8_TILES;
-      fetched += width / 4 * stride;
-      if (fetched >= a.next_bytes) tile++, fetched = 0;
+      fetched += width / 4 * 64;
+      if (fetched >= a.next_bytes) tile += 2, fetched = 0;
     }
   }
 }
