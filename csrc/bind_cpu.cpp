@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "cpu/attention.h"
 #include "cpu/driver.h"
 #include "cpu/parallel.h"
 #include "cpu/prepack.h"
@@ -66,6 +67,29 @@ py::dict describe(uintptr_t blob, int64_t nbytes) {
   return d;
 }
 
+// (side, bits, group, head dimension)
+PageFormat page_format_of(const py::tuple& t) { return {t[0].cast<uint8_t>(), t[1].cast<uint8_t>(), t[2].cast<int32_t>(), t[3].cast<int32_t>()}; }
+
+// (data, type, tokens, strides of batch, head and token)
+Rows rows_of(const py::tuple& t) {
+  return {ptr<void>(t[0].cast<uintptr_t>()), t[1].cast<int>(), t[2].cast<int64_t>(), t[3].cast<int64_t>(), t[4].cast<int64_t>(), t[5].cast<int64_t>()};
+}
+
+// q: (batch, heads, tokens); pages: (address of PageParts, pages, heads of all sequences); mask: (data, strides of batch and query), data 0 for none
+Attend attend_of(const py::tuple& key, const py::tuple& value, const py::tuple& shape, const py::tuple& q, const py::tuple& out, const py::tuple& pages,
+                 const py::tuple& sink_k, const py::tuple& sink_v, const py::tuple& tail_k, const py::tuple& tail_v, int64_t total, float scale, bool causal,
+                 int64_t window, float cap, const py::tuple& mask) {
+  Attend a{};
+  a.key = page_format_of(key), a.value = page_format_of(value);
+  a.batch = shape[0].cast<int64_t>(), a.q_heads = shape[1].cast<int64_t>(), a.queries = shape[2].cast<int64_t>();
+  a.q = rows_of(q), a.out = rows_of(out);
+  a.pages = ptr<PageParts>(pages[0].cast<uintptr_t>()), a.page_count = pages[1].cast<int64_t>(), a.kv_heads = pages[2].cast<int64_t>() / a.batch;
+  a.sink_k = rows_of(sink_k), a.sink_v = rows_of(sink_v), a.tail_k = rows_of(tail_k), a.tail_v = rows_of(tail_v);
+  a.total = total, a.scale = scale, a.cap = cap, a.causal = causal, a.window = window;
+  a.mask = ptr<uint8_t>(mask[0].cast<uintptr_t>()), a.mask_batch = mask[1].cast<int64_t>(), a.mask_query = mask[2].cast<int64_t>();
+  return a;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -121,12 +145,53 @@ PYBIND11_MODULE(_cpu, m) {
     ref::embedding(w, ptr<int64_t>(ids), count, ptr<void>(y), type);
   });
 
-  // formats.h as data, for the test that holds it to mxq_ext/formats.py.
+  m.def("kv_pack", [](const py::tuple& f, const py::tuple& x, int64_t batch, int64_t heads, uintptr_t codes, uintptr_t params, int threads) {
+    const PageFormat format = page_format_of(f);
+    const Rows rows = rows_of(x);
+    py::gil_scoped_release release;
+    pack_page(format, rows, batch, heads, ptr<uint8_t>(codes), ptr<uint16_t>(params), threads);
+  });
+  m.def("kv_unpack", [](const py::tuple& f, uintptr_t codes, uintptr_t params, int64_t heads, uintptr_t out, int type, int threads) {
+    const PageFormat format = page_format_of(f);
+    py::gil_scoped_release release;
+    unpack_page(format, ptr<uint8_t>(codes), ptr<uint16_t>(params), heads, ptr<void>(out), type, threads);
+  });
+  m.def("kv_attend", [](const py::tuple& key, const py::tuple& value, const py::tuple& shape, const py::tuple& q, const py::tuple& out, const py::tuple& pages,
+                       const py::tuple& sink_k, const py::tuple& sink_v, const py::tuple& tail_k, const py::tuple& tail_v, int64_t total, float scale,
+                       bool causal, int64_t window, float cap, const py::tuple& mask, int threads) {
+    const Attend a = attend_of(key, value, shape, q, out, pages, sink_k, sink_v, tail_k, tail_v, total, scale, causal, window, cap, mask);
+    py::gil_scoped_release release;
+    attend(a, threads);
+  });
+  m.def("kv_pack_ref", [](const py::tuple& f, const py::tuple& x, int64_t batch, int64_t heads, uintptr_t codes, uintptr_t params) {
+    const PageFormat format = page_format_of(f);
+    const Rows rows = rows_of(x);
+    py::gil_scoped_release release;
+    ref::pack_page(format, rows, batch, heads, ptr<uint8_t>(codes), ptr<uint16_t>(params));
+  });
+  m.def("kv_unpack_ref", [](const py::tuple& f, uintptr_t codes, uintptr_t params, int64_t heads, uintptr_t out, int type) {
+    const PageFormat format = page_format_of(f);
+    py::gil_scoped_release release;
+    ref::unpack_page(format, ptr<uint8_t>(codes), ptr<uint16_t>(params), heads, ptr<void>(out), type);
+  });
+  m.def("kv_attend_ref", [](const py::tuple& key, const py::tuple& value, const py::tuple& shape, const py::tuple& q, const py::tuple& out,
+                           const py::tuple& pages, const py::tuple& sink_k, const py::tuple& sink_v, const py::tuple& tail_k, const py::tuple& tail_v,
+                           int64_t total, float scale, bool causal, int64_t window, float cap, const py::tuple& mask) {
+    const Attend a = attend_of(key, value, shape, q, out, pages, sink_k, sink_v, tail_k, tail_v, total, scale, causal, window, cap, mask);
+    py::gil_scoped_release release;
+    ref::attend(a);
+  });
+
+  // formats.h and kv_formats.h as data, for the test that holds it to mxq_ext/formats.py.
   m.attr("NF4_LEVELS") = std::vector<float>(NF4_LEVELS, NF4_LEVELS + 16);
   m.def("format_name", [](const py::tuple& f) { return format_name(format_of(f)); });
   m.def("canonical_row_bytes", [](const py::tuple& f, int64_t cols) {
     const Format g = format_of(f);
     return py::make_tuple(code_row_bytes(g, cols), scale_row_bytes(g, cols), zero_row_bytes(g, cols));
+  });
+  m.def("kv_page", [](const py::tuple& f) {  // bytes of codes, fp16 numbers of params
+    const PageFormat g = page_format_of(f);
+    return py::make_tuple(page_bytes(g), page_params(g));
   });
   m.def("canonical_nbytes", [](const py::tuple& f, int64_t rows, int64_t cols) { return canonical_nbytes(format_of(f), rows, cols); });
 }

@@ -28,26 +28,31 @@ if TYPE_CHECKING:  # the same table once more, for editors and type checkers
         ShapeError,
     )
     from .formats import Format
+    from .kv.attention import replace_attention
+    from .kv.cache import MxqCache
     from .nn import QuantEmbedding, QuantLinear, replace_linear
     from .pipeline import quantize_model
-    from .plan import Plan
+    from .plan import KVSpec, Plan
     from .qtensor import QTensor
 
 __version__ = "0.1.0"
 
-__all__ = ["BudgetError", "CheckpointError", "Format", "FormatError", "ModelError", "MxqError", "MxqWarning", "NativeError", "Plan",
-           "PlanError", "QTensor", "QuantEmbedding", "QuantLinear", "QuantizationError", "ShapeError", "__version__", "load",
-           "quantize_model", "replace_linear", "save"]
+__all__ = ["BudgetError", "CheckpointError", "Format", "FormatError", "KVSpec", "ModelError", "MxqCache", "MxqError", "MxqWarning",
+           "NativeError", "Plan", "PlanError", "QTensor", "QuantEmbedding", "QuantLinear", "QuantizationError", "ShapeError", "__version__",
+           "load", "quantize_model", "replace_attention", "replace_linear", "save"]
 
 #: Public name -> the module that defines it; the errors, which are not listed, come from ``errors``.
 _HOME = {
     "Format": "formats",
+    "KVSpec": "plan",
+    "MxqCache": "kv.cache",
     "Plan": "plan",
     "QTensor": "qtensor",
     "QuantEmbedding": "nn",
     "QuantLinear": "nn",
     "load": "checkpoint",
     "quantize_model": "pipeline",
+    "replace_attention": "kv.attention",
     "replace_linear": "nn",
     "save": "checkpoint",
 }

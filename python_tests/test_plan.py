@@ -97,7 +97,7 @@ def test_unreadable_files(tmp_path):
     ({"mxq_plan": 1, "units": {"a": {"rows": [[8, "w8"]], "permute": 1}}}, "permute 1: it must be true or false"),
     ({"mxq_plan": 1, "quantizer": "gptq"}, "quantizer 'gptq': an object with string keys is expected, found str"),
     ({"mxq_plan": 1, "quantizer": {}}, "it must have a name"),
-    ({"mxq_plan": 1, "kv": {"k": 4}}, "version 1 of the plan has no quantized KV cache, kv must be null"),
+    ({"mxq_plan": 1, "kv": {"k": 4}}, "kv: key 'k': a spec has the keys key, value, group, residual, sink, rotate"),
     ({"mxq_plan": 1, "activations": "a4"}, "linears read their input as a16 or a8"),
     ({"mxq_plan": 1, "meta": []}, "meta .*found list"),
     ({"mxq_plan": 1, "meta": {"a": float("nan")}}, "cannot be written as JSON"),

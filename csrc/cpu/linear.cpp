@@ -2,40 +2,33 @@
 #include "linear.h"
 
 #include <algorithm>
-#include <cstdlib>
-#include <new>
 
 #include "driver.h"
 #include "parallel.h"
+#include "scratch.h"
 #include "targets.h"
 
 namespace mxq {
 namespace {
 
-// Memory of one calling thread, kept between calls because malloc and page faults would cost more than a small layer.
-class Scratch {
- public:
-  ~Scratch() { std::free(data_); }
-  float* get(int64_t floats) {
-    if (floats > size_) {
-      std::free(data_);
-      size_ = 0;
-      data_ = static_cast<float*>(std::aligned_alloc(64, size_t(round_up(floats * 4, 4096))));
-      if (!data_) throw std::bad_alloc();
-      size_ = floats;
-    }
-    return data_;
-  }
-
- private:
-  float* data_ = nullptr;
-  int64_t size_ = 0;
-};
 thread_local Scratch scratch;
 
 // Multiply-adds below which a thread more costs as much as it brings (waking one takes a few microseconds).
 constexpr int64_t WORK_PER_THREAD = 100000;
 constexpr int64_t CHUNK_BYTES = 256 << 10;
+
+// Asks for the first codes and scales of a weight, so that they come while x is being prepared: a small layer is half over before a stream runs.
+void fetch_first(const uint8_t* blob) {
+  constexpr uint64_t FIRST = 16384;
+  const Header& h = header(blob);
+  const Band* band = at<Band>(blob, h.off_bands);
+  for (uint32_t i = 0; h.bands && i < band->pieces; i++) {
+    const Piece& p = at<Piece>(blob, h.off_pieces)[band->first_piece + i];
+    const uint64_t bytes = std::min<uint64_t>(FIRST, uint64_t(tiles(band->r1 - band->r0)) * p.code_step);
+    for (uint64_t at = 0; at < bytes; at += 64) __builtin_prefetch(blob + p.codes + at);
+    for (uint64_t at = 0; at < p.scale_step; at += 64) __builtin_prefetch(blob + p.scales + at);
+  }
+}
 
 }  // namespace
 
@@ -72,6 +65,7 @@ void linear(const uint8_t* blob, const void* x, int64_t ldx, int type, int64_t m
   const Band* bands = at<Band>(blob, h.off_bands);
   for (uint32_t i = 0; i < h.bands; i++) chunks += ceil_div(tiles(bands[i].r1 - bands[i].r0), std::max<int64_t>(step, 1));
 
+  if (!job.gemm) fetch_first(blob);
   for (int64_t m0 = 0; m0 < m; m0 += pass) {
     job.x = static_cast<const char*>(x) + m0 * ldx * size, job.y = static_cast<char*>(y) + m0 * h.n * size;
     job.m = std::min(pass, m - m0);

@@ -17,3 +17,4 @@ static constexpr int GEMV8_BLOCK = 4, GEMM8_BLOCK = 4, GEMM8_TILES = 1;
 }  // namespace mxq::avx2
 
 #include "linear.inl"
+#include "attention.inl"

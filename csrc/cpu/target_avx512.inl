@@ -15,3 +15,4 @@ static constexpr int GEMV8_BLOCK = 4, GEMM8_BLOCK = 6, GEMM8_TILES = 4;
 }  // namespace mxq
 
 #include "linear.inl"
+#include "attention.inl"

@@ -14,3 +14,4 @@ static constexpr int GEMV8_BLOCK = 2, GEMM8_BLOCK = 2, GEMM8_TILES = 1;
 }  // namespace mxq::scalar
 
 #include "linear.inl"
+#include "attention.inl"

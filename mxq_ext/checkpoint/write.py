@@ -240,8 +240,13 @@ def _plan_of(model: nn.Module, units: list[Unit], held: dict[str, Held], plan: P
     """The plan to save, checked against what the modules really hold; None if their formats cannot be written as a plan."""
     plan = plan or getattr(model, "mxq_plan", None)
     if plan is None:
-        entries = {u.name: plan_entry(held[u.name].meta) if u.name in held else "keep" for u in units}
-        return None if None in entries.values() else Plan(default=None, units=entries)
+        entries, kv = {u.name: plan_entry(held[u.name].meta) if u.name in held else "keep" for u in units}, getattr(model, "mxq_kv", None)
+        if None not in entries.values():
+            return Plan(default=None, units=entries, kv=kv)
+        if kv is not None:
+            raise PlanError("saving a model with a quantized KV cache", "its formats cannot be written as a plan, which is where the cache's are",
+                            "call replace_attention(model, None) first")
+        return None
     for name, decision in plan.resolve(units).items():
         says = None if decision is None else decision.name
         has = held[name].format_name.removesuffix("+sparse") if name in held else None

@@ -70,10 +70,13 @@ def replace_linear(model: nn.Module, plan: Plan | Format | str | os.PathLike, st
 
     Raises:
         PlanError: names in the plan or in ``qtensors`` that are no units, formats that differ from the plan's.
-        ModelError: modules that are quantized already, or that are not plain ``nn.Linear`` / ``nn.Embedding``.
+        ModelError: modules that are quantized already, or that are not plain ``nn.Linear`` / ``nn.Embedding``; a KV section that the
+            model cannot follow (``kv.attention.check_attention``, also for FormatError and NativeError).
         QuantizationError, ShapeError: from the quantizer, with the name of the unit.
     """
     plan = as_plan(plan)
+    if plan.kv is not None:
+        _kv_attention().check_attention(model, plan.kv)
     units = find_units(model)
     wanted = {u.name: (u, d) for u, d in zip(units, plan.resolve(units).values(), strict=True) if d is not None}
     qtensors = dict(qtensors or {})
@@ -114,13 +117,24 @@ def put(model: nn.Module, unit: Unit, held: Held) -> None:
 
 
 def finish(model: nn.Module, plan: Plan | None) -> None:
-    """Marks a swapped model: its parameters frozen, its plan kept, and a ``quantization_config``: to transformers it is no float model."""
+    """Marks a swapped model: its parameters frozen, its plan kept, and a ``quantization_config``: to transformers it is no float model.
+
+    What the plan says about activations and about the KV cache is set here.
+    """
     model.requires_grad_(False)
     model.mxq_plan = plan
     if plan is not None and plan.activations is not None:
         set_compute(model, plan.activations)
+    if plan is not None and plan.kv is not None:
+        _kv_attention().replace_attention(model, plan.kv)
     if getattr(model, "config", None) is not None:
         model.config.quantization_config = {"quant_method": "mxq"}
+
+
+def _kv_attention():
+    from ..kv import attention  # only where a plan asks for it: it imports transformers
+
+    return attention
 
 
 def _untie(model: nn.Module, name: str) -> None:

@@ -2,6 +2,7 @@
 
 from .allocate import FrontPoint, choose, pareto_front, plan_of, solve
 from .knapsack import Allocation
+from .kv import KVPlan, KVSpec
 from .schema import KEEP, Bands, Decision, Plan
 
-__all__ = ["KEEP", "Allocation", "Bands", "Decision", "FrontPoint", "Plan", "choose", "pareto_front", "plan_of", "solve"]
+__all__ = ["KEEP", "Allocation", "Bands", "Decision", "FrontPoint", "KVPlan", "KVSpec", "Plan", "choose", "pareto_front", "plan_of", "solve"]

@@ -10,7 +10,7 @@ A plan is a JSON object::
                "lm_head": "keep"},                            stays in float
      "quantizer": {"name": "gptq"},       how codes are found, with its options
      "activations": "a8",                 how linears read their input: a16 exactly, a8 rounded to int8 by groups; null: a16
-     "kv": null,                          reserved
+     "kv": {"key": 4, "value": 2},        how keys and values are cached, the same for all layers or layer by layer (``kv``); null: as they are
      "meta": {}}                          anything; never read by the code that applies the plan
 
 Exact names win over patterns, patterns are tried in the order in which they stand, then ``default`` applies. An entry that
@@ -31,6 +31,7 @@ from ..errors import FormatError, PlanError
 from ..fileio import read_json, write_json
 from ..formats import Format
 from ..structure import Unit
+from .kv import KVPlan, KVSpec
 
 VERSION = 1
 ACTIVATIONS = ("a16", "a8")
@@ -201,7 +202,7 @@ class Plan:
         units: entry name (module name or ``re:`` pattern) -> entry in its canonical JSON form, in order.
         quantizer: ``{"name": ..., options}``; the names and options are checked where quantizers live.
         activations: ``"a16"``, ``"a8"``, or None, which is the former (``ops.linear``).
-        kv: must be None in version 1.
+        kv: which layers keep their keys and values in how many bits (``kv.KVPlan``; its JSON form and a KVSpec are taken too), or None.
         meta: free notes, for example how the plan was found.
 
     Everything is validated on construction; raises PlanError.
@@ -210,7 +211,7 @@ class Plan:
     default: str | None = None
     units: dict[str, str | dict] = field(default_factory=dict)
     quantizer: dict = field(default_factory=lambda: {"name": "gptq"})
-    kv: None = None
+    kv: KVPlan | None = None
     activations: str | None = None
     meta: dict = field(default_factory=dict)
 
@@ -227,6 +228,12 @@ class Plan:
             raise PlanError(f"uniform plan with keep={keep!r}", "keep is a sequence of names, found one string", f"write keep=({keep!r},)")
         rest = {} if quantizer is None else {"quantizer": quantizer}
         return Plan(default=Format.parse(fmt).name, units=dict.fromkeys(keep, KEEP), activations=activations, meta=meta or {}, **rest)
+
+    @staticmethod
+    def for_kv(key: int = 4, value: int = 4, *, layers: Mapping[int, KVSpec | Mapping | str | None] | None = None, meta: dict | None = None,
+               **options) -> Plan:
+        """A plan that quantizes the KV cache alone: ``key`` and ``value`` bits, ``options`` of :class:`KVSpec`, other specs for some ``layers``."""
+        return Plan(kv={"default": {"key": key, "value": value, **options}, "layers": layers or {}}, meta=meta or {})
 
     @staticmethod
     def from_json(obj: object, where: str = "plan") -> Plan:
@@ -249,8 +256,8 @@ class Plan:
 
     def to_json(self) -> dict:
         """JSON object in canonical form; ``Plan.from_json(p.to_json()) == p``."""
-        return {"mxq_plan": VERSION, "default": self.default, "units": dict(self.units), "quantizer": dict(self.quantizer), "kv": self.kv,
-                "activations": self.activations, "meta": dict(self.meta)}
+        return {"mxq_plan": VERSION, "default": self.default, "units": dict(self.units), "quantizer": dict(self.quantizer),
+                "kv": None if self.kv is None else self.kv.to_json(), "activations": self.activations, "meta": dict(self.meta)}
 
     @staticmethod
     def load(path: str | os.PathLike) -> Plan:
@@ -290,8 +297,7 @@ class Plan:
                             'write for example {"name": "gptq"}')
         if self.activations not in (None, *ACTIVATIONS):
             raise PlanError(f"plan: activations {self.activations!r}", f"linears read their input as {' or '.join(ACTIVATIONS)}", "write one of them, or null")
-        if self.kv is not None:
-            raise PlanError(f"plan: kv {self.kv!r}", f"version {VERSION} of the plan has no quantized KV cache, kv must be null", "write null")
+        self.kv = KVPlan.parse(self.kv)
         self.meta = _checked_object(self.meta, "meta")
         if units is not None:
             self.resolve(units)
@@ -374,7 +380,8 @@ class Plan:
         """What differs: (unit, entry here, entry there), empty for plans that do the same.
 
         With ``units`` the two are compared unit by unit. Without, every module that either plan names is looked up in both (by name,
-        pattern, default); patterns are compared as text. Rows ``default``, ``quantizer`` and ``activations`` follow where those differ; meta never counts.
+        pattern, default); patterns are compared as text. Rows ``default``, ``quantizer``, ``activations`` and ``kv.default``, ``kv.<layer>`` follow
+        where those differ; meta never counts.
         """
         out = []
         if units is not None:
@@ -395,4 +402,4 @@ class Plan:
             out.append(("quantizer", dict(self.quantizer), dict(other.quantizer)))
         if (self.activations or ACTIVATIONS[0]) != (other.activations or ACTIVATIONS[0]):
             out.append(("activations", self.activations or ACTIVATIONS[0], other.activations or ACTIVATIONS[0]))
-        return out
+        return out + (self.kv or KVPlan()).diff(other.kv or KVPlan())

@@ -1,0 +1,191 @@
+// Packing and unpacking of one head's page. Included by attention.inl.
+// Packing reads each number twice, for the range and for the codes, and writes each word of codes once; both loops run on vectors of 16 lanes.
+
+namespace mxq {
+namespace MXQ_TARGET {
+
+static constexpr uint16_t HALF_NAN = 0x7e00;
+
+// Of one column in one group: what is stored, and the same as the codes are computed with.
+struct Range {
+  float inverse, zero;
+};
+static Range range_of(float least, float most, bool finite, int bits, uint16_t* s, uint16_t* z) {
+  if (!finite) {
+    *s = *z = HALF_NAN;
+    return {0.0f, 0.0f};
+  }
+  least += 0.0f, most += 0.0f;  // which zero is the least of two is nobody's business
+  const float step = (most - least) / (float)((1 << bits) - 1);
+  *s = float_to_half(step < MAX_HALF ? step : MAX_HALF);
+  *z = float_to_half(least < -MAX_HALF ? -MAX_HALF : least > MAX_HALF ? MAX_HALF : least);
+  const float scale = half_to_float(*s);
+  return {scale == 0.0f ? 0.0f : 1.0f / scale, half_to_float(*z)};
+}
+
+struct Source {
+  const void* x;  // [64] tokens at distance `token`
+  int type;
+  int64_t token;
+};
+MXQ_INLINE V load_numbers(const Source& x, int64_t t, int64_t d) { return load_any(x.x, t * x.token + d, x.type); }
+
+// Scales and zeros of all groups, and ranges[group][column].
+static void pack_params(PageFormat f, const Source& x, uint16_t* params, Range* ranges) {
+  const int64_t cols = page_cols(f), height = page_group_rows(f), rows = page_rows(f);
+  for (int64_t g = 0, r0 = 0; r0 < rows; g++, r0 += height) {
+    const int64_t r1 = r0 + height < rows ? r0 + height : rows;
+    uint16_t *s = params + 2 * g * cols, *z = s + cols;
+    Range* to = ranges + g * cols;
+    if (f.side == KEYS) {
+      for (int64_t d = 0; d < cols; d += 16) {
+        V least = load_numbers(x, r0, d), most = least;
+        W size = ints(0);
+        for (int64_t t = r0; t < r1; t++) {
+          const V v = load_numbers(x, t, d);
+          least = smaller(least, v), most = larger(most, v), size = max_bits(size, v);
+        }
+        float low[16], high[16];
+        uint32_t sizes[16];
+        store(low, least), store(high, most), store_words(sizes, size);
+        for (int64_t i = 0; i < 16; i++) to[d + i] = range_of(low[i], high[i], sizes[i] < 0x7f800000u, f.bits, s + d + i, z + d + i);
+      }
+    } else {
+      for (int64_t t = 0; t < PAGE; t++) {
+        V least = load_numbers(x, t, r0), most = least;
+        W size = ints(0);
+        for (int64_t d = r0; d < r1; d += 16) {
+          const V v = load_numbers(x, t, d);
+          least = smaller(least, v), most = larger(most, v), size = max_bits(size, v);
+        }
+        to[t] = range_of(min_of(least), max_of(most), max_lane(size) < 0x7f800000u, f.bits, s + t, z + t);
+      }
+    }
+  }
+}
+
+// Columns c0 .. c0+16 of tile `tile` as 16 vectors of its rows.
+MXQ_INLINE void load_columns(const Source& x, bool keys, int64_t tile, int64_t c0, V* block) {
+  if (keys) {
+    unroll<16>([&](auto i) MXQ_LAMBDA { block[decltype(i)::value] = load_numbers(x, tile * 16 + decltype(i)::value, c0); });
+    transpose(block);
+  } else {
+    unroll<16>([&](auto i) MXQ_LAMBDA { block[decltype(i)::value] = load_numbers(x, c0 + decltype(i)::value, tile * 16); });
+  }
+}
+
+// Code P of the stripe into its words, as formats.h draws it.
+template <int BITS, int P>
+MXQ_INLINE void put_code(W* words, W code) {
+  constexpr int I = P / 4, K = P % 4;
+  if constexpr (BITS == 3 && I >= 6) {
+    words[I == 6 ? 0 : 2] = either(words[I == 6 ? 0 : 2], shift_left<8 * K + 6>(field<3, 0>(code)));
+    words[1] = either(words[1], shift_left<8 * K + I>(shift<2>(code)));
+  } else {
+    constexpr int PER = quads_per_word(BITS), WORD = I / PER, BIT = 8 * K + BITS * (I % PER);
+    words[WORD] = either(words[WORD], shift_left<BIT>(code));
+  }
+}
+
+template <int BITS>
+static void pack_tile(PageFormat f, const Source& x, int64_t tile, const Range* ranges, uint8_t* codes) {
+  const int64_t cols = page_cols(f);
+  const V top = set1((float)((1 << BITS) - 1));
+  for (int64_t c0 = 0; c0 < padded_page_cols(f); c0 += STRIPE) {
+    W words[BITS];
+    unroll<BITS>([&](auto i) MXQ_LAMBDA { words[decltype(i)::value] = ints(0); });
+    unroll<2>([&](auto half) MXQ_LAMBDA {
+      constexpr int H = decltype(half)::value * 16;
+      if (c0 + H >= cols) return;  // padding: code 0
+      V block[16];
+      load_columns(x, f.side == KEYS, tile, c0 + H, block);
+      unroll<16>([&](auto i) MXQ_LAMBDA {
+        constexpr int I = decltype(i)::value;
+        const Range r = ranges[c0 + H + I];
+        const V steps = mul(sub(block[I], set1(r.zero)), set1(r.inverse));
+        const W code = round_to_ints(smaller(larger(steps, zero()), top));  // 0 for a NaN
+        put_code<BITS, H + I>(words, ixor(code, ints(1 << (BITS - 1))));
+      });
+    });
+    unroll<BITS>([&](auto i) MXQ_LAMBDA { store_words(codes + 64 * decltype(i)::value, words[decltype(i)::value]); });
+    codes += 64 * BITS;
+  }
+}
+
+static void pack_halves(PageFormat f, const Source& x, int64_t tile, uint8_t* codes) {
+  for (int64_t c0 = 0; c0 < page_cols(f); c0 += 16) {
+    V block[16];
+    load_columns(x, f.side == KEYS, tile, c0, block);
+    for (int i = 0; i < 16; i++, codes += 32) {
+      const W size = max_bits(ints(0), block[i]);
+      uint16_t halves[16];
+      store_half(halves, smaller(set1(MAX_HALF), larger(set1(-MAX_HALF), block[i])));
+      if (max_lane(size) >= 0x7f800000u) {  // infinities stay what they are, a NaN becomes the one NaN
+        float v[16];
+        store(v, block[i]);
+        for (int l = 0; l < 16; l++)
+          if ((float_to_bits(v[l]) & 0x7fffffff) >= 0x7f800000u) halves[l] = v[l] != v[l] ? HALF_NAN : float_to_half(v[l]);
+      }
+      memcpy(codes, halves, 32);
+    }
+  }
+}
+
+static void pack_head(PageFormat f, const void* numbers, int type, int64_t token, uint8_t* codes, uint16_t* params) {
+  const Source x{numbers, type, token};
+  Range ranges[PAGE * MAX_HEAD / 32];  // keys: 2 groups of up to 512 channels; values: up to 16 groups of 64 tokens
+  if (has_params(f)) pack_params(f, x, params, ranges);
+  const int64_t count = tiles(page_rows(f)), group = page_group_rows(f) / LANES, cols = page_cols(f);
+  for (int64_t t = 0; t < count; t++, codes += page_tile_bytes(f)) {
+    const Range* r = ranges + t / group * cols;
+    switch (f.bits) {
+      case 2: pack_tile<2>(f, x, t, r, codes); break;
+      case 3: pack_tile<3>(f, x, t, r, codes); break;
+      case 4: pack_tile<4>(f, x, t, r, codes); break;
+      case 8: pack_tile<8>(f, x, t, r, codes); break;
+      default: pack_halves(f, x, t, codes);
+    }
+  }
+}
+
+// Columns of a tile, back to tokens and channels; s and z of its group.
+template <class D>
+static void unpack_tile(PageFormat f, const uint8_t* codes, const Book& book, int64_t tile, const uint16_t* s, const uint16_t* z, void* out, int type) {
+  const int64_t cols = page_cols(f);
+  const V centre = set1((float)(1 << ((f.bits - 1) & 7)));
+  float columns[MAX_HEAD * LANES];
+  for (int64_t c0 = 0; c0 < padded_page_cols(f); c0 += D::STEP, codes += D::BYTES)
+    D::step(codes, book, [&](auto i, V w) MXQ_LAMBDA {
+      const int64_t c = c0 + decltype(i)::value;
+      if (c >= cols) return;
+      if constexpr (D::SCALED) w = add(mul(add(w, centre), set1(half_to_float(s[c]))), set1(half_to_float(z[c])));  // the product is exact
+      store(columns + c * LANES, w);
+    });
+  for (int64_t c0 = 0; c0 < cols; c0 += 16) {
+    V block[16];
+    for (int i = 0; i < 16; i++) block[i] = load(columns + (c0 + i) * LANES);
+    if (f.side == KEYS) transpose(block);
+    for (int i = 0; i < 16; i++) {
+      const int64_t t = f.side == KEYS ? tile * 16 + i : c0 + i, d = f.side == KEYS ? c0 : tile * 16;
+      store_any(out, t * f.head + d, type, block[i]);
+    }
+  }
+}
+
+static void unpack_head(PageFormat f, const uint8_t* codes, const uint16_t* params, void* out, int type) {
+  const int64_t count = tiles(page_rows(f)), group = page_group_rows(f) / LANES, cols = page_cols(f);
+  const Book book = book_of({UNIFORM, (uint8_t)(f.bits & 15), SYM, 0, 0});
+  for (int64_t t = 0; t < count; t++, codes += page_tile_bytes(f)) {
+    const uint16_t *s = params + t / group * 2 * cols, *z = s + cols;
+    switch (f.bits) {
+      case 2: unpack_tile<Words<2, true>>(f, codes, book, t, s, z, out, type); break;
+      case 3: unpack_tile<Words<3, true>>(f, codes, book, t, s, z, out, type); break;
+      case 4: unpack_tile<Words<4, true>>(f, codes, book, t, s, z, out, type); break;
+      case 8: unpack_tile<Words<8, true>>(f, codes, book, t, s, z, out, type); break;
+      default: unpack_tile<Halves>(f, codes, book, t, s, z, out, type);
+    }
+  }
+}
+
+}  // namespace MXQ_TARGET
+}  // namespace mxq

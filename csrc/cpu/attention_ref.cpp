@@ -1,0 +1,162 @@
+// The plain-loop twins of the KV cache ops: one number at a time, by the drawings in formats.h and kv_formats.h.
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "attention.h"
+#include "convert.h"
+
+namespace mxq::ref {
+namespace {
+
+double read(const void* p, int64_t i, int type) {
+  if (type == F32) return double(static_cast<const float*>(p)[i]);
+  const uint16_t u = static_cast<const uint16_t*>(p)[i];
+  return double(type == BF16 ? bf16_to_float(u) : half_to_float(u));
+}
+
+void write(void* p, int64_t i, int type, float v) {
+  if (type == F32) static_cast<float*>(p)[i] = v;
+  else static_cast<uint16_t*>(p)[i] = type == BF16 ? float_to_bf16(v) : float_to_half(v);
+}
+
+double read(const Rows& r, int64_t b, int64_t h, int64_t t, int64_t d) { return read(r.data, b * r.batch + h * r.head + t * r.token + d, r.type); }
+
+// Bit `j` of the code in row `row` and column `col`: its byte in the page, and its place there.
+struct Bit {
+  int64_t byte;
+  int bit;
+};
+Bit bit_of(PageFormat f, int64_t row, int64_t col, int j) {
+  const int64_t stripe = row / LANES * page_tile_bytes(f) + col / STRIPE * f.bits * 64, lane = row % LANES;
+  const int quad = int(col % STRIPE) / 4, byte = int(col % 4);
+  int word, bit;
+  if (f.bits == 3 && quad >= 6) {
+    word = j == 2 ? 1 : quad == 6 ? 0 : 2;
+    bit = j == 2 ? quad : 6 + j;
+  } else {
+    const int per = quads_per_word(f.bits);
+    word = quad / per;
+    bit = f.bits * (quad % per) + j;
+  }
+  return {stripe + 64 * word + 4 * lane + byte, bit};
+}
+
+int64_t half_of(int64_t row, int64_t col, int64_t cols) { return (row / LANES * cols + col) * LANES + row % LANES; }  // of a 16-bit page
+
+// Number of token t, channel d.
+float number_at(PageFormat f, const uint8_t* codes, const uint16_t* params, int64_t t, int64_t d) {
+  const int64_t row = f.side == KEYS ? t : d, col = f.side == KEYS ? d : t, cols = page_cols(f);
+  if (f.bits == 16) return half_to_float(load_u16(codes + 2 * half_of(row, col, cols)));
+  int code = 0;
+  for (int j = 0; j < f.bits; j++) {
+    const Bit b = bit_of(f, row, col, j);
+    code |= (codes[b.byte] >> b.bit & 1) << j;
+  }
+  code ^= 1 << (f.bits - 1);
+  const uint16_t* s = params + row / page_group_rows(f) * 2 * cols;
+  return half_to_float(s[col]) * float(code) + half_to_float(s[cols + col]);
+}
+
+float clamp(float v, float low, float high) { return v < low ? low : v > high ? high : v; }
+
+}  // namespace
+
+void pack_page(PageFormat f, const Rows& x, int64_t batch, int64_t heads, uint8_t* codes, uint16_t* params) {
+  const int64_t rows = page_rows(f), cols = page_cols(f), height = page_group_rows(f);
+  for (int64_t i = 0; i < batch * heads; i++, codes += page_bytes(f), params += page_params(f)) {
+    const auto number = [&](int64_t row, int64_t col) {
+      return float(f.side == KEYS ? read(x, i / heads, i % heads, row, col) : read(x, i / heads, i % heads, col, row));
+    };
+    std::fill(codes, codes + page_bytes(f), uint8_t(0));
+    for (int64_t r0 = 0; r0 < rows; r0 += height) {
+      const int64_t r1 = std::min(rows, r0 + height);
+      for (int64_t col = 0; col < cols; col++) {
+        if (f.bits == 16) {
+          for (int64_t row = r0; row < r1; row++) {
+            const float v = number(row, col);
+            const uint16_t half = v != v ? 0x7e00 : float_to_half(std::isfinite(v) ? clamp(v, -MAX_HALF, MAX_HALF) : v);
+            store_u16(codes + 2 * half_of(row, col, cols), half);
+          }
+          continue;
+        }
+        float least = number(r0, col), most = least;
+        bool finite = true;
+        for (int64_t row = r0; row < r1; row++) {
+          least = std::min(least, number(row, col)), most = std::max(most, number(row, col));
+          finite = finite && std::isfinite(number(row, col));
+        }
+        least += 0.0f, most += 0.0f;  // -0 becomes 0
+        const float top = float((1 << f.bits) - 1);
+        uint16_t* s = params + r0 / height * 2 * cols;
+        s[col] = finite ? float_to_half(std::min((most - least) / top, MAX_HALF)) : 0x7e00;
+        s[cols + col] = finite ? float_to_half(clamp(least, -MAX_HALF, MAX_HALF)) : 0x7e00;
+        const float scale = half_to_float(s[col]), zero = half_to_float(s[cols + col]), inverse = scale == 0.0f ? 0.0f : 1.0f / scale;
+        for (int64_t row = r0; row < r1; row++) {
+          const int code = (finite ? int(std::nearbyint(clamp((number(row, col) - zero) * inverse, 0.0f, top))) : 0) ^ 1 << (f.bits - 1);
+          for (int j = 0; j < f.bits; j++) {
+            const Bit b = bit_of(f, row, col, j);
+            codes[b.byte] |= uint8_t((code >> j & 1) << b.bit);
+          }
+        }
+      }
+    }
+  }
+}
+
+void unpack_page(PageFormat f, const uint8_t* codes, const uint16_t* params, int64_t heads, void* out, int type) {
+  for (int64_t i = 0; i < heads; i++)
+    for (int64_t t = 0; t < PAGE; t++)
+      for (int64_t d = 0; d < f.head; d++)
+        write(out, (i * PAGE + t) * f.head + d, type, number_at(f, codes + i * page_bytes(f), params + i * page_params(f), t, d));
+}
+
+void attend(const Attend& a) {
+  const int64_t dim = a.key.head, group = a.q_heads / a.kv_heads;
+  std::vector<double> k(size_t(a.total * dim)), v(k.size()), p(size_t(a.total));
+  for (int64_t b = 0; b < a.batch; b++) {
+    for (int64_t h = 0; h < a.kv_heads; h++) {
+      const int64_t pair = b * a.kv_heads + h, paged = a.sink_k.tokens + PAGE * a.page_count;
+      for (int64_t t = 0; t < a.total; t++) {
+        for (int64_t d = 0; d < dim; d++) {
+          double &key = k[size_t(t * dim + d)], &value = v[size_t(t * dim + d)];
+          if (t < a.sink_k.tokens) {
+            key = read(a.sink_k, b, h, t, d), value = read(a.sink_v, b, h, t, d);
+          } else if (t >= paged) {
+            key = read(a.tail_k, b, h, t - paged, d), value = read(a.tail_v, b, h, t - paged, d);
+          } else {
+            const PageParts& page = a.pages[(t - a.sink_k.tokens) / PAGE];
+            const int64_t token = (t - a.sink_k.tokens) % PAGE;
+            key = number_at(a.key, page.k_codes + pair * page_bytes(a.key), page.k_params + pair * page_params(a.key), token, d);
+            value = number_at(a.value, page.v_codes + pair * page_bytes(a.value), page.v_params + pair * page_params(a.value), token, d);
+          }
+        }
+      }
+      for (int64_t i = 0; i < a.queries; i++) {
+        const int64_t position = a.total - a.queries + i;
+        for (int64_t head = h * group; head < (h + 1) * group; head++) {
+          double most = -HUGE_VAL, total = 0.0;
+          for (int64_t t = 0; t < a.total; t++) {
+            const bool hidden = (a.causal && t > position) || (a.window && t <= position - a.window) ||
+                                (a.mask && !a.mask[b * a.mask_batch + i * a.mask_query + t]);
+            double score = 0.0;
+            for (int64_t d = 0; d < dim; d++) score += read(a.q, b, head, i, d) * k[size_t(t * dim + d)];
+            score *= double(a.scale);
+            if (a.cap) score = double(a.cap) * std::tanh(score / double(a.cap));
+            p[size_t(t)] = hidden ? -HUGE_VAL : score;
+            most = std::max(most, p[size_t(t)]);
+          }
+          for (int64_t t = 0; t < a.total; t++) total += p[size_t(t)] = p[size_t(t)] == -HUGE_VAL ? 0.0 : std::exp(p[size_t(t)] - most);
+          for (int64_t d = 0; d < dim; d++) {
+            double sum = 0.0;
+            for (int64_t t = 0; t < a.total; t++) sum += p[size_t(t)] ? p[size_t(t)] * v[size_t(t * dim + d)] : 0.0;
+            const int64_t at = b * a.out.batch + head * a.out.head + i * a.out.token + d;
+            write(const_cast<void*>(a.out.data), at, a.out.type, total == 0.0 ? 0.0f : float(sum / total));
+          }
+        }
+      }
+    }
+  }
+}
+
+}  // namespace mxq::ref

@@ -1,0 +1,86 @@
+// The constitution of the KV cache: a packed page of keys or values, drawn once. Kernels, twins, tests and docs/formats.md derive from this file.
+// See formats.h for the comments that begin with a slash, two stars and "doc", and for why everything here is static.
+#pragma once
+
+#include "formats.h"
+
+namespace mxq {
+
+/**doc
+# KV cache pages
+
+The cache of attention is cut into *pages* of 64 tokens. A page belongs to one sequence, one key/value head and one *side*, keys or values, each with
+2, 3, 4, 8 or 16 bits of its own. What lies before the first page (sink tokens) and behind the last one (the newest tokens) stays in floating point.
+
+A page is stored as a small weight matrix in the prepacked layout above (row lanes, uniform or fp16), so that attention is two products with it:
+
+| side | rows (lanes) | columns | product |
+| --- | --- | --- | --- |
+| keys | 64 tokens | `D` channels | scores: one column of the query for each channel |
+| values | `D` channels | 64 tokens | output: one probability for each token |
+
+`D`, the head dimension, is a multiple of 16 up to 512. The columns of codes are padded to a multiple of 32 with stored code 0; 16-bit pages are not padded.
+
+    codes    2, 3, 4, 8 bits:  [tile of 16 rows][stripe of 32 columns]   `bits` vectors of 64 bytes, the drawing above
+             16 bits:          [tile of 16 rows][column]                 16 fp16, one per row
+    params   fp16 [group][2][columns]: first the scales s, then the zeros z; no params for 16 bits
+
+Each column has a scale and a zero for each group of its rows: a group of keys is 64 tokens (the whole page) or 32, a group of values 32, 64 or 128
+channels or the whole head; the last one may be ragged. Bytes of one head's page with one group, and bits per number with everything counted, at `D` = 128:
+
+    bits                       2        3        4        8        16
+    keys, group 64          2560     3584     4608     8704     16384      b + 32/64
+    values, group 64        2560     3584     4608     8704     16384      b + 32/64
+    values, whole head      2304     3328     4352     8448     16384      b + 32/128
+
+Because a scale belongs to a column, it is multiplied into the vector and not into the codes, and the zeros make one number for each group:
+
+    score[t] = sum over d of (query[d] * s[d]) * code[t][d] + sum over d of query[d] * z[d]
+    out[d]   = sum over t of (p[t] * s[t]) * code[t][d]     + sum over t of p[t] * z[t]
+
+### Rounding
+
+`number = s * q + z` with `q` in 0 .. 2^bits - 1, stored centred like the codes of weights: `q - 2^(bits-1)` in two's complement. In float32, with every
+operation rounded to nearest, ties to even, and -0 taken as 0:
+
+    s = fp16((largest - smallest) / (2^bits - 1))       at most 65504
+    z = fp16(smallest)                                  within +-65504
+    q = round(min(max((number - z) * (1 / s), 0), 2^bits - 1))        0 if s is 0
+
+with the rounded `s` and `z`. A group that holds an infinity or a NaN has the NaN 0x7e00 for `s` and `z`, and code 0: it stays visible. 16 bits store
+fp16(number), finite numbers within +-65504, every NaN as 0x7e00.
+*/
+static constexpr int PAGE = 64;         // tokens
+static constexpr int MAX_HEAD = 512;    // channels of a head
+static constexpr float MAX_HALF = 65504.0f;
+
+enum Side : uint8_t { KEYS = 0, VALUES = 1 };
+
+struct PageFormat {
+  uint8_t side;   // Side
+  uint8_t bits;   // 2 3 4 8 16
+  int32_t group;  // rows that share a column's scale: tokens of keys, channels of values; 0: all
+  int32_t head;   // D
+};
+
+static constexpr bool has_params(PageFormat f) { return f.bits != 16; }
+static constexpr int64_t page_rows(PageFormat f) { return f.side == KEYS ? PAGE : f.head; }
+static constexpr int64_t page_cols(PageFormat f) { return f.side == KEYS ? f.head : PAGE; }
+static constexpr int64_t padded_page_cols(PageFormat f) { return f.bits == 16 ? page_cols(f) : round_up(page_cols(f), STRIPE); }
+static constexpr int64_t page_tile_bytes(PageFormat f) { return padded_page_cols(f) * LANES * f.bits / 8; }
+static constexpr int64_t page_bytes(PageFormat f) { return tiles(page_rows(f)) * page_tile_bytes(f); }
+static constexpr int64_t page_group_rows(PageFormat f) { return f.group && f.group < page_rows(f) ? f.group : page_rows(f); }
+static constexpr int64_t page_groups(PageFormat f) { return has_params(f) ? ceil_div(page_rows(f), page_group_rows(f)) : 0; }
+// fp16 numbers of one page's params.
+static constexpr int64_t page_params(PageFormat f) { return page_groups(f) * 2 * page_cols(f); }
+
+static constexpr int64_t whole_page_bytes(PageFormat f) { return page_bytes(f) + 2 * page_params(f); }
+static_assert(whole_page_bytes({KEYS, 2, 64, 128}) * 8 == PAGE * 128 * 2.5, "2-bit keys: 2 + 32/64");
+static_assert(whole_page_bytes({KEYS, 4, 32, 128}) * 8 == PAGE * 128 * 5, "4-bit keys by 32 tokens: 4 + 32/32");
+static_assert(whole_page_bytes({VALUES, 4, 64, 128}) * 8 == PAGE * 128 * 4.5, "4-bit values by 64 channels: 4 + 32/64");
+static_assert(whole_page_bytes({VALUES, 3, 0, 128}) * 8 == PAGE * 128 * 3.25, "3-bit values by head: 3 + 32/128");
+static_assert(whole_page_bytes({KEYS, 16, 64, 80}) == PAGE * 80 * 2, "16 bits: no params, no padding");
+static_assert(page_bytes({KEYS, 4, 64, 80}) == PAGE * 96 / 2 && page_bytes({VALUES, 4, 64, 80}) == PAGE * 80 / 2, "80 channels are padded as columns only");
+static_assert(page_groups({VALUES, 4, 64, 80}) == 2, "a ragged last group");
+
+}  // namespace mxq

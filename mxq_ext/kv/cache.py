@@ -1,0 +1,379 @@
+"""MxqCache: the cache of transformers with keys and values in packed pages.
+
+One layer holds, in the order of positions::
+
+    sink                 the first tokens, in the model's dtype              [B, Hkv, sink, D]
+    pages                64 tokens each, quantized (docs/formats.md)         kv.ops.PageTable
+    tail                 the newest tokens, in the model's dtype             [B, Hkv, residual + 64, D], filled from the left
+
+A token enters the tail (the sink while that has room). When the tail is full, its oldest 64 tokens become a page, so the newest
+``residual`` tokens or more are always exact. Pages are separate tensors that are never moved: appending allocates one page at most.
+
+``update`` stores nothing: it hands the new tokens back under a mark, and the attention function (``kv.attention``) that finds the mark
+reads this layer and appends. A model whose attention does not go that way would silently attend to the new tokens alone; here the
+next call finds the tokens of the last one still waiting, and raises.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+
+from .. import _native
+from ..errors import FormatError, ModelError, NativeError, PlanError, ShapeError
+from ..plan.kv import PAGE, KVPlan, KVSpec
+from ..plan.schema import Plan
+from . import ops
+
+MARK = "mxq_cache_layer"  #: attribute of the keys that ``update`` returns: the layer that they wait for
+
+
+def need_native() -> None:
+    """Raises NativeError if the compiled extension is missing or older than the packed cache: there is no slower way."""
+    if not hasattr(_native.cpu, "kv_attend"):
+        raise NativeError("a quantized KV cache", "the compiled extension has no kernels for it", "build it again with `pip install .` in the source folder")
+    if isinstance(_native.cpu, _native.Missing):
+        _native.cpu.kv_attend()
+
+
+def page_formats(spec: KVSpec, head_dim: int, layer: str) -> tuple[ops.PageFormat, ops.PageFormat]:
+    """Formats of a layer's pages of keys and of values. Raises FormatError, which names the layer, for head dimensions that do not go."""
+    try:
+        key = ops.PageFormat("keys", spec.key, min(spec.group, PAGE), head_dim)
+        value = ops.PageFormat("values", spec.value, ops.value_group(head_dim, spec.group), head_dim)
+    except FormatError as e:
+        raise FormatError(f"{layer}: {e.asked}", e.rule, e.fix) from None
+    if spec.rotate and head_dim & (head_dim - 1):
+        raise FormatError(f"{layer}: rotated keys and values of head dimension {head_dim}", "a Hadamard matrix needs a power of two",
+                          'leave "rotate" out for this model')
+    return key, value
+
+
+def cache_nbytes(spec: KVSpec, tokens: int, heads: int, head_dim: int, *, batch: int = 1, float_bytes: int = 2) -> int:
+    """Bytes of one layer that has read ``tokens`` tokens: what :meth:`MxqCacheLayer.nbytes` will count.
+
+    ``heads`` are key/value heads, ``float_bytes`` those of the model's dtype. The buffers of sink and tail count in full.
+    """
+    key, value = page_formats(spec, head_dim, "layer")
+    pages = max(0, (tokens - spec.sink - spec.residual) // PAGE)
+    exact = 2 * (spec.sink + spec.residual + PAGE) * head_dim * float_bytes
+    return batch * heads * (pages * (key.page_bytes + value.page_bytes) + exact)
+
+
+@functools.lru_cache
+def _hadamard(dim: int) -> torch.Tensor:
+    """float32 [dim, dim], symmetric and its own inverse."""
+    h = torch.ones(1, 1)
+    while h.shape[0] < dim:
+        h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
+    return h * dim**-0.5
+
+
+def _rotated(x: torch.Tensor) -> torch.Tensor:
+    """x [..., D] with its channels multiplied by the Hadamard matrix, in x's dtype."""
+    return (x.float() @ _hadamard(x.shape[-1])).to(x.dtype)
+
+
+class MxqCacheLayer(CacheLayerMixin):
+    """Keys and values of one decoder layer; see the head of this file.
+
+    Args:
+        spec: bits, groups, and how many tokens stay exact.
+        name: what errors call the layer.
+    """
+
+    is_sliding = False  # windows are a matter of the mask: all tokens are kept, so that a crop can always go back
+    is_croppable = True
+    is_compileable = False
+    supports_early_init = False  # shapes are taken from the first keys
+
+    def __init__(self, spec: KVSpec, name: str = "layer"):
+        super().__init__()
+        self.spec, self.name = spec, name
+        self._forget()
+
+    def _forget(self) -> None:
+        self.is_initialized = False
+        self.pages: ops.PageTable | None = None
+        self.sink: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.tail: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.sink_tokens = self.tail_tokens = 0
+        self.waiting: tuple[torch.Tensor, torch.Tensor] | None = None  # given out by update, not yet read by attention
+
+    def __repr__(self) -> str:
+        return f"MxqCacheLayer({self.spec}, {self.get_seq_length()} tokens, {self.nbytes()} bytes)"
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Allocates sink and tail for keys and values like these, [B, Hkv, any, D]."""
+        batch, heads, _, dim = key_states.shape
+        key, value = page_formats(self.spec, dim, self.name)
+        self.batch, self.heads, self.dim, self.dtype, self.device = batch, heads, dim, key_states.dtype, key_states.device
+        self.pages = ops.PageTable(key, value, batch * heads)
+        with torch.inference_mode(False):  # or nothing could be appended outside of that mode later
+            self.sink, self.tail = (tuple(key_states.new_empty(batch, heads, tokens, dim) for _ in range(2))
+                                    for tokens in (self.spec.sink, self.spec.residual + PAGE))
+        self.is_initialized = True
+
+    # -- what transformers calls ----------------------------------------------------------------------------------------------
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+        """Takes the new tokens [B, Hkv, t, D] and returns them marked, for the attention function to read with the rest of this layer.
+
+        Raises ModelError if the tokens of the last call were never read, ShapeError if these do not go with those before.
+        """
+        self.check_read()
+        self._check(key_states, value_states)
+        self.waiting = tuple(x.detach() if x.requires_grad else x for x in (key_states, value_states))  # what is returned keeps its gradient
+        marked = key_states.view_as(key_states)
+        setattr(marked, MARK, self)
+        return marked, value_states
+
+    def check_read(self) -> None:
+        """Raises ModelError if attention did not read what the last ``update`` handed out."""
+        if self.waiting is not None:
+            raise ModelError(f"{self.name} of a model with an MxqCache",
+                             "its attention did not read the packed cache: the keys that the cache returned never came to it as they were",
+                             "call mxq_ext.replace_attention(model, plan) first, and reset the cache after an error")
+
+    def get_seq_length(self) -> int:
+        if not self.is_initialized:
+            return 0
+        return self.sink_tokens + PAGE * len(self.pages) + self.tail_tokens + (0 if self.waiting is None else self.waiting[0].shape[2])
+
+    def get_mask_sizes(self, query_length: int | torch.Tensor) -> tuple[int, int]:
+        # transformers 5.0 hands over positions instead of their number
+        new = query_length.shape[0] if isinstance(query_length, torch.Tensor) else query_length
+        return self.get_seq_length() + new, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_max_cache_shape(self) -> int:  # its name in transformers 5.0
+        return -1
+
+    def reset(self) -> None:
+        """Empties the layer and gives its memory back."""
+        self._forget()
+
+    def crop(self, tokens: int) -> None:
+        """Takes the newest tokens away: -tokens of them, or, for a positive number, all but the first ``tokens``.
+
+        A crop that ends within a page moves what is left of it to the tail, as it was stored: those tokens were rounded once and
+        may be rounded again.
+        """
+        length = self.get_seq_length()
+        gone = min(length, -tokens if tokens <= 0 else max(0, length - tokens))
+        self.check_read()
+        if not gone:
+            return
+        of_tail = min(gone, self.tail_tokens)
+        self.tail_tokens -= of_tail
+        gone -= of_tail
+        packed = PAGE * len(self.pages)
+        if of_pages := min(gone, packed):
+            whole, left = divmod(packed - of_pages, PAGE)
+            if left:
+                k_codes, k_params, v_codes, v_params = self.pages[whole]
+                for x, fmt, codes, params in zip(self.tail, (self.pages.key, self.pages.value), (k_codes, v_codes), (k_params, v_params), strict=True):
+                    x[:, :, :left] = ops.unpack_page(codes, params, fmt, self.batch, self.dtype)[:, :, :left]
+                self.tail_tokens = left
+            pages = [self.pages[i] for i in range(whole)]
+            self.pages = self._table()
+            for page in pages:
+                self.pages.append(*page)
+        self.sink_tokens -= gone - of_pages
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        self._gather(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.is_initialized:
+            self._gather(torch.arange(self.batch).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        if self.is_initialized:
+            self._gather(torch.arange(self.batch)[indices.cpu()])  # a mask of booleans works too
+
+    def offload(self) -> None:
+        raise ModelError(f"offloading {self.name}", "a packed cache is on the CPU already", "leave offloading out")
+
+    prefetch = offload
+
+    # -- what attention calls -------------------------------------------------------------------------------------------------
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Stores tokens [B, Hkv, t, D] behind the others. Beyond what was there it allocates pages alone, one at a time."""
+        self.check_read()
+        self._check(keys, values)
+        self._append(keys, values)
+
+    def attend(self, query: torch.Tensor, *, scale: float, mask: torch.Tensor | None, causal: bool, window: int, softcap: float) -> torch.Tensor:
+        """Appends the waiting tokens and attends with their queries [B, Hq, t, D]: out [B, t, Hq, D] of the query's dtype.
+
+        A query sees all tokens up to its own, in the form in which the cache keeps them then: tokens are appended no faster than the tail
+        takes them, so that one call with many tokens gives what many calls with few would.
+
+        Args:
+            mask: bool [B, keys] or [B, t, keys] over all tokens, the new ones included; or None.
+            causal, window, softcap: as :func:`kv.ops.attend` has them.
+        """
+        keys, values = self.waiting
+        batch, heads, tokens, dim = query.shape
+        out = query.new_empty(batch, tokens, heads, dim)
+        query = self._turned(query)
+        done, past = 0, self.get_seq_length() - tokens
+        while done < tokens:
+            stop = done + self._take(keys, values, done)
+            seen = mask if mask is None or mask.dim() == 2 else mask[:, done:stop]
+            ops.attend(query[:, :, done:stop], self.pages, *self._exact(self.sink, self.sink_tokens), *self._exact(self.tail, self.tail_tokens), scale=scale,
+                       causal=causal, window=window, softcap=softcap, mask=None if seen is None else seen[..., : past + stop],
+                       out=out[:, done:stop].transpose(1, 2))
+            self._pack_full_tail()
+            done = stop
+        self.waiting = None
+        return self._turned(out)  # the matrix is its own inverse
+
+    def store(self) -> None:
+        """Appends the waiting tokens, which attention has read by itself."""
+        self._append(*self.waiting)
+        self.waiting = None
+
+    # -- memory ---------------------------------------------------------------------------------------------------------------
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Every tensor that the layer holds."""
+        if not self.is_initialized:
+            return []
+        return [*self.sink, *self.tail, *(t for i in range(len(self.pages)) for t in self.pages[i])]
+
+    def nbytes(self) -> int:
+        """Bytes of all tensors that the layer holds; the room in sink and tail that is not filled yet counts too."""
+        if not self.is_initialized:
+            return 0
+        return self.pages.nbytes() + sum(t.nbytes for t in (*self.sink, *self.tail))
+
+    # -- inside ---------------------------------------------------------------------------------------------------------------
+
+    def _check(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        asked = f"{self.name}: keys {tuple(keys.shape)} and values {tuple(values.shape)}"
+        if keys.shape != values.shape or keys.dim() != 4 or keys.dtype != values.dtype:
+            raise ShapeError(asked, "a packed cache needs both of one shape [batch, heads, tokens, head dimension] and one dtype",
+                             "keep this layer in float")
+        if keys.device.type != "cpu":
+            raise ShapeError(asked, f"the packed cache is on the CPU, they are on {keys.device}", "move the model to the CPU")
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+        want = self.batch, self.heads, self.dim, self.dtype
+        if (have := (keys.shape[0], keys.shape[1], keys.shape[3], keys.dtype)) != want:
+            said = [f"batch {b}, {h} heads of dimension {d} in {str(t)[6:]}" for b, h, d, t in (want, have)]
+            raise ShapeError(asked, f"the cache was begun with {said[0]}, these have {said[1]}", "reset the cache, or use a new one")
+
+    def _table(self) -> ops.PageTable:
+        """No pages yet, in the layer's formats."""
+        return ops.PageTable(self.pages.key, self.pages.value, self.batch * self.heads)
+
+    def _append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        done, tokens = 0, keys.shape[2]
+        while done < tokens:
+            if self.sink_tokens < self.spec.sink or self.tail_tokens or tokens - done < self.spec.residual + PAGE:
+                done += self._take(keys, values, done)
+                self._pack_full_tail()
+            else:  # more than the empty tail may hold: its first page need not go through it
+                self._pack(*(self._turned(x[:, :, done : done + PAGE]) for x in (keys, values)))
+                done += PAGE
+
+    @staticmethod
+    def _exact(buffers: tuple[torch.Tensor, torch.Tensor], tokens: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        return (buffers[0][:, :, :tokens], buffers[1][:, :, :tokens]) if tokens else (None, None)
+
+    def _turned(self, x: torch.Tensor) -> torch.Tensor:
+        return _rotated(x) if self.spec.rotate else x
+
+    def _take(self, keys: torch.Tensor, values: torch.Tensor, start: int) -> int:
+        """Copies as many of the tokens from ``start`` on as the sink, or else the tail, has room for; returns how many."""
+        into_sink = self.sink_tokens < self.spec.sink
+        buffers, at = (self.sink, self.sink_tokens) if into_sink else (self.tail, self.tail_tokens)
+        count = min(buffers[0].shape[2] - at, keys.shape[2] - start)
+        for x, buffer in zip((keys, values), buffers, strict=True):
+            buffer[:, :, at : at + count] = self._turned(x[:, :, start : start + count])
+        if into_sink:
+            self.sink_tokens += count
+        else:
+            self.tail_tokens += count
+        return count
+
+    def _pack_full_tail(self) -> None:
+        if self.tail_tokens == self.spec.residual + PAGE:
+            self._pack(*(x[:, :, :PAGE] for x in self.tail))
+            for x in self.tail:
+                for i in range(0, self.spec.residual, PAGE):  # a page at a time, so that source and target never overlap
+                    part = x[:, :, i + PAGE : min(i + 2 * PAGE, self.tail_tokens)]
+                    x[:, :, i : i + part.shape[2]] = part
+            self.tail_tokens -= PAGE
+
+    def _pack(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Quantizes [B, Hkv, 64, D] of each side into a new page at the end."""
+        page = []
+        for x, fmt in ((keys, self.pages.key), (values, self.pages.value)):
+            codes, params = fmt.empty_page(self.pages.heads)
+            ops.pack_page(x, fmt, codes, params)
+            page += [codes, params]
+        self.pages.append(*page)
+
+    def _gather(self, index: torch.Tensor) -> None:
+        """Makes sequences ``index`` of the batch the new batch. Page by page, and each old page goes when the new one is there."""
+        self.check_read()
+        index = index.cpu().to(torch.int64)
+        if not self.is_initialized or torch.equal(index, torch.arange(self.batch)):
+            return
+        old, self.batch = self.batch, index.shape[0]
+        pages = [self.pages[i] for i in reversed(range(len(self.pages)))]
+        self.pages = self._table()
+        while pages:
+            self.pages.append(*(t.view(old, self.heads, *t.shape[1:]).index_select(0, index).flatten(0, 1) for t in pages.pop()))
+        with torch.inference_mode(False):
+            self.sink, self.tail = (tuple(x.index_select(0, index) for x in part) for part in (self.sink, self.tail))
+
+
+class MxqCache(Cache):
+    """The cache of a model with quantized keys and values: ``model.generate(..., past_key_values=MxqCache(model.config, plan.kv))``.
+
+    The model's attention must have been replaced (``replace_attention``), which also makes ``generate`` use such a cache by itself.
+
+    Args:
+        config: the model's.
+        kv: a :class:`KVPlan` or its JSON form, a :class:`KVSpec` for all layers, or a Plan that has a KV section.
+
+    Layers that the plan leaves in float are layers of transformers' DynamicCache. Raises PlanError if the plan does not fit the model.
+    """
+
+    def __init__(self, config, kv: KVPlan | KVSpec | Plan | dict):
+        need_native()
+        self.kv = as_kv(kv)
+        layers = config.get_text_config(decoder=True).num_hidden_layers
+        super().__init__(layers=[DynamicLayer() if s is None else MxqCacheLayer(s, f"decoder layer {i}") for i, s in enumerate(self.kv.resolve(layers))])
+
+    def nbytes(self) -> int:
+        """Bytes of all tensors in the cache."""
+        return sum(x.nbytes() if isinstance(x, MxqCacheLayer) else _storage(x) for x in self.layers)
+
+    def check_read(self) -> None:
+        """Raises ModelError if a layer's packed store did not reach attention in the last call of the model."""
+        for layer in self.layers:
+            if isinstance(layer, MxqCacheLayer):
+                layer.check_read()
+
+
+def _storage(layer: DynamicLayer) -> int:
+    # what its tensors keep alive: after a crop they are views of more
+    return sum(t.untyped_storage().nbytes() for t in (layer.keys, layer.values) if t is not None)
+
+
+def as_kv(kv: KVPlan | KVSpec | Plan | dict) -> KVPlan:
+    """A KVPlan of anything that describes one. Raises PlanError if it quantizes nothing."""
+    out = KVPlan.parse(kv.kv if isinstance(kv, Plan) else kv)
+    if out is None:
+        raise PlanError("a quantized KV cache", "the plan has no KV section", "make one, for example with Plan.for_kv(key=4, value=4)")
+    return out

@@ -1,0 +1,330 @@
+"""Native ops on a packed KV cache: pages of 64 tokens are packed once and read by attention as they are.
+
+    pack_page(x, format, codes, params)        64 tokens of keys or values, quantized (docs/formats.md, "KV cache pages")
+    unpack_page(codes, params, format)         what they stand for
+    attend(q, pages, sink_k, sink_v, tail_k, tail_v, ...)   softmax(q K^T) V over sink tokens, pages and tail, in this order
+
+Each has a plain-loop twin (``pack_page_ref`` and so on), and ``reference.py`` says the same in numpy float64. Everything is checked here,
+native code trusts it. Nothing here needs a gradient: inputs that require one are read as they are.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from .. import _native
+from ..errors import FormatError, ShapeError
+
+PAGE = 64  #: tokens of a page
+SIDES = ("keys", "values")
+BITS = (2, 3, 4, 8, 16)
+KEY_GROUPS = (32, 64)  #: tokens that share a channel's scale
+VALUE_GROUPS = (0, 32, 64, 128)  #: channels that share a token's scale; 0: the whole head
+MAX_HEAD = 512
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/cpu/linear.h, enum Type
+
+
+def value_group(head_dim: int, group: int) -> int:
+    """The group of values nearest to what a spec asks for: ``group`` channels where they divide the head, else the whole head (0)."""
+    return group if group in VALUE_GROUPS and group < head_dim and head_dim % max(group, 1) == 0 else 0
+
+
+@dataclass(frozen=True)
+class PageFormat:
+    """How the pages of one side are stored.
+
+    Attributes:
+        side: ``"keys"`` (a scale for each channel) or ``"values"`` (a scale for each token).
+        bits: 2, 3, 4, 8 or 16 (fp16 numbers, no scales).
+        group: tokens that share a channel's scale for keys: 32 or 64. Channels that share a token's scale for values: 32, 64, 128, or 0 for
+            the whole head; the last group may be ragged.
+        head_dim: channels D, a multiple of 16 up to 512.
+
+    Raises FormatError.
+    """
+
+    side: str
+    bits: int
+    group: int
+    head_dim: int
+
+    def __post_init__(self):
+        asked = f"a KV page of {self.bits}-bit {self.side}, group {self.group}, head dimension {self.head_dim}"
+        if self.side not in SIDES:
+            raise FormatError(asked, f"there are pages of {' and '.join(SIDES)}", "choose one of them")
+        if self.bits not in BITS:
+            raise FormatError(asked, f"bits must be one of {', '.join(map(str, BITS))}, found {self.bits!r}", "choose one of them")
+        groups = KEY_GROUPS if self.side == "keys" else VALUE_GROUPS
+        if self.group not in groups:
+            raise FormatError(asked, f"the group of {self.side} must be one of {', '.join(map(str, groups))}, found {self.group!r}", "choose one of them")
+        if not isinstance(self.head_dim, int) or self.head_dim not in range(16, MAX_HEAD + 1, 16):
+            raise FormatError(asked, f"the head dimension must be a multiple of 16 up to {MAX_HEAD}, found {self.head_dim!r}",
+                              "keep the cache of this model in floating point")
+
+    @property
+    def rows(self) -> int:
+        return PAGE if self.side == "keys" else self.head_dim
+
+    @property
+    def columns(self) -> int:
+        return self.head_dim if self.side == "keys" else PAGE
+
+    @property
+    def code_bytes(self) -> int:
+        """Bytes of the codes of one head's page."""
+        columns = self.columns if self.bits == 16 else -(-self.columns // 32) * 32
+        return -(-self.rows // 16) * 16 * columns * self.bits // 8
+
+    @property
+    def params_shape(self) -> tuple[int, int, int]:
+        """(groups, 2, columns) of fp16: scales, then zeros. No groups for 16 bits."""
+        groups = 0 if self.bits == 16 else -(-self.rows // (self.group or self.rows))
+        return groups, 2, self.columns
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one head's page, params included."""
+        groups, two, columns = self.params_shape
+        return self.code_bytes + 2 * groups * two * columns
+
+    def empty_page(self, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Uninitialised (codes uint8 [heads, code_bytes], params fp16 [heads, *params_shape]) of one page of ``heads`` = B * Hkv heads."""
+        return torch.empty(heads, self.code_bytes, dtype=torch.uint8), torch.empty(heads, *self.params_shape, dtype=torch.float16)
+
+    @cached_property
+    def native(self) -> tuple[int, int, int, int]:
+        """The format as native code takes it."""
+        return SIDES.index(self.side), self.bits, self.group, self.head_dim
+
+
+def _rows(t: torch.Tensor | None) -> tuple[int, ...]:
+    """[B, H, tokens, D] as native code takes it: address, type, tokens, strides of batch, head and token."""
+    return (0,) * 6 if t is None or not t.shape[2] else (t.data_ptr(), _TYPES[t.dtype], t.shape[2], *t.stride()[:3])
+
+
+def _say(t) -> str:
+    return f"{str(t.dtype)[6:]} {tuple(t.shape)} on {t.device}" if isinstance(t, torch.Tensor) else type(t).__name__
+
+
+def _page_rule(fmt: PageFormat, heads: int, codes, params) -> str | None:
+    """What is wrong with a page of ``heads`` heads, or None."""
+    for name, t, shape, dtype in (("codes", codes, (heads, fmt.code_bytes), torch.uint8), ("params", params, (heads, *fmt.params_shape), torch.float16)):
+        if not isinstance(t, torch.Tensor) or tuple(t.shape) != shape or t.dtype != dtype or t.device.type != "cpu" or not t.is_contiguous():
+            return f"{name} must be a contiguous {str(dtype)[6:]} tensor of {shape} on the CPU, it is {_say(t)}"
+    return None
+
+
+def _check_page(asked: str, fmt: PageFormat, heads: int, codes, params) -> None:
+    rule = _page_rule(fmt, heads, codes, params)
+    if rule:
+        raise ShapeError(asked, rule, "allocate it with PageFormat.empty_page()")
+
+
+# --------------------------------------------------------------------------------------------------------------- pack, unpack
+
+
+def _check_pack(x: torch.Tensor, fmt: PageFormat, codes: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
+    asked = f"packing a page of {fmt.side} of {_say(x)}"
+    if x.device.type != "cpu" or x.dtype not in _TYPES:
+        raise ShapeError(asked, "numbers must be float32, bfloat16 or float16 on the CPU", "convert or move them")
+    if x.dim() != 4 or x.shape[2] != PAGE or x.shape[3] != fmt.head_dim:
+        raise ShapeError(asked, f"the shape must be [batch, heads, {PAGE}, {fmt.head_dim}]", "pack exactly one page of every head at a time")
+    _check_page(asked, fmt, x.shape[0] * x.shape[1], codes, params)
+    return x if x.stride(3) == 1 else x.contiguous()
+
+
+def pack_page(x: torch.Tensor, fmt: PageFormat, codes: torch.Tensor, params: torch.Tensor) -> None:
+    """Quantizes 64 tokens of every head into ``codes`` and ``params``, round to nearest between smallest and largest (docs/formats.md).
+
+    Args:
+        x: [B, Hkv, 64, D], float32, bfloat16 or float16; any strides (channels of unit stride are not copied).
+        fmt: the page's format.
+        codes, params: the page, as :meth:`PageFormat.empty_page` of B * Hkv heads; overwritten.
+
+    The result is the same to the bit on every CPU target and for any number of threads. Raises ShapeError.
+    """
+    x = _check_pack(x, fmt, codes, params)
+    if x.numel():
+        _native.cpu.kv_pack(fmt.native, _rows(x), x.shape[0], x.shape[1], codes.data_ptr(), params.data_ptr(), torch.get_num_threads())
+
+
+def pack_page_ref(x: torch.Tensor, fmt: PageFormat, codes: torch.Tensor, params: torch.Tensor) -> None:
+    """The twin of :func:`pack_page`."""
+    x = _check_pack(x, fmt, codes, params)
+    _native.cpu.kv_pack_ref(fmt.native, _rows(x), x.shape[0], x.shape[1], codes.data_ptr(), params.data_ptr())
+
+
+def _unpack(native, codes: torch.Tensor, params: torch.Tensor, fmt: PageFormat, batch: int, dtype: torch.dtype, *threads: int) -> torch.Tensor:
+    asked = f"unpacking a page of {_say(codes)} as {fmt.bits}-bit {fmt.side}"
+    if dtype not in _TYPES:
+        raise ShapeError(asked, f"the result must be float32, bfloat16 or float16, asked for {str(dtype)[6:]}", "choose one of those")
+    heads = codes.shape[0] if codes.dim() else -1
+    _check_page(asked, fmt, heads, codes, params)
+    if batch < 1 or heads % batch:
+        raise ShapeError(asked, f"the batch must divide the {heads} heads, it is {batch}", "give the batch that the page was packed with")
+    out = torch.empty(batch, heads // batch, PAGE, fmt.head_dim, dtype=dtype)
+    native(fmt.native, codes.data_ptr(), params.data_ptr(), heads, out.data_ptr(), _TYPES[dtype], *threads)
+    return out
+
+
+def unpack_page(codes: torch.Tensor, params: torch.Tensor, fmt: PageFormat, batch: int = 1, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """What a page stands for: [batch, heads / batch, 64, D] of ``dtype``; the float32 numbers round once, in the sum. Raises ShapeError."""
+    return _unpack(_native.cpu.kv_unpack, codes, params, fmt, batch, dtype, torch.get_num_threads())
+
+
+def unpack_page_ref(codes: torch.Tensor, params: torch.Tensor, fmt: PageFormat, batch: int = 1, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """The twin of :func:`unpack_page`."""
+    return _unpack(_native.cpu.kv_unpack_ref, codes, params, fmt, batch, dtype)
+
+
+# ----------------------------------------------------------------------------------------------------------------- page table
+
+
+class PageTable:
+    """The pages of one layer in order, as :func:`attend` reads them. Keeps their tensors alive.
+
+    Appending costs a few microseconds whatever the length; anything else (crop, reorder) is a new table over new or old tensors.
+    """
+
+    __slots__ = ("key", "value", "heads", "_pages", "_pointers")
+
+    def __init__(self, key: PageFormat, value: PageFormat, heads: int):
+        """A table of no pages, each to hold ``heads`` = B * Hkv heads. Raises FormatError if the sides do not go together."""
+        if (key.side, value.side) != SIDES or key.head_dim != value.head_dim:
+            raise FormatError(f"a KV cache of {key} and {value}", "it needs keys and values of one head dimension", "give them in this order")
+        self.key, self.value, self.heads = key, value, heads
+        self._pages: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        self._pointers = torch.empty(8, 4, dtype=torch.int64)
+
+    def append(self, k_codes: torch.Tensor, k_params: torch.Tensor, v_codes: torch.Tensor, v_params: torch.Tensor) -> None:
+        """Adds a page: codes uint8 [heads, code_bytes] and params fp16 [heads, *params_shape] of both sides. Raises ShapeError."""
+        asked = f"page {len(self._pages)} of a KV cache of {self.heads} heads"
+        _check_page(f"{asked}, keys", self.key, self.heads, k_codes, k_params)
+        _check_page(f"{asked}, values", self.value, self.heads, v_codes, v_params)
+        n = len(self._pages)
+        if n == len(self._pointers):
+            self._pointers = torch.cat([self._pointers, torch.empty_like(self._pointers)])
+        self._pages.append((k_codes, k_params, v_codes, v_params))
+        self._pointers[n] = torch.tensor([t.data_ptr() for t in self._pages[n]])
+
+    def __reduce__(self):
+        """Copies and pickles are built anew: the addresses are those of the copied tensors."""
+        return _table_of, (self.key, self.value, self.heads, self._pages)
+
+    def __len__(self) -> int:
+        return len(self._pages)
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(k_codes, k_params, v_codes, v_params) of page ``i``."""
+        return self._pages[i]
+
+    def nbytes(self) -> int:
+        """Bytes of all pages."""
+        return len(self._pages) * self.heads * (self.key.page_bytes + self.value.page_bytes)
+
+    @property
+    def pointers(self) -> int:
+        """Address of int64 [pages][4], for native code."""
+        return self._pointers.data_ptr()
+
+
+def _table_of(key: PageFormat, value: PageFormat, heads: int, pages: list) -> PageTable:
+    table = PageTable(key, value, heads)
+    for page in pages:
+        table.append(*page)
+    return table
+
+
+# --------------------------------------------------------------------------------------------------------------------- attend
+
+
+def _check_attend(q: torch.Tensor, pages: PageTable, parts: dict[str, torch.Tensor | None], mask, window: int, softcap: float, out) -> int:
+    """Raises ShapeError; returns the number of key tokens. Runs before every call of a kernel that may take ten microseconds: no text is made in vain."""
+    d = pages.key.head_dim
+
+    def refuse(rule: str, fix: str):
+        raise ShapeError(f"attention of q {_say(q)} over {len(pages)} pages of {pages.heads} heads of dimension {d}", rule, fix)
+
+    if not q.is_cpu or q.dtype not in _TYPES:
+        refuse("q must be float32, bfloat16 or float16 on the CPU", "convert or move it")
+    if q.dim() != 4 or q.shape[3] != d:
+        refuse(f"q must have the shape [batch, heads, tokens, {d}]", "check which layer this cache belongs to")
+    batch, hq, tq, _ = q.shape
+    hkv = pages.heads // batch if batch else 0
+    if not hkv or pages.heads % batch or not hq or hq % hkv:
+        refuse(f"{pages.heads} key/value heads of {batch} sequences must divide {hq} query heads a sequence", "check batch size and heads of the cache")
+    total = PAGE * len(pages)
+    for part in ("sink", "tail"):
+        k, v = parts[f"{part}_k"], parts[f"{part}_v"]
+        for name, t in ((f"{part}_k", k), (f"{part}_v", v)):
+            if t is not None and not (t.is_cpu and t.dtype in _TYPES and t.dim() == 4 and t.shape[0] == batch and t.shape[1] == hkv and t.shape[3] == d):
+                refuse(f"{name} must be a float tensor of [{batch}, {hkv}, tokens, {d}] on the CPU, it is {_say(t)}",
+                       "keep it in the model's own type and shape")
+        if k is None and v is None:
+            continue
+        if k is None or v is None or k.shape[2] != v.shape[2] or k.dtype != v.dtype:
+            refuse(f"{part}_k and {part}_v must be of one length and type, they are {_say(k)} and {_say(v)}", "append to both")
+        total += k.shape[2]
+    if mask is not None and not (mask.is_cpu and mask.dtype == torch.bool and tuple(mask.shape) in ((batch, total), (batch, tq, total))):
+        refuse(f"the mask must be bool [{batch}, {total}] or [{batch}, {tq}, {total}] on the CPU, it is {_say(mask)}", "True marks the keys that may be seen")
+    if window < 0:
+        refuse(f"the window must be at least 1, or 0 for none, it is {window}", "pass 0 for full attention")
+    if not 0 <= softcap < math.inf:
+        refuse(f"softcap must be positive, or 0 for none, it is {softcap}", "pass 0 for no cap")
+    if out is not None and not (out.is_cpu and out.shape == q.shape and out.dtype == q.dtype and out.stride(3) == 1):
+        refuse(f"out must be like q with channels of unit stride, it is {_say(out)}", "leave it out")
+    return total
+
+
+def _attend(native, q, pages, sink_k, sink_v, tail_k, tail_v, scale, causal, window, softcap, mask, out, *threads):
+    parts = {"sink_k": sink_k, "sink_v": sink_v, "tail_k": tail_k, "tail_v": tail_v}
+    total = _check_attend(q, pages, parts, mask, window, softcap, out)
+    if out is None:
+        batch, hq, tq, d = q.shape
+        out = q.new_empty(batch, tq, hq, d).transpose(1, 2)
+    if not q.numel():
+        return out
+    # Copies of what has no unit stride live until the call is over.
+    q, *parts = [t if t is None or t.stride(3) == 1 else t.contiguous() for t in (q, sink_k, sink_v, tail_k, tail_v)]
+    visible = (0, 0, 0)
+    if mask is not None:
+        mask = mask if mask.stride(-1) == 1 else mask.contiguous()
+        visible = mask.data_ptr(), mask.stride(0), mask.stride(1) if mask.dim() == 3 else 0
+    native(pages.key.native, pages.value.native, tuple(q.shape[:3]), _rows(q), _rows(out), (pages.pointers, len(pages), pages.heads), *map(_rows, parts), total,
+           q.shape[3] ** -0.5 if scale is None else float(scale), causal, window, softcap, visible, *threads)
+    return out
+
+
+def attend(q: torch.Tensor, pages: PageTable, sink_k: torch.Tensor | None = None, sink_v: torch.Tensor | None = None,
+           tail_k: torch.Tensor | None = None, tail_v: torch.Tensor | None = None, *, scale: float | None = None, causal: bool = True,
+           window: int = 0, softcap: float = 0.0, mask: torch.Tensor | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
+    """Attention of q over a cache: sink tokens, then the pages, then the tail, in this order of positions.
+
+    Args:
+        q: [B, Hq, Tq, D] of float32, bfloat16 or float16. Hq is a multiple of the cache's Hkv; query head h reads key/value head h // (Hq / Hkv).
+        pages: the packed part, of B * Hkv heads.
+        sink_k, sink_v: [B, Hkv, S, D], the tokens before the pages, in any float type and strides (channels of unit stride are not copied); or None.
+        tail_k, tail_v: [B, Hkv, T, D], the tokens behind them; or None.
+        scale: factor of the scores, 1 / sqrt(D) by default.
+        causal: query i sees keys up to position total - Tq + i, where total = S + 64 * pages + T. False: all keys.
+        window: query at position p (as above) sees only keys after p - window; 0: no window. Also without ``causal``.
+        softcap: scores become softcap * tanh(score / softcap); 0: none.
+        mask: bool [B, total], the keys that may be seen (left padding), or [B, Tq, total]; or None.
+        out: where the result goes, [B, Hq, Tq, D] of q's type with any strides but unit ones along D.
+
+    Returns:
+        ``out``, or a fresh [B, Hq, Tq, D] view of memory in the order [B, Tq, Hq, D]. Products, sums and softmax are float32, and the order of
+        all sums depends on the shapes alone: not on the number of threads. A query that sees no key gives zeros. Raises ShapeError.
+    """
+    return _attend(_native.cpu.kv_attend, q, pages, sink_k, sink_v, tail_k, tail_v, scale, causal, window, softcap, mask, out, torch.get_num_threads())
+
+
+def attend_ref(q: torch.Tensor, pages: PageTable, sink_k: torch.Tensor | None = None, sink_v: torch.Tensor | None = None,
+               tail_k: torch.Tensor | None = None, tail_v: torch.Tensor | None = None, *, scale: float | None = None, causal: bool = True,
+               window: int = 0, softcap: float = 0.0, mask: torch.Tensor | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
+    """The twin of :func:`attend`: plain loops over the packed codes, double accumulation."""
+    return _attend(_native.cpu.kv_attend_ref, q, pages, sink_k, sink_v, tail_k, tail_v, scale, causal, window, softcap, mask, out)

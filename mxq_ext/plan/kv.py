@@ -1,0 +1,164 @@
+"""The KV section of a plan: in which form each decoder layer keeps its keys and values while the model runs.
+
+In a plan's JSON::
+
+    "kv": null                                     nothing is quantized: the ordinary cache of transformers
+    "kv": {"key": 4, "value": 2}                   one spec for all layers; what is left out has its default
+    "kv": {"default": {"key": 4, "value": 4},      layers that are not named; null keeps them in float
+           "layers": {"0": {"key": 8, "value": 8}, "1": "keep"}}       by the layer's index; "keep" leaves a layer in float
+
+Layers count from 0 in the order of the decoder blocks. A layer that the model does not have is an error when the plan is applied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+
+from ..errors import PlanError
+
+PAGE = 64  #: tokens of a page, the amount that is quantized at a time
+BITS = (2, 3, 4, 8, 16)  #: code bits of keys and of values, independently; 16 is float16
+GROUPS = (32, 64, 128)
+KEEP = "keep"  #: the entry of a layer that stays in float
+
+_FIX = 'write for example {"key": 4, "value": 4}, or {"default": {"key": 4, "value": 4}, "layers": {"0": {"key": 8, "value": 8}}}'
+
+
+def _refuse(where: str, name: str, value: object, rule: str, fix: str) -> PlanError:
+    return PlanError(f"{where}: {name} {value!r}", rule, fix)
+
+
+@dataclass(frozen=True)
+class KVSpec:
+    """How one layer keeps its keys and values. Raises PlanError for values that do not exist.
+
+    Attributes:
+        key, value: code bits of each, of :data:`BITS`.
+        group: numbers that share a scale and a zero point: tokens of a channel for keys (at most :data:`PAGE`), channels of a token
+            for values (all channels of a head where ``group`` does not divide them).
+        residual: at least this many of the newest tokens stay in the model's dtype; a page is made of the oldest :data:`PAGE` tokens
+            beyond them.
+        sink: the first tokens of a sequence, which stay in the model's dtype forever. Queries look at them more than at any other.
+        rotate: keys and values are multiplied by a Hadamard matrix first, which spreads channels that stand out over all the others.
+            Queries are multiplied along, outputs back. Head dimensions must be powers of two.
+    """
+
+    key: int = 4
+    value: int = 4
+    group: int = 64
+    residual: int = 64
+    sink: int = 0
+    rotate: bool = False
+
+    def __post_init__(self):
+        where = "kv spec"
+        for name, allowed in (("key", BITS), ("value", BITS), ("group", GROUPS)):
+            have = getattr(self, name)
+            if isinstance(have, bool) or have not in allowed:
+                raise _refuse(where, name, have, f"it must be one of {', '.join(map(str, allowed))}", "choose one of them")
+        for name in ("residual", "sink"):
+            have = getattr(self, name)
+            if isinstance(have, bool) or not isinstance(have, int) or have < 0:
+                raise _refuse(where, name, have, "it is a number of tokens, 0 or more", "write for example 64")
+        if not isinstance(self.rotate, bool):
+            raise _refuse(where, "rotate", self.rotate, "it must be true or false", "write true or false")
+
+    @property
+    def name(self) -> str:
+        """For example ``k4v2g64``, with what differs from the defaults appended: ``k4v2g64_r128_s4_rot``."""
+        default = KVSpec()
+        rest = [f"r{self.residual}"] * (self.residual != default.residual) + [f"s{self.sink}"] * (self.sink != default.sink) + ["rot"] * self.rotate
+        return "_".join([f"k{self.key}v{self.value}g{self.group}", *rest])
+
+    def __str__(self) -> str:
+        return self.name
+
+    @staticmethod
+    def parse(value: object, where: str = "kv spec") -> KVSpec:
+        """A spec from its JSON object; a KVSpec as it is. Raises PlanError."""
+        if isinstance(value, KVSpec):
+            return value
+        if not isinstance(value, Mapping):
+            raise PlanError(f"{where} {value!r}", f"an object with bits of keys and values is expected, found {type(value).__name__}", _FIX)
+        names = [f.name for f in fields(KVSpec)]
+        for key in value:
+            if key == "pre_rope":
+                if value[key] not in (None, False):
+                    raise _refuse(where, key, value[key], "keys are kept after the rotary embedding, there is no other way yet", "leave it out")
+            elif key not in names:
+                raise PlanError(f"{where}: key {key!r}", f"a spec has the keys {', '.join(names)}", _FIX)
+        try:
+            return KVSpec(**{n: value[n] for n in names if n in value})
+        except PlanError as e:
+            raise PlanError(e.asked.replace("kv spec", where, 1), e.rule, e.fix) from None
+
+    def to_json(self) -> dict:
+        return asdict(self)
+
+
+def _parse_entry(value: object, where: str) -> KVSpec | None:
+    return None if value is None or value == KEEP else KVSpec.parse(value, where)
+
+
+def _parse_layer(key: object) -> int:
+    if isinstance(key, int) and not isinstance(key, bool) and key >= 0:
+        return key
+    if isinstance(key, str) and key.isascii() and key.isdigit() and str(int(key)) == key:
+        return int(key)
+    raise PlanError(f"plan: kv: layer {key!r}", "layers are named by their index, 0 for the first", 'write for example "0"')
+
+
+@dataclass(frozen=True)
+class KVPlan:
+    """The KV section: ``layers`` by index, ``default`` for all others; None stands for a layer in float."""
+
+    default: KVSpec | None = None
+    layers: Mapping[int, KVSpec | None] = field(default_factory=dict)
+
+    @staticmethod
+    def parse(value: object, where: str = "plan: kv") -> KVPlan | None:
+        """The section of a JSON value, a KVSpec (for all layers), a KVPlan, or None where nothing is quantized. Raises PlanError."""
+        if value is None:
+            return None
+        if isinstance(value, KVPlan):
+            out = value
+        elif isinstance(value, Mapping) and ("default" in value or "layers" in value):
+            if odd := [k for k in value if k not in ("default", "layers")]:
+                raise PlanError(f"{where}: key {odd[0]!r}", "beside default and layers there are no others", _FIX)
+            listed = value.get("layers", {})
+            if not isinstance(listed, Mapping):
+                raise PlanError(f"{where}: layers {listed!r}", f"an object of layer -> spec is expected, found {type(listed).__name__}", _FIX)
+            out = KVPlan(_parse_entry(value.get("default"), f"{where}: default"),
+                         {_parse_layer(k): _parse_entry(v, f"{where}: layer {k}") for k, v in listed.items()})
+        else:
+            out = KVPlan(KVSpec.parse(value, where))
+        # Canonical: what says the same as the default is left out, so that equal sections compare equal.
+        layers = {i: s for i, s in sorted(out.layers.items()) if s != out.default}
+        return None if out.default is None and not layers else KVPlan(out.default, layers)
+
+    def to_json(self) -> dict:
+        if self.default is not None and not self.layers:
+            return self.default.to_json()
+        return {"default": None if self.default is None else self.default.to_json(),
+                "layers": {str(i): KEEP if s is None else s.to_json() for i, s in self.layers.items()}}
+
+    def spec(self, layer: int) -> KVSpec | None:
+        """The spec of one layer, None for float."""
+        return self.layers.get(layer, self.default)
+
+    def resolve(self, layers: int) -> list[KVSpec | None]:
+        """One entry per layer of a model with that many. Raises PlanError if the plan names a layer beyond them."""
+        if beyond := [i for i in self.layers if i >= layers]:
+            raise PlanError(f"plan: kv: layer {beyond[0]}", f"the model has the layers 0 to {layers - 1}", "take the entry out, or use the plan of this model")
+        return [self.spec(i) for i in range(layers)]
+
+    def __str__(self) -> str:
+        rest = "".join(f", {i}: {KEEP if s is None else s}" for i, s in self.layers.items())
+        return f"{KEEP if self.default is None else self.default}{rest}"
+
+    def diff(self, other: KVPlan) -> list[tuple[str, str | dict, str | dict]]:
+        """(``kv.default`` or ``kv.<layer>``, entry here, entry there) where the two sections differ."""
+        rows = [("kv.default", self.default, other.default)]
+        rows += [(f"kv.{i}", self.spec(i), other.spec(i)) for i in sorted({*self.layers, *other.layers})]
+        return [(name, *(KEEP if s is None else s.to_json() for s in (a, b))) for name, a, b in rows if a != b]
