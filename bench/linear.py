@@ -34,14 +34,13 @@ PASS = 250
 #: The read bandwidth is taken from buffers of about the size of a weight.
 READ_BYTES = 8 << 20
 SHAPES = {"llama3-8b": "4096x4096,14336x4096,4096x14336,1024x4096", "smollm2": "1536x576,576x1536,576x576,192x576"}
-COMPUTES = getattr(ops, "COMPUTES", ("a16",))
 FIRST_STEP, READING = "dequantize, then torch", "reading"
 
 
 def arguments(parser) -> None:
     """Options of this op."""
     parser.add_argument("--formats", default="all", help=f"our formats, separated by commas; all is {','.join(BENCH_FORMATS)}")
-    parser.add_argument("--compute", default=",".join(COMPUTES), help="how ours treat x, separated by commas: a16 in float, a8 rounded to int8")
+    parser.add_argument("--compute", default=",".join(ops.COMPUTES), help="how ours treat x, separated by commas: a16 in float, a8 rounded to int8")
     parser.add_argument("--ladder", metavar="FORMAT", help="instead of formats and peers: dequantizing at each call, then every target, of this format")
     parser.add_argument("--peers", default="all", help="libraries to compare with, separated by commas, or all, or none")
     parser.add_argument("--shapes", default="4096x4096", help=f"NxK or a set of them ({', '.join(SHAPES)}), separated by commas")
@@ -78,8 +77,8 @@ def shapes(text: str) -> list[tuple[int, int]]:
 
 def computes(text: str) -> list[str]:
     wanted = text.split(",")
-    if bad := [c for c in wanted if c not in COMPUTES]:
-        raise MxqError(f"--compute {bad[0]}", f"this build computes in {', '.join(COMPUTES)}", "choose one of those")
+    if bad := [c for c in wanted if c not in ops.COMPUTES]:
+        raise MxqError(f"--compute {bad[0]}", f"this build computes in {', '.join(ops.COMPUTES)}", "choose one of those")
     return wanted
 
 
@@ -92,15 +91,13 @@ def ours(case: Case, name: str, wanted: list[str], dtype: torch.dtype, target: s
     p, dense = ops.prepack(q), q.dequantize()[case.sample]
     turn_to = (lambda: ops.set_target(target)) if target else nothing
     for compute in wanted:
-        rest, how = ((), ()) if compute == "a16" else ((None, compute), (dtype, compute))
-
-        def kernel(m: int, how: tuple = how) -> str:
+        def kernel(m: int, compute: str = compute) -> str:
             turn_to()
-            return ops.explain(p, m, *how)
+            return ops.explain(p, m, dtype, compute)
 
         yield Candidate(" ".join([name, compute] + [target] * bool(target)), Format.parse(name).bits, q.nbytes(),
                         INT8_X if compute == "a8" else numeric.bound(name, dtype), dense,
-                        eager(lambda: ops.Packed(p.blob.clone(), p.shape, p.format_name), lambda x, w, rest=rest: ops.linear(x, w, *rest), turn_to),
+                        eager(p.clone, lambda x, w, compute=compute: ops.linear(x, w, None, compute), turn_to),
                         dtype, kernel, ours=True)
 
 

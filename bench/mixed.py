@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from peers import INT8_X
 
 from mxq_ext import ops
 from mxq_ext.qtensor import QTensor
@@ -53,11 +54,11 @@ def run(options) -> Iterator[tuple[dict, str]]:
     packed = {}
     for name, q in (weights | alone).items():
         p = ops.prepack(q)
-        packed[name] = [ops.Packed(p.blob.clone(), p.shape, p.format_name) for _ in range(copies(q.nbytes(), CYCLE_BYTES))]
+        packed[name] = [p.clone() for _ in range(copies(q.nbytes(), CYCLE_BYTES))]
     try:
         for compute in ops.COMPUTES:
             for name, q in (weights | alone).items():
-                limit = numeric.bound([r.format for r in q.rectangles], x.dtype) if compute == "a16" else 0.02
+                limit = numeric.bound([r.format for r in q.rectangles], x.dtype) if compute == "a16" else INT8_X
                 numeric.check(ops.linear(x, packed[name][0], None, compute), x.double() @ q.dequantize().double().T, limit, f"{name} {compute}")
             calls = {name: lambda i, p=p, c=compute: ops.linear(x, p[i % len(p)], None, c) for name, p in packed.items()}
             with torch.inference_mode():

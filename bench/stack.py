@@ -43,7 +43,7 @@ def run(options) -> Iterator[tuple[dict, str]]:
             nbytes[name] = sum(q.nbytes() for q in made.values())
             packed = {part: ops.prepack(q) for part, q in made.items()}
             kernels[name] = " ".join(dict.fromkeys(ops.explain(p, 1, compute=options.compute) for p in packed.values()))
-            layers = [[ops.Packed(p.blob.clone(), p.shape, p.format_name) for p in packed.values()] for _ in range(copies(nbytes[name], CYCLE_BYTES))]
+            layers = [[p.clone() for p in packed.values()] for _ in range(copies(nbytes[name], CYCLE_BYTES))]
             calls[name] = lambda i, layers=layers: [ops.linear(x[p.shape[1]], p, None, options.compute) for p in layers[i % len(layers)]]
         half = [[torch.randn(n, k).to(torch.bfloat16) for n, k in shapes.values()] for _ in range(copies(2 * numel, CYCLE_BYTES))]
         narrow = {k: v.to(torch.bfloat16) for k, v in x.items()}

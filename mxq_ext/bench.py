@@ -42,7 +42,7 @@ def linear_speed(formats: Sequence[str] = BENCH_FORMATS, n: int = 4096, k: int =
         q = random_qtensor(name, n, k)
         packed = ops.prepack(q)
         described[name] = {"kernel": ops.explain(packed, rows), "nbytes": q.nbytes()}
-        layers[name] = _layer(x, packed.nbytes, lambda p=packed: ops.Packed(p.blob.clone(), p.shape, p.format_name), ops.linear)
+        layers[name] = _layer(x, packed.nbytes, packed.clone, ops.linear)
     with torch.inference_mode():
         times = in_turns(layers, rounds)
     base = times[FLOAT].median

@@ -25,7 +25,8 @@ from .qtensor import QTensor, Rectangle, Sparse
 
 #: How a linear reads x: exactly, with float32 products and sums; or rounded to int8 by groups, with exact integer sums (docs/formats.md).
 COMPUTES = ("a16", "a8")
-_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/cpu/linear.h, enum Type
+#: Types of activations and outputs, as native code counts them (csrc/cpu/linear.h, enum Type).
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _KINDS = {"uniform": 0, "nf": 1, "lut": 2, "float": 3}  # csrc/formats.h, enum Kind
 _WHICH = "check which layer this weight belongs to"
 _ZEROS = {"sym": 0, "int": 1, "float": 2}
@@ -55,6 +56,10 @@ class Packed:
     def nbytes(self) -> int:
         """Bytes in memory (padding and header included; the bytes on disk are ``QTensor.nbytes()``)."""
         return self.blob.numel()
+
+    def clone(self) -> Packed:
+        """The same weight in memory of its own."""
+        return Packed(self.blob.clone(), self.shape, self.format_name)
 
     def __repr__(self) -> str:
         return f"Packed({self.shape[0]} x {self.shape[1]}, {self.format_name}, {self.nbytes} bytes)"
@@ -153,7 +158,7 @@ def unpack(p: Packed) -> QTensor:
 
 
 def _is_bias(bias: torch.Tensor | None, x: torch.Tensor, n: int) -> bool:
-    return bias is None or (bias.dim() == 1 and bias.shape[0] == n and bias.dtype in _TYPES and bias.device == x.device)
+    return bias is None or (bias.dim() == 1 and bias.shape[0] == n and bias.dtype in TYPES and bias.device == x.device)
 
 
 def check_compute(compute: str) -> None:
@@ -165,12 +170,12 @@ def check_compute(compute: str) -> None:
 def check_linear(x: torch.Tensor, n: int, k: int, bias: torch.Tensor | None) -> None:
     """Rules of :func:`linear` for x [..., K], a weight [N, K] and bias [N]. Raises ShapeError."""
     # All rules at once first: this runs before every call of a kernel that may take ten microseconds.
-    if (x.is_cpu or x.is_meta) and x.dtype in _TYPES and x.dim() and x.shape[-1] == k and _is_bias(bias, x, n):
+    if (x.is_cpu or x.is_meta) and x.dtype in TYPES and x.dim() and x.shape[-1] == k and _is_bias(bias, x, n):
         return
     asked = f"linear of x {tuple(x.shape)} {str(x.dtype)[6:]} by a weight of {n} x {k}"
     if not (x.is_cpu or x.is_meta):
         raise ShapeError(asked, f"the kernels run on the CPU, x is on {x.device}", "move x and the module to the CPU")
-    if x.dtype not in _TYPES:
+    if x.dtype not in TYPES:
         raise ShapeError(asked, f"x must be float32, bfloat16 or float16, it is {str(x.dtype)[6:]}", "convert it")
     if not x.dim() or x.shape[-1] != k:
         raise ShapeError(asked, f"the last dimension of x must be {k}, it is {x.shape[-1] if x.dim() else 'absent'}", _WHICH)
@@ -183,7 +188,7 @@ def check_embedding(ids: torch.Tensor, n: int, k: int, dtype: torch.dtype, value
     asked = f"embedding of ids {tuple(ids.shape)} {str(ids.dtype)[6:]} in a table of {n} x {k}"
     if ids.dtype not in (torch.int64, torch.int32):
         raise ShapeError(asked, f"ids must be int64 or int32, they are {str(ids.dtype)[6:]}", "convert them")
-    if dtype not in _TYPES:
+    if dtype not in TYPES:
         raise ShapeError(asked, f"the result must be float32, bfloat16 or float16, asked for {str(dtype)[6:]}", "choose one of those")
     if not (ids.is_cpu or ids.is_meta):
         raise ShapeError(asked, f"the kernels run on the CPU, ids are on {ids.device}", "move ids and the module to the CPU")
@@ -212,10 +217,10 @@ def _linear(x: torch.Tensor, blob: torch.Tensor, n: int, k: int, bias: torch.Ten
     pointer = bias_type = 0
     if bias is not None:
         bias = bias.contiguous()
-        pointer, bias_type = bias.data_ptr(), _TYPES[bias.dtype]
+        pointer, bias_type = bias.data_ptr(), TYPES[bias.dtype]
     if _PRINT:
         _print_config(blob, n, k, rows, name, compute)
-    _native.cpu.linear(blob.data_ptr(), x.data_ptr(), stride, _TYPES[x.dtype], rows, y.data_ptr(), pointer, bias_type, compute == "a8",
+    _native.cpu.linear(blob.data_ptr(), x.data_ptr(), stride, TYPES[x.dtype], rows, y.data_ptr(), pointer, bias_type, compute == "a8",
                        torch.get_num_threads())
     return y
 
@@ -239,8 +244,7 @@ def linear(x: torch.Tensor, p: Packed, bias: torch.Tensor | None = None, compute
     differentiate = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
     if differentiate or torch.compiler.is_compiling() or x.is_meta:
         return torch.ops.mxq_ext.linear(x, p.blob, p.shape[0], bias, compute)
-    if compute not in COMPUTES:
-        check_compute(compute)
+    check_compute(compute)
     n, k = p.shape
     return _linear(x, p.blob, n, k, bias, compute, p.format_name)
 
@@ -254,8 +258,8 @@ def linear_ref(x: torch.Tensor, p: Packed | QTensor, bias: torch.Tensor | None =
     args, keep = _canonical(q)
     rows, y = x.contiguous(), x.new_empty(*x.shape[:-1], n)
     bias = None if bias is None else bias.contiguous()
-    _native.cpu.ref_linear(args, rows.data_ptr(), k, _TYPES[x.dtype], x.shape[:-1].numel(), y.data_ptr(), _pointer(bias),
-                           0 if bias is None else _TYPES[bias.dtype], compute == "a8")
+    _native.cpu.ref_linear(args, rows.data_ptr(), k, TYPES[x.dtype], x.shape[:-1].numel(), y.data_ptr(), _pointer(bias),
+                           0 if bias is None else TYPES[bias.dtype], compute == "a8")
     del keep
     return y
 
@@ -268,7 +272,7 @@ def _embedding(ids: torch.Tensor, blob: torch.Tensor, n: int, k: int, dtype: tor
     flat = ids.to(torch.int64).contiguous()
     y = torch.empty(*ids.shape, k, dtype=dtype)
     if y.numel():
-        _native.cpu.embedding(blob.data_ptr(), flat.data_ptr(), flat.numel(), y.data_ptr(), _TYPES[dtype], torch.get_num_threads())
+        _native.cpu.embedding(blob.data_ptr(), flat.data_ptr(), flat.numel(), y.data_ptr(), TYPES[dtype], torch.get_num_threads())
     return y
 
 
@@ -286,7 +290,7 @@ def embedding_ref(ids: torch.Tensor, p: Packed | QTensor, dtype: torch.dtype = t
     check_embedding(ids, n, k, dtype)
     args, keep = _canonical(q)
     flat, y = ids.to(torch.int64).contiguous(), torch.empty(*ids.shape, k, dtype=dtype)
-    _native.cpu.ref_embedding(args, flat.data_ptr(), flat.numel(), y.data_ptr(), _TYPES[dtype])
+    _native.cpu.ref_embedding(args, flat.data_ptr(), flat.numel(), y.data_ptr(), TYPES[dtype])
     del keep
     return y
 
@@ -338,7 +342,7 @@ def explain(p: Packed, m: int, dtype: torch.dtype = torch.float32, compute: str 
 
     ``dtype`` is x's; all float types share one kernel (they are converted to float32 once per call), so that it must only be one of them.
     """
-    if dtype not in _TYPES:
+    if dtype not in TYPES:
         raise ShapeError(f"kernel for x of {str(dtype)[6:]}", "x must be float32, bfloat16 or float16", "choose one of those")
     check_compute(compute)
     return kernel_name(p.format_name, m, compute)

@@ -59,3 +59,57 @@ def tiny_dir(tmp_path_factory):
     make_model().save_pretrained(path)
     make_tokenizer().save_pretrained(path)
     return path
+
+
+# ---------------------------------------------------------------------------------------------------------------- native kernels
+
+
+def pytest_generate_tests(metafunc):
+    if "target" in metafunc.fixturenames:
+        from mxq_ext import ops
+
+        metafunc.parametrize("target", ops.targets(), indirect=True)
+
+
+@pytest.fixture
+def target(request):
+    """Runs the test once on each instruction set that this CPU has."""
+    from mxq_ext import ops
+
+    before = ops.target()
+    ops.set_target(request.param)
+    yield request.param
+    ops.set_target(before)
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of torch's threads; the old one comes back."""
+    import torch
+
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def poison_memory(monkeypatch, module):
+    """What ``module`` allocates begins as NaN, or as junk if it holds whole numbers: what a kernel forgets to write cannot pass for a result."""
+    import torch
+
+    new_empty, empty = torch.Tensor.new_empty, torch.empty
+
+    def poison(t):
+        return t if t.is_meta else t.fill_(float("nan") if t.is_floating_point() else 0x5A)
+
+    class Poisoned:
+        """torch, with a poisoning empty()."""
+
+        def __getattr__(self, name):
+            return getattr(torch, name)
+
+        @staticmethod
+        def empty(*args, **kwargs):
+            return poison(empty(*args, **kwargs))
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *a, **k: poison(new_empty(self, *a, **k)))
+    monkeypatch.setattr(module, "torch", Poisoned())

@@ -8,15 +8,14 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from conftest import poison_memory
 
 from mxq_ext import _native
-from mxq_ext import ops as base
 from mxq_ext.errors import FormatError, ShapeError
 from mxq_ext.kv import ops, reference
 from mxq_ext.kv.ops import PageFormat, PageTable
 from mxq_ext.testing import numeric
 
-TARGETS = base.targets()
 PAIRS = list(itertools.product(ops.BITS, ops.BITS))
 HEADS = (64, 80, 96, 128, 256)
 #: Tokens of the sink, pages, tokens of the tail.
@@ -26,41 +25,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LIMIT = numeric.bound("w4g64_fz", torch.float32)
 
 
-@pytest.fixture(params=TARGETS)
-def target(request):
-    """Runs the test once on each instruction set that this CPU has."""
-    before = base.target()
-    base.set_target(request.param)
-    yield request.param
-    base.set_target(before)
-
-
-@pytest.fixture
-def threads():
-    """Sets the number of threads; the old one comes back."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch):
-    """Outputs begin as NaN and pages as junk: what a kernel forgets to write cannot pass for a result."""
-    new_empty, empty = torch.Tensor.new_empty, torch.empty
-
-    def poison(t):
-        return t.fill_(float("nan") if t.is_floating_point() else 0x5A)
-
-    class Poisoned:
-        def __getattr__(self, name):
-            return getattr(torch, name)
-
-        @staticmethod
-        def empty(*args, **kwargs):
-            return poison(empty(*args, **kwargs))
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *a, **k: poison(new_empty(self, *a, **k)))
-    monkeypatch.setattr(ops, "torch", Poisoned())
+    poison_memory(monkeypatch, ops)
 
 
 def numbers(*shape, seed=0) -> torch.Tensor:

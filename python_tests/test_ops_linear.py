@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import poison_memory
 
 from mxq_ext import _native, ops, reference
 from mxq_ext.qtensor import QTensor
@@ -19,43 +20,9 @@ TARGETS = ops.targets()
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(params=TARGETS)
-def target(request):
-    """Runs the test once on each instruction set that this CPU has."""
-    before = ops.target()
-    ops.set_target(request.param)
-    yield request.param
-    ops.set_target(before)
-
-
-@pytest.fixture
-def threads():
-    """Sets the number of threads; the old one comes back."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch):
-    """Outputs begin as NaN: what a kernel forgets to write cannot pass for a result."""
-    new_empty, empty = torch.Tensor.new_empty, torch.empty
-
-    def poison(t):
-        return t.fill_(float("nan")) if t.is_floating_point() and not t.is_meta else t
-
-    class Poisoned:
-        """torch for ops.py, with a poisoning empty()."""
-
-        def __getattr__(self, name):
-            return getattr(torch, name)
-
-        @staticmethod
-        def empty(*args, **kwargs):
-            return poison(empty(*args, **kwargs))
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *a, **k: poison(new_empty(self, *a, **k)))
-    monkeypatch.setattr(ops, "torch", Poisoned())
+    poison_memory(monkeypatch, ops)
 
 
 def formats_of(q: QTensor) -> list[str]:

@@ -4,23 +4,12 @@
 #include <vector>
 
 #include "attention.h"
-#include "convert.h"
+#include "numbers.h"
 
 namespace mxq::ref {
 namespace {
 
-double read(const void* p, int64_t i, int type) {
-  if (type == F32) return double(static_cast<const float*>(p)[i]);
-  const uint16_t u = static_cast<const uint16_t*>(p)[i];
-  return double(type == BF16 ? bf16_to_float(u) : half_to_float(u));
-}
-
-void write(void* p, int64_t i, int type, float v) {
-  if (type == F32) static_cast<float*>(p)[i] = v;
-  else static_cast<uint16_t*>(p)[i] = type == BF16 ? float_to_bf16(v) : float_to_half(v);
-}
-
-double read(const Rows& r, int64_t b, int64_t h, int64_t t, int64_t d) { return read(r.data, b * r.batch + h * r.head + t * r.token + d, r.type); }
+double read(const Rows& r, int64_t b, int64_t h, int64_t t, int64_t d) { return read_number(r.data, b * r.batch + h * r.head + t * r.token + d, r.type); }
 
 // Bit `j` of the code in row `row` and column `col`: its byte in the page, and its place there.
 struct Bit {
@@ -108,7 +97,7 @@ void unpack_page(PageFormat f, const uint8_t* codes, const uint16_t* params, int
   for (int64_t i = 0; i < heads; i++)
     for (int64_t t = 0; t < PAGE; t++)
       for (int64_t d = 0; d < f.head; d++)
-        write(out, (i * PAGE + t) * f.head + d, type, number_at(f, codes + i * page_bytes(f), params + i * page_params(f), t, d));
+        write_number(out, (i * PAGE + t) * f.head + d, type, number_at(f, codes + i * page_bytes(f), params + i * page_params(f), t, d));
 }
 
 void attend(const Attend& a) {
@@ -151,7 +140,7 @@ void attend(const Attend& a) {
             double sum = 0.0;
             for (int64_t t = 0; t < a.total; t++) sum += p[size_t(t)] ? p[size_t(t)] * v[size_t(t * dim + d)] : 0.0;
             const int64_t at = b * a.out.batch + head * a.out.head + i * a.out.token + d;
-            write(const_cast<void*>(a.out.data), at, a.out.type, total == 0.0 ? 0.0f : float(sum / total));
+            write_number(const_cast<void*>(a.out.data), at, a.out.type, total == 0.0 ? 0.0f : float(sum / total));
           }
         }
       }

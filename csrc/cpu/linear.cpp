@@ -24,7 +24,7 @@ void fetch_first(const uint8_t* blob) {
   const Band* band = at<Band>(blob, h.off_bands);
   for (uint32_t i = 0; h.bands && i < band->pieces; i++) {
     const Piece& p = at<Piece>(blob, h.off_pieces)[band->first_piece + i];
-    const uint64_t bytes = std::min<uint64_t>(FIRST, uint64_t(tiles(band->r1 - band->r0)) * p.code_step);
+    const uint64_t bytes = std::min<uint64_t>(FIRST, uint64_t(column_lanes(p.format) ? band->r1 - band->r0 : tiles(band->r1 - band->r0)) * p.code_step);
     for (uint64_t at = 0; at < bytes; at += 64) __builtin_prefetch(blob + p.codes + at);
     for (uint64_t at = 0; at < p.scale_step; at += 64) __builtin_prefetch(blob + p.scales + at);
   }

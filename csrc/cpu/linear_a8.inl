@@ -322,10 +322,7 @@ static void gemv8_rows(const uint8_t* words, int64_t step, const uint8_t* tables
     }
     unroll<MR>([&](auto m) MXQ_LAMBDA {
       constexpr int M = decltype(m)::value, I = (R * MR + M) * TURNS;
-      V sum = tot[I];
-      if constexpr (TURNS == 4) sum = add(add(sum, tot[I + 1]), add(tot[I + 2], tot[I + 3]));
-      if constexpr (TURNS == 2) sum = add(sum, tot[I + 1]);
-      acc[16 * M + R] += hsum(sum) * lut_unit(row);
+      acc[16 * M + R] += hsum(sum_of<TURNS>(tot + I)) * lut_unit(row);
     });
   });
 }
@@ -458,8 +455,9 @@ static Reading reading(Format f) {
   return r;
 }
 
-// acc[m][lda] += one group: `quads` quads of NV tiles times MR rows of x [quad][MR][4]. Meanwhile the codes at `next` and
-// `other`, if not null, are prefetched, 64 bytes of each a quad: as one burst while unpacking they would overrun the queue of outstanding loads, and the next panel would wait for memory.
+// acc[m][lda] += one group: `quads` quads of NV tiles times MR rows of x [quad][MR][4]. Meanwhile the codes at `next` and `other`,
+// if not null, are prefetched, 64 bytes of each a quad: as one burst while unpacking they would overrun the queue of outstanding loads, and the
+// next panel would wait for memory.
 template <int NV, int MR, bool SMALL>
 static void gemm8_block(const uint8_t* panel, const int8_t* x, int64_t quads, Reading how, const GroupScale* scales, const float* units,
                         const int32_t* sums, float* acc, int64_t lda, const uint8_t* next, const uint8_t* other) {

@@ -5,8 +5,7 @@
 #include <cstring>
 #include <vector>
 
-#include "convert.h"
-#include "linear.h"
+#include "numbers.h"
 
 namespace mxq::ref {
 namespace {
@@ -40,15 +39,6 @@ float weight_at(const Canonical& c, int64_t row, int64_t col) {
   const uint8_t* zeros = c.zeros + row * zero_row_bytes(f, cols);
   if (f.zero == INT) return s * float(q - code_at(zeros, g, f.bits));
   return s * float(q) + half_at(zeros, g, f.bf16);
-}
-
-float read(const void* p, int64_t i, int type) {
-  return type == F32 ? static_cast<const float*>(p)[i] : half_at(static_cast<const uint8_t*>(p), i, type == BF16);
-}
-
-void write(void* p, int64_t i, int type, float v) {
-  if (type == F32) static_cast<float*>(p)[i] = v;
-  else static_cast<uint16_t*>(p)[i] = type == BF16 ? float_to_bf16(v) : float_to_half(v);
 }
 
 // A group of x as int8 in units of its largest magnitude / 127.
@@ -87,7 +77,7 @@ void add_rounded(const Canonical& c, const Weight& weight, const void* x, int64_
       std::vector<float> part;
       for (int64_t col = c0; col < c1; col++) {
         const int64_t at = c.rect.c0 + col;
-        part.push_back(read(x, i * ldx + (weight.perm_cols ? weight.perm_cols[at] : at), type));
+        part.push_back(read_number(x, i * ldx + (weight.perm_cols ? weight.perm_cols[at] : at), type));
       }
       const Rounded r = round_group(part);
       for (int64_t row = c.rect.r0; row < c.rect.r1; row++) {
@@ -127,18 +117,18 @@ void linear(const Weight& weight, const void* x, int64_t ldx, int type, int64_t 
   for (int64_t i = 0; i < m; i++)
     for (int64_t row = 0; row < weight.n; row++)
       for (int64_t col = 0; col < weight.k; col++)
-        sums[i * weight.n + row] += double(read(x, i * ldx + col, type)) * double(w[row * weight.k + col]);
+        sums[i * weight.n + row] += double(read_number(x, i * ldx + col, type)) * double(w[row * weight.k + col]);
   for (const Canonical& c : rounded) add_rounded(c, weight, x, ldx, type, m, sums.data());
   for (int64_t i = 0; i < m; i++)
     for (int64_t row = 0; row < weight.n; row++)
-      write(y, i * weight.n + row, type, float(sums[i * weight.n + row] + (bias ? double(read(bias, row, bias_type)) : 0.0)));
+      write_number(y, i * weight.n + row, type, float(sums[i * weight.n + row] + (bias ? double(read_number(bias, row, bias_type)) : 0.0)));
 }
 
 void embedding(const Weight& weight, const int64_t* ids, int64_t count, void* y, int type) {
   std::vector<float> w(size_t(weight.n) * size_t(weight.k));
   dequantize(weight, w.data());
   for (int64_t i = 0; i < count; i++)
-    for (int64_t col = 0; col < weight.k; col++) write(y, i * weight.k + col, type, w[ids[i] * weight.k + col]);
+    for (int64_t col = 0; col < weight.k; col++) write_number(y, i * weight.k + col, type, w[ids[i] * weight.k + col]);
 }
 
 }  // namespace mxq::ref

@@ -18,14 +18,13 @@ import torch
 
 from .. import _native
 from ..errors import FormatError, ShapeError
+from ..ops import TYPES
+from ..plan.kv import BITS, PAGE
 
-PAGE = 64  #: tokens of a page
 SIDES = ("keys", "values")
-BITS = (2, 3, 4, 8, 16)
 KEY_GROUPS = (32, 64)  #: tokens that share a channel's scale
 VALUE_GROUPS = (0, 32, 64, 128)  #: channels that share a token's scale; 0: the whole head
 MAX_HEAD = 512
-_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/cpu/linear.h, enum Type
 
 
 def value_group(head_dim: int, group: int) -> int:
@@ -103,7 +102,7 @@ class PageFormat:
 
 def _rows(t: torch.Tensor | None) -> tuple[int, ...]:
     """[B, H, tokens, D] as native code takes it: address, type, tokens, strides of batch, head and token."""
-    return (0,) * 6 if t is None or not t.shape[2] else (t.data_ptr(), _TYPES[t.dtype], t.shape[2], *t.stride()[:3])
+    return (0,) * 6 if t is None or not t.shape[2] else (t.data_ptr(), TYPES[t.dtype], t.shape[2], *t.stride()[:3])
 
 
 def _say(t) -> str:
@@ -129,7 +128,7 @@ def _check_page(asked: str, fmt: PageFormat, heads: int, codes, params) -> None:
 
 def _check_pack(x: torch.Tensor, fmt: PageFormat, codes: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
     asked = f"packing a page of {fmt.side} of {_say(x)}"
-    if x.device.type != "cpu" or x.dtype not in _TYPES:
+    if x.device.type != "cpu" or x.dtype not in TYPES:
         raise ShapeError(asked, "numbers must be float32, bfloat16 or float16 on the CPU", "convert or move them")
     if x.dim() != 4 or x.shape[2] != PAGE or x.shape[3] != fmt.head_dim:
         raise ShapeError(asked, f"the shape must be [batch, heads, {PAGE}, {fmt.head_dim}]", "pack exactly one page of every head at a time")
@@ -160,14 +159,14 @@ def pack_page_ref(x: torch.Tensor, fmt: PageFormat, codes: torch.Tensor, params:
 
 def _unpack(native, codes: torch.Tensor, params: torch.Tensor, fmt: PageFormat, batch: int, dtype: torch.dtype, *threads: int) -> torch.Tensor:
     asked = f"unpacking a page of {_say(codes)} as {fmt.bits}-bit {fmt.side}"
-    if dtype not in _TYPES:
+    if dtype not in TYPES:
         raise ShapeError(asked, f"the result must be float32, bfloat16 or float16, asked for {str(dtype)[6:]}", "choose one of those")
     heads = codes.shape[0] if codes.dim() else -1
     _check_page(asked, fmt, heads, codes, params)
     if batch < 1 or heads % batch:
         raise ShapeError(asked, f"the batch must divide the {heads} heads, it is {batch}", "give the batch that the page was packed with")
     out = torch.empty(batch, heads // batch, PAGE, fmt.head_dim, dtype=dtype)
-    native(fmt.native, codes.data_ptr(), params.data_ptr(), heads, out.data_ptr(), _TYPES[dtype], *threads)
+    native(fmt.native, codes.data_ptr(), params.data_ptr(), heads, out.data_ptr(), TYPES[dtype], *threads)
     return out
 
 
@@ -249,7 +248,7 @@ def _check_attend(q: torch.Tensor, pages: PageTable, parts: dict[str, torch.Tens
     def refuse(rule: str, fix: str):
         raise ShapeError(f"attention of q {_say(q)} over {len(pages)} pages of {pages.heads} heads of dimension {d}", rule, fix)
 
-    if not q.is_cpu or q.dtype not in _TYPES:
+    if not q.is_cpu or q.dtype not in TYPES:
         refuse("q must be float32, bfloat16 or float16 on the CPU", "convert or move it")
     if q.dim() != 4 or q.shape[3] != d:
         refuse(f"q must have the shape [batch, heads, tokens, {d}]", "check which layer this cache belongs to")
@@ -261,7 +260,7 @@ def _check_attend(q: torch.Tensor, pages: PageTable, parts: dict[str, torch.Tens
     for part in ("sink", "tail"):
         k, v = parts[f"{part}_k"], parts[f"{part}_v"]
         for name, t in ((f"{part}_k", k), (f"{part}_v", v)):
-            if t is not None and not (t.is_cpu and t.dtype in _TYPES and t.dim() == 4 and t.shape[0] == batch and t.shape[1] == hkv and t.shape[3] == d):
+            if t is not None and not (t.is_cpu and t.dtype in TYPES and t.dim() == 4 and t.shape[0] == batch and t.shape[1] == hkv and t.shape[3] == d):
                 refuse(f"{name} must be a float tensor of [{batch}, {hkv}, tokens, {d}] on the CPU, it is {_say(t)}",
                        "keep it in the model's own type and shape")
         if k is None and v is None:
