@@ -15,7 +15,7 @@ thread_local Scratch scratch;
 
 // Multiply-adds below which a thread more costs as much as it brings (waking one takes a few microseconds).
 constexpr int64_t WORK_PER_THREAD = 100000;
-constexpr int64_t CHUNK_BYTES = 256 << 10;
+constexpr int64_t CHUNK_BYTES = 64 << 10;
 
 // Asks for the first codes and scales of a weight, so that they come while x is being prepared: a small layer is half over before a stream runs.
 void fetch_first(const uint8_t* blob) {
@@ -57,8 +57,7 @@ void linear(const uint8_t* blob, const void* x, int64_t ldx, int type, int64_t m
   job.bytes = reinterpret_cast<int8_t*>(job.units + 2 * units);
   float* workers = job.units + 2 * units + bytes;
 
-  // gemv chunks: a few for each thread, so that one that loses its core holds up little; not much below CHUNK_BYTES, since each begins with a
-  // wait for memory; one chunk per band when alone.
+  // gemv chunks: small, so that a thread that loses its core holds up little and all end together; one chunk per band when alone.
   const int64_t tile_bytes = std::max<int64_t>(1, int64_t(h.work) / std::max<int64_t>(1, h.tiles)), few = std::max<int64_t>(1, h.tiles / (4 * threads));
   const int64_t step = job.gemm ? blocking.gemm_tiles : threads == 1 ? int64_t(h.tiles) : std::min(few, ceil_div(CHUNK_BYTES, tile_bytes));
   int64_t chunks = 0;

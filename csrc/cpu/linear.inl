@@ -1,7 +1,7 @@
 // The linear kernels, written once; target_*.cpp include this file with their own instruction set. Reading order:
 //   prepare: the input as the kernels want it, in float32 or int8
-//   linear_a16.inl, linear_a8.inl: the kernels proper, for one piece of a weight
 //   finish: sparse part, bias, conversion, scatter
+//   linear_a16.inl, linear_a8.inl: the kernels proper, for one piece of a weight
 //   gemv, gemm: one chunk of row tiles, piece after piece
 // Sums run in an order that depends on the shape alone, never on the threads.
 
@@ -105,17 +105,12 @@ static void prepare_bytes(const Job& j, int64_t m0, int64_t mr) {
       part.c1 = part.c0 + width < s.c1 ? part.c0 + width : s.c1;
       part.padded = width;
       for (int64_t m = 0; m < mr; m++) {
-        float in[A8_GROUP];
-        int8_t bytes[A8_GROUP];
-        gather_row(j, m0 + m, part, perm, in);
-        int8_t* out = j.bytes + s.start * j.m;
-        int8_t* to = j.gemm ? bytes : out + (m0 + m) * s.padded + c0;
-        const int64_t index = (s.scales + g) * j.m + m0 + m;
-        j.units[index] = round_group(in, width, to, j.byte_sums[index]);
-        if (j.gemm) {
-          out += c0 * j.m + m0 * width + 4 * m;
-          for (int64_t d = 0; d < width; d += 4) memcpy(out + d * mr, bytes + d, 4);
-        }
+        float gathered[A8_GROUP];
+        const float* in = gathered;
+        if (!perm && j.type == F32 && part.c1 - part.c0 == part.padded) in = (const float*)j.x + (m0 + m) * j.ldx + part.c0;
+        else gather_row(j, m0 + m, part, perm, gathered);
+        const int64_t to = j.gemm ? c0 * j.m + (m0 + m) * width : (m0 + m) * s.padded + c0, index = (s.scales + g) * j.m + m0 + m;
+        j.units[index] = round_group(in, width, j.bytes + s.start * j.m + to, j.byte_sums[index]);
       }
     }
   }
@@ -126,15 +121,6 @@ static void prepare(const Job& j, int64_t block) {
   prepare_floats(j, m0, mr);
   if (j.a8) prepare_bytes(j, m0, mr);
 }
-
-}  // namespace MXQ_TARGET
-}  // namespace mxq
-
-#include "linear_a16.inl"
-#include "linear_a8.inl"
-
-namespace mxq {
-namespace MXQ_TARGET {
 
 // -------------------------------------------------------------------------------------------------------------------- finish
 
@@ -149,7 +135,7 @@ static void add_sparse(const Job& j, int64_t tile, int64_t m0, int64_t mr, float
     V sum = load(acc);
     for (; step < end; step++) {
       __builtin_prefetch(step + 32);
-      sum = fma(load_half(step->value), gather(x, load_words(step->column)), sum);
+      sum = fma(load_half(step->value), gather(x, step->column), sum);
     }
     store(acc, sum);
   } else {
@@ -162,29 +148,67 @@ static void add_sparse(const Job& j, int64_t tile, int64_t m0, int64_t mr, float
 }
 
 // y = acc + sparse + bias for `rows` rows of the weight from row0 (permuted), tile `tile`, and mr rows of x from m0; acc[m * lda + row].
-static void finish(const Job& j, int64_t tile, int64_t row0, int64_t rows, int64_t m0, int64_t mr, float* acc, int64_t lda) {
+// If `scales` is not null, the sums are to be multiplied with these 16 first.
+static void finish(const Job& j, int64_t tile, int64_t row0, int64_t rows, int64_t m0, int64_t mr, const float* scales, float* acc, int64_t lda) {
   const Header& h = header(j.blob);
   const int32_t* perm = h.off_perm_rows ? at<int32_t>(j.blob, h.off_perm_rows) + row0 : nullptr;
   if (h.off_rowptr) add_sparse(j, tile, m0, mr, acc, lda);
   if (!perm && rows == 16) {
-    const V bias = j.bias ? load_any(j.bias, row0, j.bias_type) : zero();
-    for (int64_t m = 0; m < mr; m++) store_any(j.y, (m0 + m) * h.n + row0, j.type, add(load(acc + m * lda), bias));
+    const V bias = j.bias ? load_any(j.bias, row0, j.bias_type) : zero(), scale = scales ? load(scales) : set1(1.0f);
+    for (int64_t m = 0; m < mr; m++) store_any(j.y, (m0 + m) * h.n + row0, j.type, add(mul(scale, load(acc + m * lda)), bias));
   } else {
     for (int64_t r = 0; r < rows; r++) {
       const int64_t row = perm ? perm[r] : row0 + r;
-      const float bias = j.bias ? load_one(j.bias, row, j.bias_type) : 0.0f;
-      for (int64_t m = 0; m < mr; m++) store_one(j.y, (m0 + m) * h.n + row, j.type, acc[m * lda + r] + bias);
+      const float bias = j.bias ? load_one(j.bias, row, j.bias_type) : 0.0f, scale = scales ? scales[r] : 1.0f;
+      for (int64_t m = 0; m < mr; m++) store_one(j.y, (m0 + m) * h.n + row, j.type, scale * acc[m * lda + r] + bias);
     }
   }
 }
 
+// A chunk of gemm: tiles of one band, and the sums of all rows of x by its rows.
+struct GemmChunk {
+  const Piece* pieces;
+  int64_t tile0;         // of the weight
+  int64_t first, count;  // tiles within the band
+  int64_t row0, rows;    // of the permuted weight
+  float* acc;            // [m][lda]
+  int64_t lda;
+};
+
+// The outputs of one block of rows of x; block by block, since the rows of y are far apart, each in a page of its own. scales: [count][16] or null.
+static void finish_block(const Job& j, const GemmChunk& k, int64_t m0, int64_t mr, const float* scales) {
+  for (int64_t t = 0; t < k.count; t++) {
+    const int64_t tile_rows = k.rows - 16 * t < 16 ? k.rows - 16 * t : 16;
+    finish(j, k.tile0 + t, k.row0 + 16 * t, tile_rows, m0, mr, scales ? scales + 16 * t : nullptr, k.acc + m0 * k.lda + 16 * t, k.lda);
+  }
+}
+
+}  // namespace MXQ_TARGET
+}  // namespace mxq
+
+#include "linear_a16.inl"
+#include "linear_a8.inl"
+
+namespace mxq {
+namespace MXQ_TARGET {
+
 // ------------------------------------------------------------------------------------------------------------- gemv and gemm
+
+// What finish() will read some tiles later: a line a tile, too seldom for the hardware to see a stream in it.
+MXQ_INLINE void fetch_ends(const Job& j, int64_t row0) {
+  constexpr int64_t ROWS = 8 * 16;
+  const Header& h = header(j.blob);
+  if (h.off_perm_rows) __builtin_prefetch(at<int32_t>(j.blob, h.off_perm_rows) + row0 + ROWS);
+  else if (j.bias) __builtin_prefetch((const char*)j.bias + (row0 + ROWS) * (j.bias_type == F32 ? 4 : 2));
+}
 
 static void gemv(const Job& j, int64_t tile0, int64_t tile1, float*) {
   const TileRun run = find_tiles(j.blob, tile0, tile1);
+  const int64_t end = tiles(run.band->r1 - run.band->r0);  // prefetching goes on beyond tile1: the next chunk is mostly this thread's as well
   const Piece* pieces = at<Piece>(j.blob, header(j.blob).off_pieces) + run.band->first_piece;
   for (int64_t tile = run.first; tile < run.first + run.count; tile++) {
     const int64_t row0 = run.band->r0 + tile * 16, left = run.band->r1 - row0, rows = left < 16 ? left : 16;
+    fetch_ends(j, row0);
     for (int64_t b = 0; b < j.blocks; b++) {
       const int64_t m0 = block_start(j, b), mr = block_start(j, b + 1) - m0;
       float acc[GEMV_BLOCK * 16] = {0};
@@ -194,12 +218,12 @@ static void gemv(const Job& j, int64_t tile0, int64_t tile1, float*) {
           constexpr int MR = decltype(m)::value + 1;
           if (mr != MR) return;
           if constexpr (MR <= GEMV8_BLOCK) {
-            if (j.a8 && p.format.kind != FLOAT) return gemv8_piece<MR>(j, p, tile, run.first + run.count, rows, m0, acc);
+            if (j.a8 && p.format.kind != FLOAT) return gemv8_piece<MR>(j, p, run.band->pieces, tile, end, rows, m0, acc);
           }
-          gemv_piece<MR>(j, p, tile, run.first + run.count, rows, m0, acc);
+          gemv_piece<MR>(j, p, tile, end, rows, m0, acc);
         });
       }
-      finish(j, run.band->first_tile + tile, row0, rows, m0, mr, acc, 16);
+      finish(j, run.band->first_tile + tile, row0, rows, m0, mr, nullptr, acc, 16);
     }
   }
 }
@@ -214,10 +238,12 @@ static void gemm(const Job& j, int64_t tile0, int64_t tile1, float* scratch) {
   const int64_t row0 = run.band->r0 + run.first * 16, left = run.band->r1 - row0, rows = left < run.count * 16 ? left : run.count * 16;
   const int64_t lda = 16 * (j.a8 ? GEMM8_TILES : GEMM_TILES);
   float *panel = scratch, *acc = panel + (int64_t)DEPTH * LDP, *panel8 = acc + j.m * lda;
-  memset(acc, 0, sizeof(float) * j.m * lda);
+  const GemmChunk chunk{pieces, tile0, run.first, run.count, row0, rows, acc, lda};
+  const auto integer = [&](uint32_t i) MXQ_LAMBDA { return j.a8 && pieces[i].format.kind != FLOAT; };
+  if (!integer(0)) memset(acc, 0, sizeof(float) * j.m * lda);  // gemm8 begins sums itself
   for (uint32_t i = 0; i < run.band->pieces; i++) {
-    if (j.a8 && pieces[i].format.kind != FLOAT) {
-      gemm8_piece(j, pieces[i], run.first, run.count, rows, (uint8_t*)panel8, acc);
+    if (integer(i)) {
+      gemm8_piece(j, chunk, i, run.band->pieces, (uint8_t*)panel8);
     } else {
       for (int64_t t = 0; t < run.count; t += GEMM_TILES) {
         const int64_t count = run.count - t < GEMM_TILES ? run.count - t : GEMM_TILES;
@@ -226,13 +252,8 @@ static void gemm(const Job& j, int64_t tile0, int64_t tile1, float* scratch) {
       }
     }
   }
-  for (int64_t b = 0; b < j.blocks; b++) {  // block by block: the rows of y are far apart, each in a page of its own
-    const int64_t m0 = block_start(j, b), mr = block_start(j, b + 1) - m0;
-    for (int64_t t = 0; t < run.count; t++) {
-      const int64_t tile_rows = rows - 16 * t < 16 ? rows - 16 * t : 16;
-      finish(j, tile0 + t, row0 + 16 * t, tile_rows, m0, mr, acc + m0 * lda + 16 * t, lda);
-    }
-  }
+  if (integer(run.band->pieces - 1)) return;  // gemm8 ends them, too
+  for (int64_t b = 0; b < j.blocks; b++) finish_block(j, chunk, block_start(j, b), block_start(j, b + 1) - block_start(j, b), nullptr);
 }
 
 }  // namespace MXQ_TARGET

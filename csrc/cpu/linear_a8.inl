@@ -136,9 +136,8 @@ struct LutQuads<2> {  // a lookup has room for two codes: one table reads the lo
   Bytes low, high;
   MXQ_INLINE LutQuads of(const uint8_t* row) {
     static constexpr uint8_t second[16] = {0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3};
-    uint8_t t[16];
-    for (int i = 0; i < 16; i++) t[i] = (uint8_t)(row[32 + second[i]] + BIAS);
-    return {lut_table(row), load_bytes(t)};
+    const Bytes table = lut_table(row);
+    return {table, reordered(table, load_bytes(second))};
   }
   template <class F>
   MXQ_INLINE void step(const LutQuads& t, const uint8_t* p, F&& f) {
@@ -210,11 +209,16 @@ MXQ_INLINE V add_group(Format f, const GroupScale& s, V d, float unit, int32_t s
   return total;
 }
 
+// Whether the scale of a row waits until its sum is complete: it has one scale, and nothing else adds to the sum. gemv and gemm do the same.
+MXQ_INLINE bool scales_late(const Job& j, Format f, int64_t pieces) {
+  return pieces == 1 && !header(j.blob).off_rowptr && !f.group && f.zero == SYM;
+}
+
 // ------------------------------------------------------------------------------------------------------------------------ gemv8
 
 // acc[m][16 rows] += x[m] . tile.
 template <class D, int MR>
-static void gemv8_tile(const Tile& t, const Bytes& table, const Input8& in, float* acc) {
+static void gemv8_tile(const Tile& t, const Bytes& table, const Input8& in, bool late, float* acc) {
   // Sums by shift; the last one for the odd quads that come unshifted, when there are registers for it: a sum takes one addition in 4 cycles.
   constexpr int SLOTS = 9;
   constexpr bool SPLIT = MR < 3 || D::SHIFTS == 1;
@@ -244,7 +248,8 @@ static void gemv8_tile(const Tile& t, const Bytes& table, const Input8& in, floa
         });
       });
     }
-    const GroupScale s = group_scale(t, g);
+    GroupScale s = group_scale(t, g);
+    if (late) s.scale = set1(1.0f);
     unroll<MR>([&](auto m) MXQ_LAMBDA {
       constexpr int M = decltype(m)::value;
       W d = dots[M * SLOTS];
@@ -256,89 +261,80 @@ static void gemv8_tile(const Tile& t, const Bytes& table, const Input8& in, floa
       tot[M] = add_group(t.format, s, to_float(d), unit * units[M], sums[M], tot[M]);
     });
   }
-  unroll<MR>([&](auto m) MXQ_LAMBDA { store(acc + 16 * decltype(m)::value, tot[decltype(m)::value]); });
+  const V scale = late ? group_scale(t, 0).scale : set1(1.0f);
+  unroll<MR>([&](auto m) MXQ_LAMBDA { store(acc + 16 * decltype(m)::value, mul(scale, tot[decltype(m)::value])); });
 }
 
-// acc[m][r] += x[m] . row r, for ROWS rows of a column-lane piece. A group is two quads. Rows are short (4096 columns of 2 bits are 16 vectors):
-// two at once halve what a row's end costs; at 4 bits they are long enough, and one stream of memory is better than two. Several sums take turns,
-// since each takes one group in 4 cycles.
-template <int BITS, int MR, int ROWS>
-static void gemv8_rows(const uint8_t* words, int64_t step, const uint8_t* tables, const Input8& in, const uint8_t* stop, float* acc) {
+// out[16 * 16 * m] = x[m] times one row of a column-lane piece, in 16 parts, to be added up and multiplied with the row's unit; the table's BIAS
+// is still in it. A group is two quads. Several sums take turns, since each takes one group in 4 cycles.
+template <int BITS, int MR>
+static void gemv8_row(const uint8_t* p, const uint8_t* row, const Input8& in, const uint8_t* stop, float* out) {
   static_assert(a8_group({LUT, 4, SYM, 0, 0}) == 2 * SLICE, "a group is two quads");
-  constexpr int TURNS = MR > 2 ? 1 : ROWS == 2 || MR == 2 ? 2 : 4, SUMS = ROWS * MR;
+  constexpr int TURNS = MR > 2 ? 1 : MR == 2 ? 2 : 4;
   using D = LutQuads<BITS>;
-  const uint8_t* p[ROWS];
-  D table[ROWS];
-  unroll<ROWS>([&](auto r) MXQ_LAMBDA {
-    constexpr int R = decltype(r)::value;
-    p[R] = words + step * R;
-    table[R] = D::of(tables + LUT_BYTES * R);
-  });
+  const D table = D::of(row);
   const int8_t* x = in.bytes;
   const float* units = in.units;
-  const int32_t* sums = in.sums;
-  V tot[SUMS * TURNS];
-  W d[SUMS];
-  unroll<SUMS * TURNS>([&](auto i) MXQ_LAMBDA { tot[decltype(i)::value] = zero(); });
-  const auto begin = [&](auto r, int64_t g) MXQ_LAMBDA {
-    unroll<MR>([&](auto m) MXQ_LAMBDA { d[decltype(r)::value * MR + decltype(m)::value] = BIAS ? first_int(-BIAS * sums[g * in.step + decltype(m)::value]) : ints(0); });
-  };
-  const auto add_quad = [&](auto r, W u, const int8_t* xq) MXQ_LAMBDA {
+  V tot[MR * TURNS];
+  W d[MR];
+  unroll<MR * TURNS>([&](auto i) MXQ_LAMBDA { tot[decltype(i)::value] = zero(); });
+  const auto begin = [&]() MXQ_LAMBDA { unroll<MR>([&](auto m) MXQ_LAMBDA { d[decltype(m)::value] = ints(0); }); };
+  const auto add_quad = [&](W u, const int8_t* xq) MXQ_LAMBDA {
     unroll<MR>([&](auto m) MXQ_LAMBDA {
-      constexpr int I = decltype(r)::value * MR + decltype(m)::value;
-      d[I] = dot_value<false>(d[I], u, load_words(xq + decltype(m)::value * in.stride));
+      constexpr int M = decltype(m)::value;
+      d[M] = dot_value<false>(d[M], u, load_words(xq + M * in.stride));
     });
   };
-  const auto end = [&](auto r, auto turn, int64_t g) MXQ_LAMBDA {
+  const auto end = [&](auto turn, int64_t g) MXQ_LAMBDA {
     unroll<MR>([&](auto m) MXQ_LAMBDA {
-      constexpr int I = decltype(r)::value * MR + decltype(m)::value, T = I * TURNS + decltype(turn)::value;
-      tot[T] = fma(to_float(d[I]), set1(units[g * in.step + decltype(m)::value]), tot[T]);
+      constexpr int M = decltype(m)::value, T = M * TURNS + decltype(turn)::value;
+      tot[T] = fma(to_float(d[M]), set1(units[g * in.step + M]), tot[T]);
     });
   };
   int64_t left = in.stride / SLICE;
-  for (; left >= 8; left -= 8, x += 8 * SLICE, units += 4 * in.step, sums += 4 * in.step) {
-    unroll<ROWS>([&](auto r) MXQ_LAMBDA {
-      constexpr int R = decltype(r)::value;
-      prefetch<D::BYTES>(p[R], stop);
-      D::step(table[R], p[R], [&](auto q, W u) MXQ_LAMBDA {
-        constexpr int Q = decltype(q)::value;
-        if constexpr (Q % 2 == 0) begin(r, Q / 2);
-        add_quad(r, u, x + SLICE * Q);
-        if constexpr (Q % 2) end(r, Int<Q / 2 % TURNS>{}, Q / 2);
-      });
-      p[R] += D::BYTES;
+  for (; left >= 8; left -= 8, x += 8 * SLICE, units += 4 * in.step, p += D::BYTES) {
+    prefetch<D::BYTES>(p, stop);
+    D::step(table, p, [&](auto q, W u) MXQ_LAMBDA {
+      constexpr int Q = decltype(q)::value;
+      if constexpr (Q % 2 == 0) begin();
+      add_quad(u, x + SLICE * Q);
+      if constexpr (Q % 2) end(Int<Q / 2 % TURNS>{}, Q / 2);
     });
   }
-  unroll<ROWS>([&](auto r) MXQ_LAMBDA {
-    constexpr int R = decltype(r)::value;
-    const uint8_t* row = tables + LUT_BYTES * R;
-    if (left) {
-      const Bytes plain = lut_table(row);
-      for (int i = 0; i < left; i++) {
-        if (i % 2 == 0) begin(r, i / 2);
-        add_quad(r, lookup_bytes(plain, lut_quad<BITS>(p[R], i)), x + SLICE * i);
-        if (i % 2 || i + 1 == left) end(r, Int<0>{}, i / 2);
-      }
+  if (left) {
+    const Bytes plain = lut_table(row);
+    for (int i = 0; i < left; i++) {
+      if (i % 2 == 0) begin();
+      add_quad(lookup_bytes(plain, lut_quad<BITS>(p, i)), x + SLICE * i);
+      if (i % 2 || i + 1 == left) end(Int<0>{}, i / 2);
     }
-    unroll<MR>([&](auto m) MXQ_LAMBDA {
-      constexpr int M = decltype(m)::value, I = (R * MR + M) * TURNS;
-      acc[16 * M + R] += hsum(sum_of<TURNS>(tot + I)) * lut_unit(row);
-    });
-  });
+  }
+  unroll<MR>([&](auto m) MXQ_LAMBDA { store(out + 256 * decltype(m)::value, sum_of<TURNS>(tot + decltype(m)::value * TURNS)); });
 }
 
+// acc[m][16] += x[m] . `rows` rows from row 16 * tile.
 template <int BITS, int MR>
 static void gemv8_lut(const Job& j, const Piece& p, int64_t tile, int64_t end, int64_t rows, const Input8& in, float* acc) {
-  constexpr int ROWS = MR <= 2 && BITS < 4 ? 2 : 1;
   const uint8_t *words = j.blob + p.codes + tile * 16 * p.code_step, *tables = j.blob + p.scales + tile * 16 * p.scale_step;
   const uint8_t* stop = codes_end(j, p, end);
-  int64_t r = 0;
-  for (; r + ROWS <= rows; r += ROWS) gemv8_rows<BITS, MR, ROWS>(words + r * p.code_step, p.code_step, tables + r * LUT_BYTES, in, stop, acc + r);
-  for (; r < rows; r++) gemv8_rows<BITS, MR, 1>(words + r * p.code_step, p.code_step, tables + r * LUT_BYTES, in, stop, acc + r);
+  float parts[MR * 256], unit[16] = {0};
+  for (int64_t r = 0; r < rows; r++) {
+    gemv8_row<BITS, MR>(words + r * p.code_step, tables + r * LUT_BYTES, in, stop, parts + 16 * r);
+    unit[r] = lut_unit(tables + r * LUT_BYTES);
+  }
+  for (int m = 0; m < MR; m++) {
+    float bias = 0.0f;  // what BIAS has brought into every row alike
+    if (BIAS)
+      for (int64_t g = 0; g < in.groups; g++) bias += in.units[g * in.step + m] * (float)(-BIAS * in.sums[g * in.step + m]);
+    V t[16];
+    for (int64_t r = 0; r < 16; r++) t[r] = r < rows ? load(parts + 256 * m + 16 * r) : zero();
+    transpose(t);
+    store(acc + 16 * m, fma(add(sum_of<16>(t), set1(bias)), load(unit), load(acc + 16 * m)));
+  }
 }
 
 template <int MR>
-static void gemv8_piece(const Job& j, const Piece& p, int64_t tile, int64_t end, int64_t rows, int64_t m0, float* acc) {
+static void gemv8_piece(const Job& j, const Piece& p, int64_t pieces, int64_t tile, int64_t end, int64_t rows, int64_t m0, float* acc) {
   const Input8 in = input8(j, p, m0);
   if (p.format.kind == LUT) {
     switch (p.format.bits) {
@@ -349,12 +345,13 @@ static void gemv8_piece(const Job& j, const Piece& p, int64_t tile, int64_t end,
   }
   const Tile t = tile_of(j.blob, p, tile, codes_end(j, p, end));
   const Bytes table = nf_table();
+  const bool late = scales_late(j, p.format, pieces);
   switch (p.format.kind == NF ? 0 : p.format.bits) {
-    case 0: return gemv8_tile<NfQuads, MR>(t, table, in, acc);
-    case 2: return gemv8_tile<Quads<2, VNNI>, MR>(t, table, in, acc);
-    case 3: return gemv8_tile<Quads<3, VNNI>, MR>(t, table, in, acc);
-    case 4: return gemv8_tile<Quads<4, VNNI>, MR>(t, table, in, acc);
-    default: return gemv8_tile<Quads<8, VNNI>, MR>(t, table, in, acc);
+    case 0: return gemv8_tile<NfQuads, MR>(t, table, in, late, acc);
+    case 2: return gemv8_tile<Quads<2, VNNI>, MR>(t, table, in, late, acc);
+    case 3: return gemv8_tile<Quads<3, VNNI>, MR>(t, table, in, late, acc);
+    case 4: return gemv8_tile<Quads<4, VNNI>, MR>(t, table, in, late, acc);
+    default: return gemv8_tile<Quads<8, VNNI>, MR>(t, table, in, late, acc);
   }
 }
 
@@ -446,47 +443,53 @@ struct Reading {
   int offset;
   bool small;
   float unit;     // 1/127 for nf
+  bool late;      // scales_late()
 };
-static Reading reading(Format f) {
+static Reading reading(Format f, bool late) {
   const bool small = f.kind == UNIFORM && f.bits < 8, fold = small && f.zero == INT;
-  Reading r{f, small ? 1 << (f.bits - 1) : BIAS, small, f.kind == NF ? 1.0f / 127.0f : 1.0f};
+  Reading r{f, small ? 1 << (f.bits - 1) : BIAS, small, f.kind == NF ? 1.0f / 127.0f : 1.0f, late};
   if (fold) r.format.zero = SYM, r.offset = 1 << f.bits;
   if (f.zero == FLOATZERO) r.offset -= 1 << (f.bits - 1);
   return r;
 }
 
-// acc[m][lda] += one group: `quads` quads of NV tiles times MR rows of x [quad][MR][4]. Meanwhile the codes at `next` and `other`,
+// acc[m][lda] += one group, or = if it is the `first`: `quads` quads of NV tiles times MR rows of x, `stride` bytes apart. Meanwhile the codes at `next` and `other`,
 // if not null, are prefetched, 64 bytes of each a quad: as one burst while unpacking they would overrun the queue of outstanding loads, and the
 // next panel would wait for memory.
 template <int NV, int MR, bool SMALL>
-static void gemm8_block(const uint8_t* panel, const int8_t* x, int64_t quads, Reading how, const GroupScale* scales, const float* units,
-                        const int32_t* sums, float* acc, int64_t lda, const uint8_t* next, const uint8_t* other) {
+static void gemm8_block(const uint8_t* panel, const int8_t* x, int64_t stride, int64_t quads, Reading how, const GroupScale* scales, const float* units,
+                        const int32_t* sums, bool first, float* acc, int64_t lda, const uint8_t* next, const uint8_t* other) {
   W d[MR * NV];
   unroll<MR>([&](auto m) MXQ_LAMBDA {
     const W start = ints(-how.offset * sums[decltype(m)::value]);
     unroll<NV>([&](auto v) MXQ_LAMBDA { d[decltype(m)::value * NV + decltype(v)::value] = start; });
   });
-  for (int64_t q = 0; q < quads; q++, panel += 64, x += 4 * MR) {
+  // Four quads a turn: the end of a loop of 64 turns is not foreseen, that of one of 16 is.
+  for (int64_t q = 0; q < quads; q += 4, panel += 256, x += 16) {
     if (next) {
-      __builtin_prefetch(next, 0, 2);
-      __builtin_prefetch(other, 0, 2);
-      next += 64, other += 64;
+      unroll<4>([&](auto i) MXQ_LAMBDA {
+        __builtin_prefetch(next + 64 * decltype(i)::value, 0, 2);
+        __builtin_prefetch(other + 64 * decltype(i)::value, 0, 2);
+      });
+      next += 256, other += 256;
     }
-    W u[NV];
-    unroll<NV>([&](auto v) MXQ_LAMBDA {
-      u[decltype(v)::value] = load_words(panel + TILE8 * decltype(v)::value);
-    });
-    unroll<MR>([&](auto m) MXQ_LAMBDA {
-      constexpr int M = decltype(m)::value;
-      W b = four_bytes(x + 4 * M);
-      if constexpr (NV > 1) pin(b);  // one load for all tiles
-      unroll<NV>([&](auto v) MXQ_LAMBDA {
-        constexpr int I = M * NV + decltype(v)::value;
-        d[I] = dot_value<SMALL>(d[I], u[decltype(v)::value], b);
+    unroll<4>([&](auto i) MXQ_LAMBDA {
+      constexpr int I = decltype(i)::value;
+      W u[NV];
+      unroll<NV>([&](auto v) MXQ_LAMBDA { u[decltype(v)::value] = load_words(panel + TILE8 * decltype(v)::value + 64 * I); });
+      unroll<MR>([&](auto m) MXQ_LAMBDA {
+        constexpr int M = decltype(m)::value;
+        W b = four_bytes(x + M * stride + 4 * I);
+        if constexpr (NV > 1) pin(b);  // one load for all tiles
+        unroll<NV>([&](auto v) MXQ_LAMBDA {
+          constexpr int D = M * NV + decltype(v)::value;
+          d[D] = dot_value<SMALL>(d[D], u[decltype(v)::value], b);
+        });
       });
     });
   }
-  const auto finish = [&](Format f) MXQ_LAMBDA {
+  // The common cases without a question per vector.
+  const auto add = [&](Format f, auto late, auto begin) MXQ_LAMBDA {
     unroll<MR>([&](auto m) MXQ_LAMBDA {
       constexpr int M = decltype(m)::value;
       const float unit = how.unit * units[M];
@@ -494,14 +497,24 @@ static void gemm8_block(const uint8_t* panel, const int8_t* x, int64_t quads, Re
       unroll<NV>([&](auto v) MXQ_LAMBDA {
         constexpr int N = decltype(v)::value;
         float* to = acc + M * lda + 16 * N;
-        store(to, add_group(f, scales[N], to_float(d[M * NV + N]), unit, sum, load(to)));
+        GroupScale s = scales[N];
+        if constexpr (decltype(late)::value) s.scale = set1(1.0f);
+        store(to, add_group(f, s, to_float(d[M * NV + N]), unit, sum, decltype(begin)::value ? zero() : load(to)));
       });
     });
   };
   Format symmetric = how.format;
   symmetric.zero = SYM;
-  if (how.format.zero == SYM) finish(symmetric);  // the common case without a question per vector
-  else finish(how.format);
+  if (how.format.zero != SYM) {
+    if (first) add(how.format, Int<0>{}, Int<1>{});
+    else add(how.format, Int<0>{}, Int<0>{});
+  } else if (how.late) {
+    if (first) add(symmetric, Int<1>{}, Int<1>{});
+    else add(symmetric, Int<1>{}, Int<0>{});
+  } else {
+    if (first) add(symmetric, Int<0>{}, Int<1>{});
+    else add(symmetric, Int<0>{}, Int<0>{});
+  }
 }
 
 // All blocks of x times the panel of columns c0 .. c1.
@@ -514,12 +527,12 @@ struct PanelJob {
   const GroupScale* scales;
   const uint8_t* next[GEMM8_TILES];  // where each tile goes on
   int64_t next_bytes;                // of each of them
-  float* acc;
-  int64_t lda;
+  bool first, last;                  // of the sums' panels
+  const float* late;                 // what the sums are multiplied with at their end, or null
 };
 
 template <int NV, bool SMALL>
-static void gemm8_all_blocks(const Job& j, const PanelJob& a) {
+static void gemm8_all_blocks(const Job& j, const GemmChunk& k, const PanelJob& a) {
   // No division in here: a micro-kernel takes some 400 cycles, and its addresses would wait for one.
   const Input8& in = a.in;
   const int64_t size = j.m / j.blocks, larger = j.m % j.blocks, first = a.c0 / in.group;
@@ -529,54 +542,60 @@ static void gemm8_all_blocks(const Job& j, const PanelJob& a) {
     const float* units = in.units + first * in.step + m0;
     const int32_t* sums = in.sums + first * in.step + m0;
     const GroupScale* scales = a.scales;
-    float* acc = a.acc + m0 * a.lda;
-    for (int64_t c = a.c0; c < a.c1; c += in.group) {  // the groups of the panel, while the sums are in L1
+    float* acc = k.acc + m0 * k.lda;
+    bool begin = a.first;
+    for (int64_t c = a.c0; c < a.c1; c += in.group, begin = false) {  // the groups of the panel, while the sums are in L1
       const int64_t width = a.c1 - c < in.group ? a.c1 - c : in.group, full = in.stride - c < in.group ? in.stride - c : in.group;
       const int8_t* x = a.x + c * j.m + m0 * full;
       const uint8_t* panel = a.panel + (c - a.c0) * 16;
       const uint8_t* next = tile < NV ? a.next[tile] + fetched : nullptr;  // two tiles at a time
       const uint8_t* other = tile + 1 < NV ? a.next[tile + 1] + fetched : next;
       unroll<GEMM8_BLOCK>([&](auto m) MXQ_LAMBDA {
-        if (mr == decltype(m)::value + 1) gemm8_block<NV, decltype(m)::value + 1, SMALL>(panel, x, width / 4, a.how, scales, units, sums, acc, a.lda, next, other);
+        if (mr == decltype(m)::value + 1) gemm8_block<NV, decltype(m)::value + 1, SMALL>(panel, x, full, width / 4, a.how, scales, units, sums, begin, acc, k.lda, next, other);
       });
       units += in.step, sums += in.step, scales += GEMM8_TILES;
       fetched += width / 4 * 64;
       if (fetched >= a.next_bytes) tile += 2, fetched = 0;
     }
+    if (a.last) finish_block(j, k, m0, mr, a.late);  // now, while its sums are in L1
   }
 }
 
-// acc[m][lda] += x . the `count` row tiles of a piece from `first`.
-static void gemm8_piece(const Job& j, const Piece& p, int64_t first, int64_t count, int64_t rows, uint8_t* panel, float* acc) {
+// What piece `index` of `pieces` adds to the sums of a chunk; the first piece begins them, the last one writes y.
+static void gemm8_piece(const Job& j, const GemmChunk& k, uint32_t index, uint32_t pieces, uint8_t* panel) {
+  const Piece& p = k.pieces[index];
   const Input8 in = input8(j, p, 0);
   const int64_t padded = padded_cols(p.format, p.c1 - p.c0);
   GroupScale scales[DEPTH8 / 32 * GEMM8_TILES];
+  float late[16 * GEMM8_TILES];
   const int64_t next_bytes = column_lanes(p.format) ? 0 : DEPTH8 * 16 * p.format.bits / 8;  // the rows of a lut tile lie apart: see unpack_rows
-  PanelJob a{panel, in.bytes, 0, 0, reading(p.format), in, scales, {}, next_bytes, acc, 16 * GEMM8_TILES};
+  PanelJob a{panel, in.bytes, 0, 0, reading(p.format, scales_late(j, p.format, pieces)), in, scales, {}, next_bytes, false, false, nullptr};
   for (int64_t c0 = 0; c0 < padded; c0 += DEPTH8) {
     const int64_t c1 = c0 + DEPTH8 < padded ? c0 + DEPTH8 : padded;
-    a.c0 = c0, a.c1 = c1;
-    for (int64_t t = 0; t < count; t++) {
-      a.next[t] = next_codes(j, p, first + t, c0);
-      fetch_scales(j, p, first + t, c0 + DEPTH8 < padded ? c0 + DEPTH8 : -1);
-      const int64_t tile_rows = rows - 16 * t < 16 ? rows - 16 * t : 16;
-      unpack_panel(j, p, first + t, tile_rows, in.group, c0, c1, panel + TILE8 * t);
+    a.c0 = c0, a.c1 = c1, a.first = index == 0 && c0 == 0, a.last = index + 1 == pieces && c1 == padded;
+    for (int64_t t = 0; t < k.count; t++) {
+      const int64_t tile = k.first + t, tile_rows = k.rows - 16 * t < 16 ? k.rows - 16 * t : 16;
+      a.next[t] = next_codes(j, p, tile, c0);
+      fetch_scales(j, p, tile, c1 < padded ? c1 : -1);
+      unpack_panel(j, p, tile, tile_rows, in.group, c0, c1, panel + TILE8 * t);
       for (int64_t c = c0, i = 0; c < c1; c += in.group, i++) {
         GroupScale& to = scales[i * GEMM8_TILES + t];
         if (p.format.kind != LUT) {
-          to = group_scale(tile_of(j.blob, p, first + t), c / in.group);
+          to = group_scale(tile_of(j.blob, p, tile), c / in.group);
         } else {
           float unit[16] = {0};
-          for (int64_t r = 0; r < tile_rows; r++) unit[r] = lut_unit(j.blob + p.scales + ((first + t) * 16 + r) * p.scale_step);
+          for (int64_t r = 0; r < tile_rows; r++) unit[r] = lut_unit(j.blob + p.scales + (tile * 16 + r) * p.scale_step);
           to = {load(unit), zero()};
         }
       }
+      store(late + 16 * t, scales[t].scale);
     }
+    if (a.last && a.how.late) a.late = late;
     unroll<GEMM8_TILES>([&](auto n) MXQ_LAMBDA {
       constexpr int NV = decltype(n)::value + 1;
-      if (count != NV) return;
-      if (a.how.small) gemm8_all_blocks<NV, true>(j, a);
-      else gemm8_all_blocks<NV, VNNI>(j, a);
+      if (k.count != NV) return;
+      if (a.how.small) gemm8_all_blocks<NV, true>(j, k, a);
+      else gemm8_all_blocks<NV, VNNI>(j, k, a);
     });
   }
 }

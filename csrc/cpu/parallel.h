@@ -6,7 +6,8 @@
 namespace mxq {
 
 // Calls fn(context, item, worker) for each item in 0 .. items-1, on at most `threads` threads, the caller among them (worker 0).
-// Items are handed out one by one in ascending order; worker < threads. fn must not throw.
+// worker < threads. Each worker has a share of neighbouring items and takes them in ascending order, so that it goes through memory as one
+// stream; who is done early takes items from the end of another share, so that a thread that lost its core holds up one item. fn must not throw.
 // Safe from several threads (a call that finds the pool busy runs on its caller alone) and after fork (the child gets a pool of its own).
 void parallel_for(int64_t items, int threads, void (*fn)(void* context, int64_t item, int worker), void* context);
 
