@@ -145,16 +145,18 @@ class LayerPath(nn.Module):
     def forward(self, *args, **kwargs):
         if torch.compiler.is_compiling():
             return self._plain(*args, **kwargs)
-        names = _arguments(type(self.family.decoder))
+        decoder = self.family.decoder
+        names = _arguments(type(decoder))
         call = dict(zip(names, args, strict=False)) | kwargs
         cache = next((c for name in _CACHES if (c := call.pop(name, None)) is not None), None)
         ids, embeds, mask, positions = (call.pop(name, None) for name in ("input_ids", "inputs_embeds", "attention_mask", "position_ids"))
-        why = self._obstacle(ids, embeds, mask, cache, call)
-        if why is None:
-            cache = DynamicCache(config=self.family.decoder.config) if cache is None else cache
+        known = cache is not None and self.rows is not None and self.rows[0]() is cache and self.rows[1].unchanged(cache)
+        why = self._obstacle(ids, embeds, mask, call, look=not known)
+        if why is None and not known:
+            cache = DynamicCache(config=decoder.config) if cache is None else cache
             why = adopt(cache)
         if why is None:
-            x = self.family.decoder.embed_tokens(ids) if embeds is None else embeds.clone(memory_format=torch.contiguous_format)
+            x = decoder.embed_tokens(ids) if embeds is None else embeds.clone(memory_format=torch.contiguous_format)
             past, w = cache.layers[0].get_seq_length(), self.weights
             if x.dtype != w.dtype or x.shape[2] != w.hidden:
                 why = f"the tokens are {str(x.dtype)[6:]} of {x.shape[2]} channels, the layers {str(w.dtype)[6:]} of {w.hidden}"
@@ -173,8 +175,8 @@ class LayerPath(nn.Module):
         if self.fallbacks[why] == 1 and why not in _EXPECTED:
             env.fallback(f"whole-layer decoding of {self.family.name}", why, "such calls go through the modules")
 
-    def _obstacle(self, ids, embeds, mask, cache: Cache | None, call: dict) -> str | None:
-        """Why a call must go through the modules, or None. Nothing is changed but what this module remembers."""
+    def _obstacle(self, ids, embeds, mask, call: dict, look: bool) -> str | None:
+        """Why a call must go through the modules, or None. ``look``: a new sequence, all modules are looked at. Nothing changes but what is remembered."""
         decoder, tokens = self.family.decoder, ids if embeds is None else embeds
         config = decoder.config
         if decoder.training:
@@ -199,28 +201,27 @@ class LayerPath(nn.Module):
             return "autocast"
         if mask is not None and (type(mask) is not torch.Tensor or mask.dim() != 2 or not mask.is_cpu or mask.is_floating_point()):
             return "a mask that is not [batch, tokens] of yes and no"
-        if why := self._hooks() or self._refresh():
+        if why := self._hooks(look) or self._refresh(look):
             return why
         if torch.is_grad_enabled() and (embeds is not None and embeds.requires_grad or any(p.requires_grad for p in decoder.parameters())):
             return "a gradient is needed"
         return None
 
-    def _hooks(self) -> str | None:
+    def _hooks(self, look: bool) -> str | None:
         """Hooks and wrapped forwards of the modules that native code would pass by."""
-        if any("forward" in block.__dict__ for block in self.family.decoder.layers):
-            return "a layer's forward is wrapped"
+        decoder = self.family.decoder
         if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
             return "hooks on all modules"
-        if self.hooks_in_way or self.hooks_seen != RemovableHandle.next_id:  # counts all hooks that were ever registered
-            self.hooks_seen, decoder = RemovableHandle.next_id, self.family.decoder
+        if look or self.hooks_in_way or self.hooks_seen != RemovableHandle.next_id:  # counts all hooks that were ever registered
+            self.hooks_seen = RemovableHandle.next_id
             self.hooks_in_way = any(
                 "forward" in m.__dict__ or any(h.__module__ != _CAPTURING for hooks in (m._forward_hooks, m._forward_pre_hooks) for h in hooks.values())
                 for part in (decoder.layers, decoder.norm, decoder.rotary_emb) for m in part.modules())
-        return "hooks on modules inside" if self.hooks_in_way else None
+        return "hooks or wrapped forwards of modules inside" if self.hooks_in_way else None
 
-    def _refresh(self) -> str | None:
+    def _refresh(self, look: bool) -> str | None:
         """Brings the native weights up to date with the modules. Returns why that is impossible, or None."""
-        if self.weights is None or not self.weights.current():
+        if self.weights is None or not self.weights.current(look):
             self.weights = None
             try:
                 recognise(self.family.decoder)
@@ -262,9 +263,8 @@ class LayerPath(nn.Module):
                 layer.tokens += tokens
 
     def _rows(self, cache: Cache, shape: tuple) -> CacheRows:
-        if self.rows is None or self.rows[0]() is not cache or not self.rows[1].fits(cache, shape):
+        if self.rows is None or self.rows[0]() is not cache or self.rows[1].shape != shape or not self.rows[1].unchanged(cache):
             self.rows = (weakref.ref(cache), CacheRows(cache, shape))
-            self.hooks_seen = -1  # a new sequence: look at all modules again
         return self.rows[1]
 
     def _table(self, x: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor] | None:

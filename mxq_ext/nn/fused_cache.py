@@ -167,9 +167,9 @@ class CacheRows:
         self.seen: list[tuple] = [(None,) * 5 if type(x) is MxqCacheLayer else (None,) * 3 for x in self.layers]
         self.packed = any(type(x) is MxqCacheLayer for x in self.layers)
 
-    def fits(self, cache: Cache, shape: tuple) -> bool:
-        """Whether these rows are of ``cache`` as it is now."""
-        return self.shape == shape and len(self.layers) == len(cache.layers) and all(map(operator.is_, self.layers, cache.layers))
+    def unchanged(self, cache: Cache) -> bool:
+        """Whether ``cache`` still has the layers that these rows are of."""
+        return len(self.layers) == len(cache.layers) and all(map(operator.is_, self.layers, cache.layers))
 
     def prepare(self, tokens: int) -> int:
         """Brings every row up to date and reserves room; returns how many of ``tokens`` can be appended in one call."""

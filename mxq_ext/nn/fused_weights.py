@@ -1,14 +1,30 @@
-"""The weights of a model's layers as native code takes them, and whether they are still those of the modules."""
+"""The weights of a model's layers as native code takes them, and whether they are still those of the modules.
+
+To look at 400 modules before each token would cost a tenth of its time: they are cold after the weights have run through the caches. So whatever puts
+another module, parameter, packed weight or compute mode into a model counts up one number, and only then (and for each new sequence) they are compared.
+"""
 
 from __future__ import annotations
 
 import operator
 
 from torch import nn
+from torch.nn.modules import module as torch_module
 
 from .. import _native, ops
 from ..errors import ModelError
+from . import linear as quant_linear
 from .fused_model import Family, linears, parts
+
+
+def _registered(module: nn.Module, name: str, value: object) -> None:
+    quant_linear.note_change()
+
+
+# Called by torch whenever any module gets a submodule, parameter or buffer by assignment.
+torch_module.register_module_module_registration_hook(_registered)
+torch_module.register_module_parameter_registration_hook(_registered)
+torch_module.register_module_buffer_registration_hook(_registered)
 
 _ASKED = "native weights of the layers"
 
@@ -33,7 +49,7 @@ class NativeWeights:
         for block in blocks:
             self.places += [(part._modules, name) for part in (block, block.self_attn, block.mlp) for name in part._modules]
         self.modules = [entries[name] for entries, name in self.places]
-        self.values, self.kept = self._values(), []
+        self.values, self.kept, self.changes = self._values(), [], quant_linear.changes()
 
         self.dtype, self.hidden = norms[0].weight.dtype, config.hidden_size
         self.heads, self.kv_heads, self.dim = config.num_attention_heads, config.num_key_value_heads, blocks[0].self_attn.head_dim
@@ -50,8 +66,11 @@ class NativeWeights:
         sizes = (h, self.heads, self.kv_heads, self.dim, inner)
         self.stack = _native.cpu.LayerStack((ops.TYPES[self.dtype], *sizes, decoder.norm.variance_epsilon, self._norm(decoder.norm, h)), layers)
 
-    def current(self) -> bool:
-        """Whether the model still has these modules with these weights. It is asked before every token: comparisons of what is at hand, no walk."""
+    def current(self, look: bool) -> bool:
+        """Whether the model still has these modules with these weights; ``look`` asks them even if nothing is known to have changed."""
+        if not look and self.changes == quant_linear.changes():
+            return True
+        self.changes = quant_linear.changes()
         try:
             there = [entries[name] for entries, name in self.places]
         except KeyError:
