@@ -16,6 +16,7 @@ import functools
 import inspect
 import weakref
 from collections import Counter
+from collections.abc import Collection
 
 import torch
 from torch import nn
@@ -57,18 +58,14 @@ def fuse_layers(model: nn.Module, fuse: str | None) -> nn.Module:
         ModelError: ``"layer"`` for a model that native code does not know, with what stands against it; another ``fuse``.
         NativeError: without the compiled extension.
     """
-    if fuse is not None and fuse not in MODES:
-        raise ModelError(f"fuse={fuse!r}", f"there are {', '.join(map(repr, MODES))} and None", "choose one of them")
+    _check_mode(fuse)
     for module in model.modules():
         if isinstance(module._modules.get(CHILD), LayerPath):
             module._modules.pop(CHILD).detach()
     if fuse is None:
         return model
     try:
-        need_native()
-        family = recognise(model)
-        if "forward" in vars(family.decoder):
-            raise ModelError(f"whole-layer decoding of {type(model).__name__}", "the decoder's forward is wrapped already", "remove the wrapper first")
+        family = _able(model)
     except (ModelError, NativeError) as refusal:
         if fuse == "layer":
             raise
@@ -80,6 +77,26 @@ def fuse_layers(model: nn.Module, fuse: str | None) -> nn.Module:
     family.decoder.add_module(CHILD, path)
     family.decoder.__dict__["forward"] = path  # of the instance: the class's own stays reachable. As an attribute it would become a submodule twice
     return model
+
+
+def check_fuse(model: nn.Module, fuse: str | None, planned: Collection[str]) -> None:
+    """Raises if ``fuse_layers`` would once the linears ``planned`` are quantized. Changes nothing."""
+    _check_mode(fuse)
+    if fuse == "layer":
+        _able(model, planned)
+
+
+def _check_mode(fuse: str | None) -> None:
+    if fuse is not None and fuse not in MODES:
+        raise ModelError(f"fuse={fuse!r}", f"there are {', '.join(map(repr, MODES))} and None", "choose one of them")
+
+
+def _able(model: nn.Module, planned: Collection[str] = ()) -> Family:
+    need_native()
+    family = recognise(model, planned)
+    if "forward" in vars(family.decoder):
+        raise ModelError(f"whole-layer decoding of {type(model).__name__}", "the decoder's forward is wrapped already", "remove the wrapper first")
+    return family
 
 
 def need_native() -> None:
@@ -134,7 +151,9 @@ class LayerPath(nn.Module):
 
     @property
     def __signature__(self) -> inspect.Signature:
-        return inspect.signature(self._plain) if self.family is not None else inspect.signature(super().forward)
+        # of the forward that it stands in for: the names of arguments are asked of it
+        own = inspect.signature(type(self).forward if self.family is None else type(self.family.decoder).forward)
+        return own.replace(parameters=list(own.parameters.values())[1:])
 
     def _plain(self, *args, **kwargs):
         decoder = self.family.decoder

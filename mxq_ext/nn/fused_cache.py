@@ -50,13 +50,16 @@ class RoomyLayer(DynamicLayer):
         out.record_past = getattr(layer, "record_past", False)
         return out
 
+    def _take(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        # The buffers end where the tokens do: what others still see of the old ones is never written again.
+        self.k, self.v, self.tokens = keys, values, keys.shape[2]
+
     @property
     def keys(self) -> torch.Tensor | None:
         return self._view(self.k)
 
     @keys.setter
     def keys(self, value: torch.Tensor | None) -> None:
-        # The buffer ends where the tokens do: what others still see of the old one is never written again.
         self.k = value
         self.tokens = value.shape[2] if value is not None and value.dim() == 4 else 0
 
@@ -113,7 +116,18 @@ class RoomyLayer(DynamicLayer):
         if self.dropped and self.tokens - gone < self.window - 1:
             raise ModelError(f"crop({tokens_to_remove}) of a sliding window of {self.window} tokens", f"only the newest {self.tokens} tokens are kept",
                              "call activate_past_recording() on the cache before it fills the window")
-        super().crop(tokens_to_remove)
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop({tokens_to_remove}): give a negative number, of the tokens that are to go")  # as DynamicLayer does
+        if gone and self.is_initialized:
+            self._take(self.keys[:, :, :-gone], self.values[:, :, :-gone])
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+        """Appends tokens as DynamicLayer does, with a copy of all others: for calls that go through the modules."""
+        if self.tokens:
+            key_states, value_states = torch.cat([self.keys, key_states], 2), torch.cat([self.values, value_states], 2)
+        self.device, self.is_initialized = key_states.device, True
+        self._take(key_states, value_states)
+        return key_states, value_states
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         if self.tokens:

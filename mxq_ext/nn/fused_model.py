@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from torch import nn
@@ -31,8 +31,11 @@ class Family:
     windows: tuple[int, ...]
 
 
-def recognise(model: nn.Module) -> Family:
-    """What native layers need to know of ``model``. Raises ModelError with what stands against it. No weight is looked at."""
+def recognise(model: nn.Module, planned: Collection[str] = ()) -> Family:
+    """What native layers need to know of ``model``. Raises ModelError with what stands against it. No weight is looked at.
+
+    ``planned`` names linears that are not quantized yet but will be.
+    """
     asked = f"whole-layer decoding of {type(model).__name__}"
 
     def refuse(rule: str, fix: str = 'pass fuse=None or fuse="auto" to go through the modules'):
@@ -48,7 +51,7 @@ def recognise(model: nn.Module) -> Family:
         if type(part).__name__ != kind or type(part).__module__ != home:
             refuse(f"{where} is a {type(part).__qualname__}, expected {kind}")
     for where, module in linears(blocks):
-        if not isinstance(module, QuantLinear):
+        if not isinstance(module, QuantLinear) and f"{prefix}.{where}" not in planned:
             refuse(f"{prefix}.{where} is not quantized ({type(module).__name__})", "give every linear of the layers a format in the plan")
     config = decoder.config
     if config.hidden_act not in ("silu", "swish"):
