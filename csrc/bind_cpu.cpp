@@ -6,6 +6,7 @@
 #include "cpu/attention.h"
 #include "cpu/driver.h"
 #include "cpu/layer.h"
+#include "cpu/linear_group.h"
 #include "cpu/parallel.h"
 #include "cpu/prepack.h"
 #include "cpu/reference.h"
@@ -142,6 +143,15 @@ PYBIND11_MODULE(_cpu, m) {
                     int threads) {
     py::gil_scoped_release release;
     linear(ptr<uint8_t>(blob), ptr<void>(x), ldx, type, rows, ptr<void>(y), ptr<void>(bias), bias_type, a8, threads);
+  });
+  m.def("linear_group", [](const py::list& group, uintptr_t x, int64_t ldx, int type, int64_t rows, int threads) {
+    std::vector<GroupItem> items;
+    for (const py::handle h : group) {
+      const LayerLinear w = layer_linear_of(h);
+      items.push_back({w.blob, w.bias, w.bias_type, w.a8, ptr<void>(py::reinterpret_borrow<py::tuple>(h)[4].cast<uintptr_t>())});
+    }
+    py::gil_scoped_release release;
+    linear_group(items.data(), int(items.size()), ptr<void>(x), ldx, type, rows, threads);
   });
   m.def("embedding", [](uintptr_t blob, uintptr_t ids, int64_t count, uintptr_t y, int type, int threads) {
     py::gil_scoped_release release;
