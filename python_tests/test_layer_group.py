@@ -16,8 +16,10 @@ def group(x, packed, biases, computes, threads):
     return out
 
 
-@pytest.mark.parametrize("formats", [("w4g32", "w4g32", "w4g32"), ("w4g64_asym", "w3g32_asym", "w8"), ("lut4", "fp16"), ("nf4g64", "w2g64_asym", "w4g64", "w4g64")],
-                         ids="-".join)
+GROUPS = [("w4g32", "w4g32", "w4g32"), ("w4g64_asym", "w3g32_asym", "w8"), ("lut4", "fp16"), ("nf4g64", "w2g64_asym", "w4g64", "w4g64")]
+
+
+@pytest.mark.parametrize("formats", GROUPS, ids="-".join)
 @pytest.mark.parametrize("rows", [1, 3, 7, 40])
 def test_a_group_gives_the_bits_of_each_linear_alone(target, formats, rows):
     k, sizes = 300, (333, 77, 500, 16)

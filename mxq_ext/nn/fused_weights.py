@@ -1,6 +1,6 @@
 """The weights of a model's layers as native code takes them, and whether they are still those of the modules.
 
-To look at 400 modules before each token would cost a tenth of its time: they are cold after the weights have run through the caches. So whatever puts
+To look at 400 modules before each token took 0.1 to 0.3 ms: they are cold once the weights have run through the caches. So whatever puts
 another module, parameter, packed weight or compute mode into a model counts up one number, and only then (and for each new sequence) they are compared.
 """
 
