@@ -220,7 +220,8 @@ def table(options, ways: list[Candidate]) -> str:
         return f"{max(speeds):.0f} ({statistics.median(speeds):.0f})" if speeds else "-"
 
     rounds = len(ways[0].seen["step"])
-    lines = [f"\n### Tokens per second, {options.threads} thread(s), best (median) of {rounds}: {options.new} written after {options.prompt}, {options.prefill} read\n", "| model | MB | generate | x bf16 | step | prefill |", "|---" * 6 + "|"]
+    setting = f"{options.threads} thread(s), best (median) of {rounds}: {options.new} written after {options.prompt}, {options.prefill} read"
+    lines = [f"\n### Tokens per second, {setting}\n", "| model | MB | generate | x bf16 | step | prefill |", "|---" * 6 + "|"]
     for w in ways:
         times = f"{max(w.seen['generate']) / base:.2f}" if w.seen["generate"] else "-"
         lines.append(f"| {w.name} | {w.nbytes / 1e6:.1f} | {cell(w.seen['generate'])} | {times} | {cell(w.seen['step'])} | {cell(w.seen['prefill'])} |")

