@@ -194,12 +194,28 @@ def test_a_cache_goes_from_modules_to_native_code_and_back():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "mistral_window"])
+def test_a_cache_made_without_a_config(family):
+    ids, model = prompt(2, 90), build(family)
+
+    def run(m):
+        cache = DynamicCache()
+        return torch.cat([m(part, use_cache=True, **{CACHE: cache}).logits for part in ids.split([60, 1, 29], 1)], 1)
+
+    want, have = both(model, run)
+    torch.testing.assert_close(have, want, rtol=1e-3, atol=1e-3)
+    with pytest.warns(MxqWarning, match="the cache has 1 layers, the model 2"), pytest.raises(Exception):  # noqa: B017 (transformers' own)
+        model(ids, use_cache=True, **{CACHE: DynamicCache(config=build(family).config.__class__(**BASE | {"num_hidden_layers": 1}))})
+
+
+@torch.no_grad()
 def test_embeddings_positions_and_threads():
     model = build("qwen2")
     ids, positions = prompt(2, 30), torch.arange(30).expand(2, -1) * 3 % 71
     embeds = model.get_input_embeddings()(ids)
     before = torch.get_num_threads()
-    for options in ({"inputs_embeds": embeds}, {"input_ids": ids, "position_ids": positions}, {"input_ids": ids, "position_ids": positions - 20}):
+    far = {"input_ids": ids, "position_ids": positions[:1] + 200_000}
+    for options in (far, {"inputs_embeds": embeds}, {"input_ids": ids, "position_ids": positions}, {"input_ids": ids, "position_ids": positions - 20}):
         kept = embeds.clone()
         want, have = both(model, lambda m, o=options: m(**o, use_cache=True).logits)
         torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-4)

@@ -40,6 +40,7 @@ ATTENTION = ("eager", "sdpa", PACKED_ATTENTION)  #: implementations that compute
 CHILD = "mxq_layers"  #: name under which the decoder holds its LayerPath
 #: Rotary embeddings whose angles depend on the position alone, so that a table of them may be kept.
 _STATIC_ROPE = ("default", "linear", "llama3", "yarn")
+_TABLE = 1 << 17  #: positions beyond these get angles of their own, not a table
 #: Reasons for which a call goes through the modules without a warning: nobody expects speed there.
 _EXPECTED = ("training", "a gradient is needed", "no cache", "another device or tensor class")
 _CACHES = ("cache", "past_key_values")  # the argument's name, since and before transformers 5.24
@@ -113,6 +114,10 @@ def _arguments(decoder: type) -> tuple[str, ...]:
     return tuple(inspect.signature(decoder.forward).parameters)[1:]
 
 
+def _are_positions(positions: torch.Tensor, batch: int, tokens: int) -> bool:
+    return positions.is_cpu and not positions.is_floating_point() and tuple(positions.shape) in ((batch, tokens), (1, tokens))
+
+
 class LayerPath(nn.Module):
     """Stands in for the forward of a decoder. It has no parameters: they stay where they are, and native code is told anew when they change.
 
@@ -173,7 +178,7 @@ class LayerPath(nn.Module):
         why = self._obstacle(ids, embeds, mask, call, look=not known)
         if why is None and not known:
             cache = DynamicCache(config=decoder.config) if cache is None else cache
-            why = adopt(cache)
+            why = adopt(cache, len(self.family.windows))
         if why is None:
             x = decoder.embed_tokens(ids) if embeds is None else embeds.clone(memory_format=torch.contiguous_format)
             past, w = cache.layers[0].get_seq_length(), self.weights
@@ -181,6 +186,8 @@ class LayerPath(nn.Module):
                 why = f"the tokens are {str(x.dtype)[6:]} of {x.shape[2]} channels, the layers {str(w.dtype)[6:]} of {w.hidden}"
             elif mask is not None and mask.shape != (x.shape[0], past + x.shape[1]):
                 why = f"the mask is {tuple(mask.shape)} and not [batch, tokens] of all tokens"
+            elif positions is not None and not _are_positions(positions, *x.shape[:2]):
+                why = f"position_ids are {tuple(positions.shape)} and not [batch, tokens]"
         if why is not None:
             self._note(why)
             return self._plain(*args, **kwargs)
@@ -308,7 +315,7 @@ class _Step:
         self.path, self.x, self.seen, tokens = path, x, seen, x.shape[1]
         if positions is None:
             positions = torch.arange(past, past + tokens)[None]
-        self.positions = positions.to(torch.int64).expand(-1, tokens).contiguous()
+        self.positions = positions.to(torch.int64).contiguous()
         self.table = path._table(x, 1)
         if self.table is None:
             self.each_token()
@@ -332,9 +339,9 @@ class _Step:
                                           torch.get_num_threads())
             if need == 0:
                 break
-            if need > 0:
+            if 0 < need <= _TABLE:
                 self.table = path._table(self.x, need)
-            else:  # negative positions are in no table
+            else:  # negative positions are in no table, and one for far ones would be large
                 self.each_token()
         if part.data_ptr() != self.x[:, start:stop].data_ptr():
             self.x[:, start:stop] = part

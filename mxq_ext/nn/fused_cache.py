@@ -141,12 +141,16 @@ class RoomyLayer(DynamicLayer):
         return f"RoomyLayer({self.get_seq_length()} tokens{f', window {self.window}' * (self.window > 0)})"
 
 
-def adopt(cache: Cache) -> str | None:
-    """Prepares a cache for native layers, in place. Returns what stands against it, or None."""
+def adopt(cache: Cache, layers: int) -> str | None:
+    """Prepares a cache for a model with so many layers, all native, in place. Returns what stands against it, or None."""
     if type(cache) not in (DynamicCache, MxqCache):
         return f"a {type(cache).__name__} is in use"
     if getattr(cache, "offloading", False):
         return "the cache is offloaded"
+    if getattr(cache, "layer_class_to_replicate", None) is DynamicLayer:  # made without a config: it grows by layers as they are used
+        cache.layers.extend(RoomyLayer() for _ in range(layers - len(cache.layers)))
+    if len(cache.layers) != layers:
+        return f"the cache has {len(cache.layers)} layers, the model {layers}"
     for i, layer in enumerate(cache.layers):
         if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
             if layer.is_initialized and layer.keys.device.type != "cpu":
