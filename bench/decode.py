@@ -12,6 +12,7 @@ bare loop of forward and argmax, ``prefill`` the prompt. llama.cpp has the last 
 from __future__ import annotations
 
 import copy
+import ctypes
 import importlib.util
 import statistics
 import tempfile
@@ -91,12 +92,9 @@ def of_model(name: str, nbytes: int, model: nn.Module, use: Callable[[], None] =
 
 def of_llama(name: str, path: Path, threads: int, context: int) -> Candidate:
     """A candidate that is a GGUF file in llama.cpp: its C functions, with a synchronisation and an argmax after each token as the others have."""
-    import ctypes
-
     import llama_cpp as c
     import numpy as np
 
-    c.llama_log_set(_silence(c), ctypes.c_void_p())
     model = c.llama_model_load_from_file(str(path).encode(), c.llama_model_default_params())
     options = c.llama_context_default_params()
     options.n_ctx, options.n_batch, options.n_ubatch, options.n_threads, options.n_threads_batch = context, context, 512, threads, threads
@@ -129,10 +127,10 @@ def of_llama(name: str, path: Path, threads: int, context: int) -> Candidate:
     return Candidate(f"llama.cpp {name}", path.stat().st_size, lambda: None, steps, prefill)
 
 
-def _silence(c):
+def _silence(c) -> None:
     global _silent
     _silent = c.llama_log_callback(lambda *_: None)  # kept: C holds only its address
-    return _silent
+    c.llama_log_set(_silent, ctypes.c_void_p())
 
 
 def llama_files(options, folder: Path) -> dict[str, Path]:
@@ -142,9 +140,10 @@ def llama_files(options, folder: Path) -> dict[str, Path]:
         if files:
             raise SystemExit("bench: --gguf needs the package llama-cpp-python")
         return {}
-    if options.model is None and not files:
-        import llama_cpp as c
+    import llama_cpp as c
 
+    _silence(c)
+    if options.model is None and not files:
         source = demo_model_path()
         files[source.stem.rpartition(".")[2]] = source
         for name, number in LLAMA_TYPES.items():
@@ -156,9 +155,10 @@ def llama_files(options, folder: Path) -> dict[str, Path]:
     return files
 
 
-def candidates(options, folder: Path) -> list[Candidate]:
-    """All of them, in the order of the table."""
+def candidates(options, folder: Path) -> tuple[list[Candidate], int]:
+    """All of them, in the order of the table, and the size of their vocabulary."""
     model, _ = load_model(options.model or demo_model_path())
+    vocabulary = model.config.vocab_size
     half = copy.deepcopy(model).to(torch.bfloat16)
     out = [of_model("transformers bf16", sum(p.nbytes for p in half.parameters()), half)]
     eight = torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {nn.Linear}, dtype=torch.qint8)
@@ -176,7 +176,8 @@ def candidates(options, folder: Path) -> list[Candidate]:
             name = f"mxq {options.plan} {'layers' if fuse else 'modules'} {compute}"
             out.append(of_model(name, nbytes, model, use(fuse, compute)))
     context = max(options.prefill, options.prompt + options.new + 2)
-    return out + [of_llama(name, path, options.threads, context) for name, path in llama_files(options, folder).items()]
+    out += [of_llama(name, path, options.threads, context) for name, path in llama_files(options, folder).items()]
+    return out, vocabulary
 
 
 def run(options) -> Iterator[tuple[dict, str]]:
@@ -186,10 +187,10 @@ def run(options) -> Iterator[tuple[dict, str]]:
     generator = torch.Generator().manual_seed(0)
     try:
         with tempfile.TemporaryDirectory() as folder:
-            ways = candidates(options, Path(folder))
+            ways, vocabulary = candidates(options, Path(folder))
             for round_ in range(-1, options.rounds):  # the first one warms up
                 new = options.new if round_ >= 0 else 4
-                short, long = (torch.randint(1, 1000, (1, n), generator=generator) for n in (options.prompt, options.prefill))
+                short, long = (torch.randint(1, vocabulary, (1, n), generator=generator) for n in (options.prompt, options.prefill))
                 turn = max(round_, 0) % len(ways)
                 for way in ways[turn:] + ways[:turn]:
                     way.use()
