@@ -28,7 +28,8 @@ X86_TARGETS = {
     "avx512vnni": [*AVX512, "-mavx512vnni"],
 }
 TARGETS = {"scalar": []} | (X86_TARGETS if MACHINE in ("x86_64", "amd64") else {})
-COMMON = ["bind_cpu.cpp", *(f"cpu/{name}.cpp" for name in ("attention", "attention_ref", "embedding", "linear", "parallel", "prepack", "reference", "targets"))]
+NATIVE = ("attention", "attention_ref", "embedding", "layer", "linear", "linear_group", "parallel", "prepack", "reference", "targets")
+COMMON = ["bind_cpu.cpp", *(f"cpu/{name}.cpp" for name in NATIVE)]
 FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra", "-Wno-unused-function",
          "-Wno-ignored-attributes", "-Wno-psabi", "-Wno-maybe-uninitialized",
          "-ffp-contract=off"]  # a*b+c rounds twice unless a kernel says fma: results must not depend on the compiler's mood

@@ -5,6 +5,8 @@
 
 #include "cpu/attention.h"
 #include "cpu/driver.h"
+#include "cpu/layer.h"
+#include "cpu/linear_group.h"
 #include "cpu/parallel.h"
 #include "cpu/prepack.h"
 #include "cpu/reference.h"
@@ -90,6 +92,25 @@ Attend attend_of(const py::tuple& key, const py::tuple& value, const py::tuple& 
   return a;
 }
 
+// (blob, bias, type of bias, a8)
+LayerLinear layer_linear_of(const py::handle& h) {
+  const py::tuple t = py::reinterpret_borrow<py::tuple>(h);
+  return {ptr<uint8_t>(t[0].cast<uintptr_t>()), ptr<void>(t[1].cast<uintptr_t>()), t[2].cast<int>(), t[3].cast<bool>()};
+}
+
+// shape: (type, hidden, q_heads, kv_heads, dim, inner, eps, final norm); layers: (both norms, q_norm, k_norm, scale, window, (q, k, v, o, gate, up, down))
+LayerStack layer_stack_of(const py::tuple& shape, const py::list& layers) {
+  LayerStack s{shape[0].cast<int>(), shape[1].cast<int64_t>(), shape[2].cast<int64_t>(), shape[3].cast<int64_t>(), shape[4].cast<int64_t>(),
+               shape[5].cast<int64_t>(), shape[6].cast<float>(), ptr<void>(shape[7].cast<uintptr_t>()), {}};
+  for (const py::handle h : layers) {
+    const py::tuple t = py::reinterpret_borrow<py::tuple>(h), w = t[6].cast<py::tuple>();
+    const auto norm = [&](int i) { return ptr<void>(t[i].cast<uintptr_t>()); };
+    s.layers.push_back({norm(0), norm(1), norm(2), norm(3), layer_linear_of(w[0]), layer_linear_of(w[1]), layer_linear_of(w[2]), layer_linear_of(w[3]),
+                        layer_linear_of(w[4]), layer_linear_of(w[5]), layer_linear_of(w[6]), t[4].cast<float>(), t[5].cast<int64_t>()});
+  }
+  return s;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -122,6 +143,15 @@ PYBIND11_MODULE(_cpu, m) {
                     int threads) {
     py::gil_scoped_release release;
     linear(ptr<uint8_t>(blob), ptr<void>(x), ldx, type, rows, ptr<void>(y), ptr<void>(bias), bias_type, a8, threads);
+  });
+  m.def("linear_group", [](const py::list& group, uintptr_t x, int64_t ldx, int type, int64_t rows, int threads) {
+    std::vector<GroupItem> items;
+    for (const py::handle h : group) {
+      const LayerLinear w = layer_linear_of(h);
+      items.push_back({w.blob, w.bias, w.bias_type, w.a8, ptr<void>(py::reinterpret_borrow<py::tuple>(h)[4].cast<uintptr_t>())});
+    }
+    py::gil_scoped_release release;
+    linear_group(items.data(), int(items.size()), ptr<void>(x), ldx, type, rows, threads);
   });
   m.def("embedding", [](uintptr_t blob, uintptr_t ids, int64_t count, uintptr_t y, int type, int threads) {
     py::gil_scoped_release release;
@@ -180,6 +210,16 @@ PYBIND11_MODULE(_cpu, m) {
     const Attend a = attend_of(key, value, shape, q, out, pages, sink_k, sink_v, tail_k, tail_v, total, scale, causal, window, cap, mask);
     py::gil_scoped_release release;
     ref::attend(a);
+  });
+
+  py::class_<LayerStack>(m, "LayerStack").def(py::init(&layer_stack_of));
+  m.def("run_layers", [](const LayerStack& stack, uintptr_t x, int64_t batch, int64_t tokens, uintptr_t caches, int64_t first, int64_t last, bool finish,
+                         uintptr_t cos, uintptr_t sin, int64_t positions, uintptr_t position, int64_t position_batch, uintptr_t mask, int64_t mask_batch,
+                         int threads) {
+    const LayerCall call{ptr<void>(x), batch, tokens, ptr<LayerCache>(caches), first, last, finish, ptr<void>(cos), ptr<void>(sin), positions,
+                         ptr<int64_t>(position), position_batch, ptr<uint8_t>(mask), mask_batch};
+    py::gil_scoped_release release;
+    return run_layers(stack, call, threads);
   });
 
   // formats.h and kv_formats.h as data, for the test that holds it to mxq_ext/formats.py.

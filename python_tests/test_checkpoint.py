@@ -33,7 +33,7 @@ LOAD = """
 import sys, torch, mxq_ext
 torch.set_num_threads(1)
 for directory in sys.argv[1:]:
-    model = mxq_ext.load(directory)
+    model = mxq_ext.load(directory, fuse=None)
     torch.save(model(torch.load(directory + "/../ids.pt")).logits, directory + ".logits")
 """
 
@@ -95,7 +95,7 @@ def test_every_format_reloads_bit_equal_in_a_fresh_process(tmp_path):
 
 def test_what_a_loaded_model_is(saved):
     source = replace_linear(make_model(), "w4g64_asym")
-    model = load(saved)
+    model = load(saved, fuse=None)
     assert not model.training and not any(p.requires_grad for p in model.parameters())
     assert not [n for n, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta]
     assert model.lm_head.held is model.model.embed_tokens.held and model.lm_head.blob is model.model.embed_tokens.blob
@@ -119,7 +119,7 @@ def test_saving_what_was_loaded_gives_the_same_tensors(saved, tmp_path):
 def test_dtypes(tmp_path):
     model = replace_linear(make_model().to(torch.bfloat16), "w8")
     path = save(model, tmp_path / "bf16")
-    assert torch.equal(load(path)(IDS).logits, model(IDS).logits) and load(path).dtype == torch.bfloat16
+    assert torch.equal(load(path, fuse=None)(IDS).logits, model(IDS).logits) and load(path).dtype == torch.bfloat16
     assert load(path).model.rotary_emb.inv_freq.dtype == torch.bfloat16, "model.to() casts computed buffers too: it shows in the logits"
     wide = load(path, torch.float32)
     assert wide.model.rotary_emb.inv_freq.dtype == torch.float32
@@ -137,7 +137,7 @@ def test_biases_and_float_heads(tmp_path):
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.1)
     replace_linear(model, Plan.uniform("w4g32", keep=["lm_head"]))
-    other = load(save(model, tmp_path / "m"))
+    other = load(save(model, tmp_path / "m"), fuse=None)
     assert torch.equal(other(IDS).logits, model(IDS).logits)
     assert other.lm_head.weight is other.model.embed_tokens.weight, "the tie of float weights survives"
 
@@ -492,7 +492,7 @@ def test_index_ranges_are_checked_before_native_code_sees_them(tmp_path):
     model.model.layers[0].mlp.up_proj = QuantLinear.from_qtensor(rich_qtensor())
     model.mxq_plan = None
     path = save(model, tmp_path / "m")
-    assert torch.equal(load(path)(IDS).logits, model(IDS).logits)
+    assert torch.equal(load(path, fuse=None)(IDS).logits, model(IDS).logits)
     for tensor, text in (("perm_cols", "perm_cols is not a permutation of 0..95"), ("perm_rows", "perm_rows is not a permutation"),
                          ("sparse.cols", "sparse.cols must lie in 0..95"), ("sparse.rowptr", "sparse.rowptr must rise")):
         broken = Path(shutil.copytree(path, tmp_path / tensor))
@@ -551,7 +551,7 @@ def test_how_activations_are_read_is_part_of_the_checkpoint(tmp_path):
     model = make_model()
     replace_linear(model, Plan.uniform("w4g32", activations="a8"))
     save(model, tmp_path / "a8")
-    loaded = load(tmp_path / "a8")
+    loaded = load(tmp_path / "a8", fuse=None)
     assert loaded.mxq_plan.activations == "a8" and {m.compute for m in quantized_modules(loaded).values() if hasattr(m, "compute")} == {"a8"}
     with torch.inference_mode():
         assert torch.equal(loaded(IDS).logits, model(IDS).logits)

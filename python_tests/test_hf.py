@@ -16,7 +16,7 @@ from mxq_ext import checkpoint, hf
 from mxq_ext.errors import CheckpointError, ModelError
 from mxq_ext.fileio import sha256
 from mxq_ext.hf import demo_model_path, load_model, permute_model
-from mxq_ext.nn import quantized_modules, replace_linear
+from mxq_ext.nn import fuse_layers, quantized_modules, replace_linear
 from mxq_ext.plan.schema import Plan
 
 IDS = torch.arange(24)[None] * 7 % 257
@@ -158,7 +158,8 @@ def test_own_checkpoints(tmp_path):
     model = replace_linear(make_model(), "w4g64")
     checkpoint.save(model, tmp_path / "q", make_tokenizer())
     other, tokenizer = load_model(tmp_path / "q")
-    assert torch.equal(other(IDS).logits, model(IDS).logits) and tokenizer.eos_token == "<eos>" and other.mxq_source["kind"] == "mxq"
+    assert "native, 2 layers" in repr(other)
+    assert torch.equal(fuse_layers(other, None)(IDS).logits, model(IDS).logits) and tokenizer.eos_token == "<eos>" and other.mxq_source["kind"] == "mxq"
 
 
 def test_paths_that_are_no_models(tmp_path):
@@ -236,7 +237,7 @@ def test_from_pretrained_reads_our_checkpoints(tmp_path, tied, plan):
                        source.generate(IDS[:, :4], max_new_tokens=4, do_sample=False, pad_token_id=0))
     # and it goes on: our own save writes it again, transformers' would lose the checks
     checkpoint.save(model, tmp_path / "again")
-    assert torch.equal(checkpoint.load(tmp_path / "again")(IDS).logits, source(IDS).logits)
+    assert torch.equal(checkpoint.load(tmp_path / "again", fuse=None)(IDS).logits, source(IDS).logits)
     with pytest.raises(ValueError, match="not serializable"):
         model.save_pretrained(tmp_path / "hf")
 

@@ -18,3 +18,4 @@ static constexpr int GEMV8_BLOCK = 4, GEMM8_BLOCK = 4, GEMM8_TILES = 1;
 
 #include "linear.inl"
 #include "attention.inl"
+#include "layer.inl"

@@ -16,3 +16,4 @@ static constexpr int GEMV8_BLOCK = 4, GEMM8_BLOCK = 6, GEMM8_TILES = 4;
 
 #include "linear.inl"
 #include "attention.inl"
+#include "layer.inl"

@@ -15,3 +15,4 @@ static constexpr int GEMV8_BLOCK = 2, GEMM8_BLOCK = 2, GEMM8_TILES = 1;
 
 #include "linear.inl"
 #include "attention.inl"
+#include "layer.inl"

@@ -12,21 +12,26 @@ from torch import nn
 from ..errors import CheckpointError, MxqError
 from ..fileio import load_tensors
 from ..nn.linear import Held, QuantModule
-from ..nn.swap import finish, put, quantized_modules
+from ..nn.swap import finish, fuse_layers, put, quantized_modules
 from ..progress import SILENT, Progress
 from ..qtensor import QTensor
 from ..structure import Unit, find_units
 from .manifest import AGAIN, Checked, check, read_plan, unit_tensors
 
 
-def load(directory: str | os.PathLike, dtype: torch.dtype | None = None, *, verify: str = "full", progress: Progress = SILENT) -> nn.Module:
-    """Loads a checkpoint that ``save`` wrote, in eval mode; its logits are bit-equal to those before saving. No network, no remote code.
+def load(directory: str | os.PathLike, dtype: torch.dtype | None = None, *, verify: str = "full", progress: Progress = SILENT,
+         fuse: str | None = "auto") -> nn.Module:
+    """Loads a checkpoint that ``save`` wrote, in eval mode; run in the same way (``fuse``), its logits are bit-equal to those before saving.
+
+    No network, no remote code.
 
     Args:
         directory: the checkpoint.
         dtype: float dtype of norms, biases and activations; None means the one it was saved with.
         verify: ``"full"`` checks the sha256 of every file, ``"size"`` only its size. Every value that a kernel relies on (index
             ranges, permutations, finite scales) is checked in both.
+        fuse: how calls with a cache go through the decoder layers (``nn.fuse_layers``): ``"auto"``, all layers in one native call where the model is
+            of a kind that native code knows; ``"layer"``, the same or a ModelError; None, module by module. ``repr(model)`` says which.
 
     Raises CheckpointError that names the file or tensor, the rule, and the way out.
     """
@@ -40,7 +45,7 @@ def load(directory: str | os.PathLike, dtype: torch.dtype | None = None, *, veri
         _cast_buffers(model, checked)
     finish(model, plan)
     model.mxq_source = {"path": str(checked.path), "kind": "mxq", "sha256": checked.manifest["sha256"]}
-    return model.eval()
+    return fuse_layers(model.eval(), fuse)
 
 
 def _build(checked: Checked, dtype: torch.dtype | None) -> nn.Module:

@@ -2,6 +2,6 @@
 
 from .embedding import QuantEmbedding
 from .linear import Held, QuantLinear, QuantModule
-from .swap import quantized_modules, replace_linear, set_compute
+from .swap import fuse_layers, quantized_modules, replace_linear, set_compute
 
-__all__ = ["Held", "QuantEmbedding", "QuantLinear", "QuantModule", "quantized_modules", "replace_linear", "set_compute"]
+__all__ = ["Held", "QuantEmbedding", "QuantLinear", "QuantModule", "fuse_layers", "quantized_modules", "replace_linear", "set_compute"]

@@ -24,6 +24,19 @@ from ..qtensor import QTensor
 #: that every tool that stores tensors only (safetensors, ``save_pretrained``) can store it too.
 META_KEY = "mxq_meta"
 
+_changes = 0
+
+
+def note_change() -> None:
+    """To be called when a packed weight, a compute mode or the place of a module changes: what keeps addresses of weights looks at them again."""
+    global _changes
+    _changes += 1
+
+
+def changes() -> int:
+    """Counts the calls of :func:`note_change` in this process."""
+    return _changes
+
 
 def shape_meta(shape: tuple[int, int], fmt: str | Format) -> dict:
     """``QTensor.meta()`` of a weight [N, K] that is one rectangle of ``fmt``, before any tensor of it exists."""
@@ -73,6 +86,7 @@ class Held:
                              f"the tensors are {q.shape[0]} x {q.shape[1]}, {q.format_name}",
                              "build the model with the plan that the tensors were made with")
         self.packed, self.meta, self.nbytes, self.info = ops.prepack(q), q.meta(), q.nbytes(), dict(q.info)
+        note_change()
 
     def loaded(self) -> ops.Packed:
         """``packed``. Raises NativeError while it is None."""
@@ -146,6 +160,7 @@ class QuantModule(nn.Module):
                               f"its weight is packed for {blob.device}, and there is no kernel elsewhere",
                               "keep the model on the CPU")
         self._buffers["blob"] = None
+        note_change()
         try:
             return super()._apply(fn, recurse)
         finally:
@@ -240,11 +255,21 @@ class QuantLinear(QuantModule):
                              "pass the description of this weight")
         return QuantLinear(Held(meta), bias)
 
+    @property
+    def compute(self) -> str:
+        """How the input is read, ``"a16"`` or ``"a8"``."""
+        return self._compute
+
+    @compute.setter
+    def compute(self, compute: str) -> None:
+        self._compute = compute
+        note_change()
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         packed = self.held.packed
         if packed is None:
             self.held.loaded()  # raises
-        return ops.linear(x, packed, self._buffers["bias"], self.compute)
+        return ops.linear(x, packed, self._buffers["bias"], self._compute)
 
     def extra_repr(self) -> str:
         bias = self._buffers["bias"]

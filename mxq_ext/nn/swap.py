@@ -51,7 +51,7 @@ def as_plan(plan: Plan | Format | str | os.PathLike, quantizer: dict | None = No
 
 
 def replace_linear(model: nn.Module, plan: Plan | Format | str | os.PathLike, stats=None, qtensors: Mapping[str, QTensor] | None = None, *,
-                   quantizer: str | Mapping | Quantizer | None = None, progress: Progress = SILENT) -> nn.Module:
+                   quantizer: str | Mapping | Quantizer | None = None, progress: Progress = SILENT, fuse: str | None = None) -> nn.Module:
     """Swaps the model's linears, token embedding and tied head for packed ones, in place, and returns the model.
 
     All or nothing: the plan is checked and every weight is quantized before the first module is replaced, so the peak of memory is the
@@ -67,11 +67,14 @@ def replace_linear(model: nn.Module, plan: Plan | Format | str | os.PathLike, st
             (unit, weight float32 [N, K], Format | Bands) -> QTensor. ``weighting`` is one of the weightings of the second moments,
             or a dict from the last part of a module's name (and ``"default"``) to one.
         progress: where to show it.
+        fuse: ``"layer"`` runs all decoder layers in one native call where that is possible (:func:`fuse_layers`), ``"auto"`` the same for models that
+            it knows, None goes through the modules.
 
     Raises:
         PlanError: names in the plan or in ``qtensors`` that are no units, formats that differ from the plan's.
         ModelError: modules that are quantized already, or that are not plain ``nn.Linear`` / ``nn.Embedding``; a KV section that the
-            model cannot follow (``kv.attention.check_attention``, also for FormatError and NativeError).
+            model cannot follow (``kv.attention.check_attention``, also for FormatError and NativeError); ``fuse="layer"`` for a model whose
+            layers native code does not know.
         QuantizationError, ShapeError: from the quantizer, with the name of the unit.
     """
     plan = as_plan(plan)
@@ -84,6 +87,8 @@ def replace_linear(model: nn.Module, plan: Plan | Format | str | os.PathLike, st
     for unit, _ in wanted.values():
         for name in (unit.name, *unit.tied):
             _check_module(model, name)
+    if fuse is not None:
+        _fused().check_fuse(model, fuse, wanted)
 
     make = _maker(plan, stats, quantizer)
     held: dict[str, Held] = {}
@@ -99,7 +104,12 @@ def replace_linear(model: nn.Module, plan: Plan | Format | str | os.PathLike, st
     for unit, _ in wanted.values():
         put(model, unit, held.pop(unit.name))
     finish(model, plan)
-    return model
+    return fuse_layers(model, fuse) if fuse is not None else model
+
+
+def fuse_layers(model: nn.Module, fuse: str | None) -> nn.Module:
+    """Chooses how the layers of a quantized model are run: :func:`mxq_ext.nn.fused.fuse_layers`."""
+    return _fused().fuse_layers(model, fuse)
 
 
 def put(model: nn.Module, unit: Unit, held: Held) -> None:
@@ -129,6 +139,12 @@ def finish(model: nn.Module, plan: Plan | None) -> None:
         _kv_attention().replace_attention(model, plan.kv)
     if getattr(model, "config", None) is not None:
         model.config.quantization_config = {"quant_method": "mxq"}
+
+
+def _fused():
+    from . import fused  # only where it is asked for: it imports transformers
+
+    return fused
 
 
 def _kv_attention():
