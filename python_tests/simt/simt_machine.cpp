@@ -49,12 +49,13 @@ void AnnotateIgnoreReadsEnd(const char*, int);
 void AnnotateIgnoreWritesBegin(const char*, int);
 void AnnotateIgnoreWritesEnd(const char*, int);
 }
-// Each block gets fibers and shared memory of its own, so that the only order between two blocks is the one that the kernel makes.
-static constexpr bool FRESH = true;
+// Two teams of fibers take turns, each with shared memory of its own and unknown to the other: so a block is in no order with its neighbours but
+// the one that the kernel makes. A team per block would be ten times slower.
+static constexpr int TEAMS = 2;
 #else
 static void __tsan_acquire(void*) {}
 static void __tsan_release(void*) {}
-static constexpr bool FRESH = false;
+static constexpr int TEAMS = 1;
 #endif
 
 namespace simt {
@@ -150,28 +151,36 @@ struct Array {
 
 static constexpr size_t REDZONE = 256;  // between arrays in shared memory
 
+// The fibers of one block, which run one block after another.
+struct Team {
+  std::vector<Fiber> fibers;
+  char* stacks = nullptr;
+  char* arena = nullptr;        // shared memory
+  // TSan's objects: from block to block, barriers and __syncwarp by turns
+  char order, phases[2];
+  std::vector<char> warp_phases;
+};
+
 struct Worker : Block {
   Launch& launch;
   int threads, warps;
-  std::vector<Fiber> fibers;
+  Team teams[TEAMS];
+  Team* team = nullptr;
   std::vector<uint32_t> ready;  // per warp
   std::mt19937 random;
-  char* stacks = nullptr;
-  size_t stride = 0;
-  char* arena = nullptr;
+  size_t stride = 0;            // from stack to stack
+  char* arena = nullptr;        // of the team at work
   size_t used = 0;              // bytes of shared memory of this block
   std::vector<Array> arrays;
   Context main;
   void *main_tsan = nullptr, *main_fake = nullptr;
   const void* main_stack = nullptr;
   size_t main_stack_size = 0;
-  char phases[2];               // TSan's objects of the barrier
-  std::vector<char> warp_phases;
 
   explicit Worker(Launch& l, int number);
   ~Worker() { release(); }
   size_t room() const { return launch.options.max_shared + 64 * REDZONE; }  // bytes mapped for shared memory
-  void allocate();
+  void allocate(Team& t);
   void release();
   void run(Fiber& f);
   bool run_block(unsigned index);
@@ -208,8 +217,10 @@ static void entry() {
 #endif
   for (;;) {
     Launch& l = worker->launch;
+    __tsan_acquire(&worker->team->order);
     l.body(l.data);
     self->state = RETURNED;
+    __tsan_release(&worker->team->order);
     __tsan_release(&l.order);
     park();
   }
@@ -254,16 +265,14 @@ Worker::Worker(Launch& l, int number) : launch(l), random(static_cast<unsigned>(
   block = l.block;
   threads = static_cast<int>(block.x * block.y * block.z);
   warps = (threads + 31) / 32;
-  fibers.resize(threads);  // once: kernels read threadIdx in them, and the heap tells TSan of every free()
   ready.resize(warps);
-  warp_phases.resize(2 * warps);
   stride = (l.options.stack + l.page - 1) / l.page * l.page + l.page;
 #if defined(SIMT_TSAN)
   main_tsan = __tsan_get_current_fiber();
 #endif
 }
 
-void Worker::allocate() {
+void Worker::allocate(Team& t) {
   // Mapped, not allocated: to TSan, free() is a write of all of it.
   const auto map = [](size_t bytes) {
     void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -274,12 +283,14 @@ void Worker::allocate() {
     __asan_unpoison_memory_region(p, bytes);  // what an abandoned launch left at this address
     return static_cast<char*>(p);
   };
-  stacks = map(stride * threads);
-  arena = map(room());
+  t.stacks = map(stride * threads);
+  t.arena = map(room());
+  t.fibers.resize(threads);
+  t.warp_phases.resize(2 * warps);
   for (int i = 0; i < threads; i++) {
-    Fiber& f = fibers[i];
-    mprotect(stacks + stride * i, launch.page, PROT_NONE);  // a stack that overflows must not run into the next
-    f.stack = stacks + stride * i + launch.page;
+    Fiber& f = t.fibers[i];
+    mprotect(t.stacks + stride * i, launch.page, PROT_NONE);  // a stack that overflows must not run into the next
+    f.stack = t.stacks + stride * i + launch.page;
     f.stack_size = stride - launch.page;
     f.number = i;
     f.lane = i & 31;
@@ -289,21 +300,21 @@ void Worker::allocate() {
 #if defined(SIMT_TSAN)
     f.tsan = __tsan_create_fiber(0);
 #endif
-    f.fake = nullptr;
-    f.ignoring = 0;
     prepare(f.regs, f.stack, f.stack_size, entry);
   }
 }
 
 void Worker::release() {
-  if (!stacks) return;
+  for (Team& t : teams) {
+    if (!t.stacks) continue;
 #if defined(SIMT_TSAN)
-  for (Fiber& f : fibers) __tsan_destroy_fiber(f.tsan);
+    for (Fiber& f : t.fibers) __tsan_destroy_fiber(f.tsan);
 #endif
-  __asan_unpoison_memory_region(arena, room());
-  munmap(arena, room());
-  munmap(stacks, stride * threads);
-  stacks = nullptr;
+    __asan_unpoison_memory_region(t.arena, room());
+    munmap(t.arena, room());
+    munmap(t.stacks, stride * threads);
+    t.stacks = nullptr;
+  }
 }
 
 // ------------------------------------------------------------------------------------------------------------------ the schedule
@@ -314,7 +325,7 @@ bool Worker::pass() {
   const int seed = launch.options.seed;
   const auto run_lane = [&](int warp, int lane) {
     ready[warp] &= ~(1u << lane);
-    run(fibers[warp * 32 + lane]);
+    run(team->fibers[warp * 32 + lane]);
     return !launch.failed.load(std::memory_order_relaxed);
   };
   if (seed >= 4) {
@@ -365,6 +376,7 @@ static std::string name_threads(const std::vector<Fiber>& fibers, State state, i
 
 // Nothing can run: the block has ended, or all wait at one barrier, which then opens; anything else is an error of the kernel.
 bool Worker::settle() {
+  std::vector<Fiber>& fibers = team->fibers;
   Fiber *at_barrier = nullptr, *in_warp = nullptr;
   int waiting = 0;
   for (Fiber& f : fibers) {
@@ -428,8 +440,9 @@ bool Worker::settle() {
 }
 
 bool Worker::run_block(unsigned n) {
-  if (FRESH) release();
-  if (!stacks) allocate();
+  team = &teams[stats.blocks % TEAMS];
+  if (!team->stacks) allocate(*team);
+  arena = team->arena;
   index = {n % grid.x, n / grid.x % grid.y, n / (grid.x * grid.y)};
   stats.blocks++;
   arrays.clear();
@@ -437,7 +450,7 @@ bool Worker::run_block(unsigned n) {
   __asan_unpoison_memory_region(arena, room());
   poison(arena, used);
   __asan_poison_memory_region(arena + launch.dynamic, room() - launch.dynamic);
-  for (Fiber& f : fibers) {
+  for (Fiber& f : team->fibers) {
     f.state = READY;
     f.group = 0;
     f.phase = f.warp_phase = 0;
@@ -462,14 +475,14 @@ void barrier(Site site, const char* what, int vote, int* count) {
   f.site = site;
   f.what = what;
   f.vote = vote;
-  char* order = &worker->phases[f.phase++ & 1];
+  char* order = &worker->team->phases[f.phase++ & 1];
   __tsan_release(order);
   park();
   __tsan_acquire(order);
   if (count) *count = f.vote;
 }
 
-Thread& lane_of_warp(int lane) { return worker->fibers[self->warp * 32 + lane]; }
+Thread& lane_of_warp(int lane) { return worker->team->fibers[self->warp * 32 + lane]; }
 
 bool meet(unsigned mask, const char* what, Site site, const void* in, void* out) {
   Fiber& f = static_cast<Fiber&>(*self);
@@ -488,7 +501,7 @@ bool meet(unsigned mask, const char* what, Site site, const void* in, void* out)
       all = false;
       break;
     }
-    const Fiber& o = worker->fibers[i];
+    const Fiber& o = worker->team->fibers[i];
     all = o.state == IN_WARP && o.mask == mask && o.site.line == site.line && o.site.file == site.file && o.site.number == site.number && o.what == what;
   }
   if (!all) park();
@@ -498,13 +511,13 @@ bool meet(unsigned mask, const char* what, Site site, const void* in, void* out)
 void finish(unsigned mask) {
   Worker& w = *worker;
   for (int lane = 0; lane < 32; lane++)
-    if (mask >> lane & 1) w.fibers[self->warp * 32 + lane].state = READY;
+    if (mask >> lane & 1) w.team->fibers[self->warp * 32 + lane].state = READY;
   w.ready[self->warp] |= mask & ~(1u << self->lane);  // the caller runs on
 }
 
 void sync_warp(unsigned mask, Site site) {
   Worker& w = *worker;
-  char* order = &w.warp_phases[2 * self->warp + (self->warp_phase++ & 1)];
+  char* order = &w.team->warp_phases[2 * self->warp + (self->warp_phase++ & 1)];
   __tsan_release(order);
   w.stats.collectives++;
   if (meet(mask, "__syncwarp", site, nullptr, nullptr)) finish(mask);
