@@ -1,4 +1,4 @@
-"""Compiles kernels for the CPU. An object is made anew only when the source, a header it includes, or the command has changed."""
+"""Compiles kernels for the CPU. An object is made anew only when the source, a header that it includes, or the command has changed."""
 
 import hashlib
 import json
@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -37,37 +38,35 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def run(command: list[str], what: str) -> None:
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def run(command: list[str], what: str, folder: Path | None = None) -> None:
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder)
     if done.returncode:
         raise RuntimeError(f"{what} does not compile:\n{done.stdout[-6000:]}\n{' '.join(command)}")
 
 
-def compile_one(source: Path, flags: list[str]) -> Path:
-    """Object file of one source. Its manifest has the digests of all files that the compiler read, but for the system's."""
-    command = ["g++", *flags, "-x", "c++", "-c", str(source)]
+def cached(command: list[str], source: Path, product: str) -> Path:
+    """Runs a compiler, which gets ``-o product`` and writes down what it has read; or returns what the same command made of the same files before.
+
+    Each product has a folder of its own under ``build/simt``. Beside it a manifest has the digests of all files that the compiler read, but for
+    the system's.
+    """
     key = hashlib.sha256(" ".join(command).encode()).hexdigest()[:16]
     manifest = CACHE / f"{key}.json"
     try:
         known = json.loads(manifest.read_text())
-        if all(digest(Path(p)) == d for p, d in known["files"].items()) and Path(known["object"]).exists():
-            return Path(known["object"])
-    except (OSError, ValueError):
+        if all(digest(Path(p)) == d for p, d in known["files"].items()) and Path(known["product"]).exists():
+            return Path(known["product"])
+    except (OSError, ValueError, KeyError):
         pass
     CACHE.mkdir(parents=True, exist_ok=True)
-    work = CACHE / f"{key}.{os.getpid()}"
-    work.mkdir(exist_ok=True)
-    # The final name is part of the command: gcov finds its notes by it.
-    run([*command, "-o", str(work / "x.o"), "-MMD", "-MF", str(work / "x.d")], source.name)
-    names = re.sub(r"\\\n", " ", (work / "x.d").read_text()).split(":", 1)[1].split()
-    files = {str(Path(n).resolve()): digest(Path(n)) for n in names}
-    final = CACHE / f"{key}-{hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:16]}"
-    if final.exists():
-        shutil.rmtree(work)
-    else:
-        work.rename(final)
-    manifest.write_text(json.dumps({"files": files, "object": str(final / "x.o"), "source": str(source)}))
-    return final / "x.o"
+    folder = Path(tempfile.mkdtemp(prefix=f"{key}-", dir=CACHE))  # where it stays: gcov's data goes to the place of the compilation
+    run([*command, "-o", product, "-MMD", "-MF", "x.d"], source.name, folder)
+    names = re.sub(r"\\\n", " ", (folder / "x.d").read_text()).split(":", 1)[1].split()
+    files = {str(p.resolve()): digest(p) for p in map(Path, names)}
+    part = manifest.with_suffix(f".{os.getpid()}")
+    part.write_text(json.dumps({"files": files, "product": str(folder / product)}))
+    part.rename(manifest)
+    return folder / product
 
 
 def build(sources, mode: str = "plain", include=(), defines=()) -> Path:
@@ -87,7 +86,7 @@ def build(sources, mode: str = "plain", include=(), defines=()) -> Path:
     jobs = [(Path(s).resolve(), [*FLAGS, *kernels, *paths, *(f"-D{d}" for d in defines)]) for s in sources]
     jobs.append((HERE / "simt_machine.cpp", [*FLAGS, *machine, *paths[-1:]]))
     with ThreadPoolExecutor(min(len(jobs), len(os.sched_getaffinity(0)))) as pool:
-        objects = [str(o) for o in pool.map(lambda job: compile_one(*job), jobs)]
+        objects = [str(o) for o in pool.map(lambda job: cached(["g++", *job[1], "-x", "c++", "-c", str(job[0])], job[0], "x.o"), jobs)]
     out = CACHE / f"{mode}-{hashlib.sha256(' '.join(objects).encode()).hexdigest()[:20]}.so"
     if not out.exists():
         part = out.with_suffix(f".{os.getpid()}")
