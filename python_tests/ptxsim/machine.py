@@ -332,6 +332,9 @@ class Module:
         """
         if pattern in self.functions:
             return pattern
+        same = [name for name in self.functions if unnamed(name) == unnamed(pattern)]
+        if len(same) == 1:
+            return same[0]
         found = [name for name, plain in self.kernels.items() if re.search(pattern, name) or re.search(pattern, plain)]
         if len(found) != 1:
             raise KeyError(f"{len(found)} kernels match {pattern!r}; there are {list(self.kernels.values())}")
@@ -386,6 +389,16 @@ class Module:
                             State(compiled, grid, block, (x, y, z), template, lazy).run(limit)
                         except PtxError as e:
                             raise PtxError(f"{e} [kernel {self.kernels[name]}, block ({x}, {y}, {z})]") from None
+
+
+def unnamed(name):
+    """A mangled name in which unnamed namespaces are called as g++ calls them; nvcc gives each file's a name of its own."""
+    out, at = "", 0
+    for m in re.finditer(r"(\d+)(?=_GLOBAL__N_)", name):
+        if m.start() >= at:
+            out += name[at : m.start()] + "12_GLOBAL__N_1"
+            at = m.end() + int(m[1])
+    return out + name[at:]
 
 
 def three(v):

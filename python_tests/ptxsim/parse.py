@@ -69,21 +69,21 @@ class Parser:
         self.target = ""
         files, self.places = {}, {}
         lines = re.sub(r"^\s*\.section[^{]*\{[^}]*\}", lambda m: "\n" * m[0].count("\n"), text, flags=re.M).split("\n")
-        place, words = "", []
+        place, words = None, []
         for number, raw in enumerate(lines, 1):
             line = raw.strip()
             if line.startswith(".file"):
                 m = re.match(r'\.file\s+(\d+)\s+"([^"]*)"', line)
                 files[m[1]] = m[2].rsplit("/", 1)[-1]
                 continue
-            if line.startswith(".loc"):
-                parts = line.split()
-                place = f"{files.get(parts[1], '?')}:{parts[2]}"
+            if line.startswith((".loc ", ".loc\t")):
+                place = tuple(line.split()[1:3])
                 continue
             line = line.split("//", 1)[0]
             if line:
                 self.places[number] = place
                 words += [(w, number) for w in TOKEN.findall(line)]
+        self.places = {n: f"{files.get(p[0], '?')}:{p[1]}" if p else "" for n, p in self.places.items()}  # the files come last in the text
         self.words, self.at = words, 0
         self.module()
 

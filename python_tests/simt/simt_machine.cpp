@@ -651,7 +651,23 @@ static void work(Launch& l, int number) {
 // Codes of cudaError_t, so that a host function sees what it would see of CUDA.
 enum { SUCCESS = 0, INVALID_VALUE = 1, INVALID_CONFIGURATION = 9, LAUNCH_FAILURE = 719 };
 
-int launch_blocks(const char* kernel, Site site, dim3 grid, dim3 block, size_t bytes, void (*body)(const void*), const void* data) {
+// What simt_take_record hands out: for each launch the kernel's address, grid, block, bytes of shared memory, the number of arguments, and each
+// with its size before it; all numbers of 64 bits.
+static std::string records;
+
+static void write_record(const void* function, dim3 grid, dim3 block, size_t bytes, const Argument* args, size_t count) {
+  const auto put = [](uint64_t v) { records.append(reinterpret_cast<const char*>(&v), 8); };
+  for (const uint64_t v : {static_cast<uint64_t>(reinterpret_cast<uintptr_t>(function)), uint64_t{grid.x}, uint64_t{grid.y}, uint64_t{grid.z}, uint64_t{block.x},
+                           uint64_t{block.y}, uint64_t{block.z}, uint64_t{bytes}, uint64_t{count}})
+    put(v);
+  for (size_t i = 0; i < count; i++) {
+    put(args[i].bytes);
+    records.append(static_cast<const char*>(args[i].data), args[i].bytes);
+  }
+}
+
+int launch_blocks(const char* kernel, Site site, dim3 grid, dim3 block, size_t bytes, void (*body)(const void*), const void* data, const void* function,
+                  const Argument* args, size_t count) {
   const uint64_t threads = static_cast<uint64_t>(block.x) * block.y * block.z;
   if (!threads || threads > 1024 || block.z > 64 || !grid.x || !grid.y || !grid.z || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) {
     last_error = where(site) + ": grid (" + std::to_string(grid.x) + ", " + std::to_string(grid.y) + ", " + std::to_string(grid.z) + ") of blocks (" +
@@ -662,6 +678,10 @@ int launch_blocks(const char* kernel, Site site, dim3 grid, dim3 block, size_t b
     last_error = where(site) + ": " + std::to_string(bytes) + " bytes of dynamic shared memory, the device has " +
                  std::to_string(options().max_shared) + " [kernel " + kernel + "]";
     return INVALID_VALUE;
+  }
+  if (options().record) {
+    write_record(function, grid, block, bytes, args, count);
+    return SUCCESS;
   }
   Launch l{kernel, site, grid, block, bytes, body, data, options(), static_cast<size_t>(sysconf(_SC_PAGESIZE))};
   if (l.options.workers <= 1) {
@@ -684,13 +704,14 @@ int launch_blocks(const char* kernel, Site site, dim3 grid, dim3 block, size_t b
 
 extern "C" {
 
-void simt_configure(int seed, int lazy, int workers, int strict, int max_shared) {
+void simt_configure(int seed, int lazy, int workers, int strict, int max_shared, int record) {
   simt::Options& o = simt::options();
   o.seed = seed;
   o.lazy = lazy;
   o.workers = workers;
   o.strict = strict;
   o.max_shared = max_shared;
+  o.record = record;
 }
 
 // The message of the last launch that failed, and forgets it.
@@ -699,6 +720,15 @@ const char* simt_take_error() {
   taken.swap(simt::last_error);
   simt::last_error.clear();
   return taken.c_str();
+}
+
+// The launches since the last call; `size` gets the length.
+const char* simt_take_record(size_t* size) {
+  static std::string taken;
+  taken.swap(simt::records);
+  simt::records.clear();
+  *size = taken.size();
+  return taken.data();
 }
 
 #if defined(SIMT_GCOV)

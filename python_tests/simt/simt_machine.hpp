@@ -53,6 +53,7 @@ struct Options {
   int workers = 1;        // OS threads that share the blocks
   int strict = 1;         // a thread that has returned must not be missing in a later barrier
   int max_shared = 232448;  // bytes of shared memory that one block can have (227 KiB, the most of any device)
+  int record = 0;         // launches are written down for another executor, not run
   int stack = 65536;      // bytes of a fiber's stack
 };
 
@@ -121,7 +122,13 @@ void ignore_begin();
 void ignore_end();
 void count(uint64_t Stats::* counter);  // not inlined: the threads of a block share the counters, and sanitizers must not see that
 void count_conflicts(const uintptr_t* rows, int n);
-int launch_blocks(const char* kernel, Site, dim3 grid, dim3 block, size_t bytes, void (*body)(const void*), const void* data);
+// An argument of a launch as its bytes.
+struct Argument {
+  const void* data;
+  size_t bytes;
+};
+int launch_blocks(const char* kernel, Site, dim3 grid, dim3 block, size_t bytes, void (*body)(const void*), const void* data, const void* function,
+                  const Argument* args, size_t count);
 
 // combine(Lanes) sees in(lane) and out(lane) of every lane of the mask at once.
 template <class I, class O>
@@ -182,10 +189,14 @@ inline int launch(const char* name, Site site, void (*kernel)(P...), dim3 grid, 
     void (*kernel)(P...);
     std::tuple<P...> args;
   } call{kernel, std::tuple<P...>(static_cast<P>(args)...)};
-  return launch_blocks(name, site, grid, block, bytes, [](const void* p) {
+  const auto body = [](const void* p) {
     const Call& c = *static_cast<const Call*>(p);
     std::apply(c.kernel, c.args);
-  }, &call);
+  };
+  return std::apply([&](const P&... p) {
+    const Argument list[] = {{&p, sizeof(P)}..., {nullptr, 0}};
+    return launch_blocks(name, site, grid, block, bytes, body, &call, reinterpret_cast<const void*>(kernel), list, sizeof...(P));
+  }, call.args);
 }
 
 }  // namespace simt
