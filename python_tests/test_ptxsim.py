@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from ptxsim import Module, PtxError, compile_ptx, numbers
 from simt import Library, missing_tool
+from simt.build import ROOT
 from simt.selftest import EVERY, GEMM, GEMV, PTX_HEADER, Gemm, Gemv, Parts, plant
 
 needs_nvcc = pytest.mark.skipif(missing_tool("nvcc") is not None, reason=f"PTX comes from nvcc: {missing_tool('nvcc')}")
@@ -157,6 +158,16 @@ def test_names_of_templates_in_unnamed_namespaces(rng, shim, every):
     with pytest.raises(KeyError, match="2 kernels match 'scale'"):
         every["sm_80"].find("scale")
     assert "scale" in every["sm_80"].find(r"scale<\(?(int\))?3>")
+
+
+@needs_nvcc
+def test_the_example_of_the_documentation_runs(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "cuda-testing.md").read_text(), re.S)
+    scope = {}
+    exec(example, scope)
+    first, *_ = capsys.readouterr().out.split()
+    assert float(first) < 1e-4 and scope["module"].mma == scope["fibers"].stats["mma"] > 0
 
 
 # ---------------------------------------------------------------------------------------------------------------- every instruction
