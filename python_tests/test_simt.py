@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-from simt import Library, SimtError, build, missing_tool
+from simt import Library, SimtError, build, missing_tool, run_python
 from simt.build import CACHE, ROOT
 from simt.selftest import EVERY, GEMM, GEMV, Gemm, Gemv, Parts, plant
 
@@ -82,6 +82,27 @@ def test_right_kernels_are_clean(rng, mode):
     for options in ({}, {"lazy": False, "workers": 2}, {"seed": 5, "lazy": False}):
         for case in (Gemm(rng, 33, 40, 72), Gemv(rng, 3, 192), Parts(rng, 200)):
             assert run(library, case, **options) < RIGHT
+
+
+@pytest.mark.parametrize("mode", ["asan", "tsan"])
+def test_sanitizer_in_a_process_of_ones_own(mode, tmp_path):
+    """With torch, as tests of whole host functions need it."""
+    script = tmp_path / "case.py"
+    script.write_text("""
+import sys
+import numpy as np
+if sys.argv[3] == "torch":
+    import torch
+    torch.ones(1000, 1000).mm(torch.ones(1000, 1000))
+from simt import Library
+from simt.selftest import Gemv
+case = Gemv(np.random.default_rng(), 2, 128)
+Library([sys.argv[1]], sys.argv[2], isolated=False).call(*case.call)
+print(case.error() < 1e-5)
+""")
+    assert run_python(mode, script, GEMV, mode, "torch") == "True\n"
+    with pytest.raises(SimtError, match=r"data race[\s\S]*gemv\.cu" if mode == "tsan" else "out of bounds"):
+        run_python(mode, script, plant(GEMV, SUMS if mode == "tsan" else ("i < WARPS; i++) all", "i <= WARPS; i++) all")), mode, "without")
 
 
 # ---------------------------------------------------------------------------------------------------------------- planted bugs

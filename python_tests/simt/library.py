@@ -78,13 +78,14 @@ class Library:
         sources, include, defines: see ``build``.
         mode: "plain", "debug" (-O0), "ucontext" (the portable fibers), "gcov", or "asan" (AddressSanitizer and UndefinedBehaviorSanitizer) and "tsan"
             (ThreadSanitizer), which run in a child process.
-        isolated: run in a child process in any case, so that a kernel that writes anywhere cannot take the tests with it.
+        isolated: run in a child process (True), so that a kernel that writes anywhere cannot take the tests with it, or in this one (False).
+            Left out: the sanitizers in a child.
     """
 
-    def __init__(self, sources, mode="plain", include=(), defines=(), isolated=False):
+    def __init__(self, sources, mode="plain", include=(), defines=(), isolated=None):
         self.mode = mode
         self.path = build(sources, mode, include, defines)
-        self.isolated = isolated or bool(MODES[mode][2])
+        self.isolated = bool(MODES[mode][2]) if isolated is None else isolated
         self.options = dict(DEFAULTS)
         self.stats = {}
         self.native = self.child = None
@@ -178,22 +179,47 @@ class Library:
         return lines
 
 
+def environment(mode):
+    """Of a Python process that can load a library of this mode: the sanitizer's runtime must come before everything else."""
+    names = [subprocess.run(["g++", f"-print-file-name=lib{n}.so"], check=True, capture_output=True, text=True).stdout.strip() for n in MODES[mode][2]]
+    return os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "LD_PRELOAD": " ".join(names),
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0:exitcode=66",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "TSAN_OPTIONS": "halt_on_error=1:exitcode=66:report_signal_unsafe=0:ignore_noninstrumented_modules=1",  # Python and its libraries are none of ours
+        "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
+    }
+
+
+def shorten(report):
+    """What a sanitizer wrote, without the frames between scheduler and kernel."""
+    return "\n".join(line for line in report.decode(errors="replace").splitlines() if not FRAMES.search(line))[:6000]
+
+
+def run_python(mode, *arguments, timeout=300):
+    """Runs ``python`` with arguments in a process that can load libraries of a sanitizer's mode into itself: for tests whose calls pass structs
+    with pointers, which cannot be sent to a child. There, ``Library(..., isolated=False)``.
+
+    Returns:
+        what it wrote to stdout.
+
+    Raises:
+        SimtError: it did not end with 0; the text has what it wrote to stderr.
+    """
+    done = subprocess.run([sys.executable, *map(str, arguments)], env=environment(mode), capture_output=True, timeout=timeout)
+    if done.returncode:
+        raise SimtError(f"python {' '.join(map(str, arguments))} ended with {done.returncode}:\n{done.stdout.decode()[-3000:]}{shorten(done.stderr)}")
+    return done.stdout.decode()
+
+
 class Child:
     """A Python process with the sanitizer's runtime, which calls the library for us and dies of what the sanitizer reports."""
 
     def __init__(self, path, mode):
-        names = [subprocess.run(["g++", f"-print-file-name=lib{n}.so"], check=True, capture_output=True, text=True).stdout.strip() for n in MODES[mode][2]]
-        env = os.environ | {
-            "PYTHONPATH": os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]),
-            "LD_PRELOAD": " ".join(names),
-            "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0:exitcode=66",
-            "UBSAN_OPTIONS": "print_stacktrace=1",
-            "TSAN_OPTIONS": "halt_on_error=1:exitcode=66:report_signal_unsafe=0",
-            "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
-        }
         self.errors = tempfile.TemporaryFile()
-        self.process = subprocess.Popen([sys.executable, "-m", "simt.child", str(path)], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        stderr=self.errors)
+        self.process = subprocess.Popen([sys.executable, "-m", "simt.child", str(path)], env=environment(mode), stdin=subprocess.PIPE,
+                                        stdout=subprocess.PIPE, stderr=self.errors)
 
     def call(self, name, options, args):
         try:
@@ -202,9 +228,7 @@ class Child:
         except (EOFError, BrokenPipeError):
             code = self.process.wait()
             self.errors.seek(0)
-            lines = self.errors.read().decode(errors="replace").splitlines()
-            report = "\n".join(line for line in lines if not FRAMES.search(line))[:6000]
-            raise SimtError(f"the process that ran {name} ended with {code}:\n{report}") from None
+            raise SimtError(f"the process that ran {name} ended with {code}:\n{shorten(self.errors.read())}") from None
 
     def __del__(self):
         process = getattr(self, "process", None)
