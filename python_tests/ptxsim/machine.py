@@ -392,7 +392,7 @@ class Module:
         template = Memory((block[0] * block[1] * block[2] + 31) // 32 * 32)
         for v, data in self.tables:
             template.add(v.offset, data, v.name, writable=v.space == "global")
-        arrays = [a for a in (*args, *memory) if isinstance(a, np.ndarray)]
+        arrays = sorted((a for a in (*args, *memory) if isinstance(a, np.ndarray)), key=lambda a: -a.nbytes)  # views may lie in others
         for i, a in enumerate(arrays):
             if not a.flags.c_contiguous:
                 raise PtxError(f"array {i} of shape {a.shape} is not contiguous")

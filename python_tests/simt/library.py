@@ -1,6 +1,7 @@
 """Calls the host functions of a compiled library, in this process or, for the sanitizers, in a child that has their runtime loaded first."""
 
 import ctypes
+import functools
 import json
 import os
 import pickle
@@ -44,22 +45,6 @@ def convert(value):
     return value  # a ctypes object
 
 
-class Native:
-    """A library loaded into this process."""
-
-    def __init__(self, path):
-        self.dll = ctypes.CDLL(str(path))
-        self.dll.simt_take_error.restype = ctypes.c_char_p
-
-    def call(self, name, options, args, record=False):
-        """(what the function returned, message of a failed launch, counters)"""
-        self.dll.simt_configure(*(int(options[k]) for k in DEFAULTS), int(record))
-        code = getattr(self.dll, name)(*map(convert, args))
-        counts = (ctypes.c_uint64 * len(COUNTERS))()
-        self.dll.simt_take_stats(counts)
-        return code, self.dll.simt_take_error().decode(), dict(zip(COUNTERS, counts, strict=True))
-
-
 @dataclass
 class Launch:
     """A launch that was not run: what ``ptxsim.Module.launch`` needs to run it."""
@@ -69,6 +54,50 @@ class Launch:
     block: tuple
     shared: int
     args: list[bytes]
+
+
+class Native:
+    """A library loaded into this process."""
+
+    def __init__(self, path):
+        self.path, self.dll = path, ctypes.CDLL(str(path))
+        self.dll.simt_take_error.restype = ctypes.c_char_p
+        self.dll.simt_take_record.restype = ctypes.c_void_p
+
+    def call(self, name, options, args, record=False):
+        """(what the function returned, message of a failed launch, counters)"""
+        self.dll.simt_configure(*(int(options[k]) for k in DEFAULTS), int(record))
+        code = getattr(self.dll, name)(*map(convert, args))
+        counts = (ctypes.c_uint64 * len(COUNTERS))()
+        self.dll.simt_take_stats(counts)
+        return code, self.dll.simt_take_error().decode(), dict(zip(COUNTERS, counts, strict=True))
+
+    def launches(self):
+        """list of Launch: what was recorded since the last time."""
+        size = ctypes.c_size_t()
+        data = ctypes.string_at(self.dll.simt_take_record(ctypes.byref(size)), size.value)
+        names, out, at = self.symbols, [], 0
+        while at < len(data):
+            kernel, *numbers, count = struct.unpack_from("<9Q", data, at)
+            at += 72
+            args = []
+            for _ in range(count):
+                (length,) = struct.unpack_from("<Q", data, at)
+                args.append(data[at + 8 : at + 8 + length])
+                at += 8 + length
+            out.append(Launch(names[kernel], tuple(numbers[:3]), tuple(numbers[3:6]), numbers[6], args))
+        return out
+
+    @functools.cached_property
+    def symbols(self):
+        """{address in this process: mangled name} of the library's functions."""
+        table = {}
+        for line in subprocess.run(["nm", str(self.path)], check=True, capture_output=True, text=True).stdout.splitlines():
+            parts = line.split()
+            if len(parts) == 3 and parts[1] in "tTwWuV":
+                table[parts[2]] = int(parts[0], 16)
+        here = ctypes.cast(self.dll.simt_configure, ctypes.c_void_p).value
+        return {address - table["simt_configure"] + here: name for name, address in table.items()}
 
 
 class Library:
@@ -138,30 +167,7 @@ class Library:
         code, message, _ = self.native.call(name, self.options, args, record=True)
         if code or message:
             raise SimtError(message or f"{name} returned {code}")
-        size = ctypes.c_size_t()
-        self.native.dll.simt_take_record.restype = ctypes.c_void_p
-        data = ctypes.string_at(self.native.dll.simt_take_record(ctypes.byref(size)), size.value)
-        names, out, at = self.symbols(), [], 0
-        while at < len(data):
-            kernel, *rest = struct.unpack_from("<9Q", data, at)
-            at += 72
-            args = []
-            for _ in range(rest[7]):
-                (length,) = struct.unpack_from("<Q", data, at)
-                args.append(data[at + 8 : at + 8 + length])
-                at += 8 + length
-            out.append(Launch(names[kernel], tuple(rest[0:3]), tuple(rest[3:6]), rest[6], args))
-        return out
-
-    def symbols(self):
-        """{address in this process: mangled name} of the library's functions."""
-        table = {}
-        for line in subprocess.run(["nm", str(self.path)], check=True, capture_output=True, text=True).stdout.splitlines():
-            parts = line.split()
-            if len(parts) == 3 and parts[1] in "tTwWuV":
-                table[parts[2]] = int(parts[0], 16)
-        here = ctypes.cast(self.native.dll.simt_configure, ctypes.c_void_p).value
-        return {address - table["simt_configure"] + here: name for name, address in table.items()}
+        return self.native.launches()
 
     def coverage(self):
         """{source file: {line: times run}} of what was called so far, in mode "gcov"."""
