@@ -5,6 +5,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+import torch
 from ptxsim import Module, PtxError, compile_ptx, numbers
 from simt import Library, missing_tool
 from simt.build import ROOT
@@ -161,6 +162,20 @@ def test_names_of_templates_in_unnamed_namespaces(rng, shim, every):
 
 
 @needs_nvcc
+def test_memory_behind_pointers(rng):
+    """A torch tensor by its storage, anything else by address and size; and nothing that was not named."""
+    module = Module(compile_ptx(EVERY))
+    x, out = torch.arange(64, dtype=torch.int32), np.zeros(64, np.uint32)
+    args = [b"".join([int(x[8:].data_ptr()).to_bytes(8, "little")]), out.ctypes.data, 40]
+    for memory in ([x[8:], out], [(x.data_ptr(), 256), (out.ctypes.data, 256)], [x, x[8:], out, out[3:]]):
+        out[:] = 0
+        module.launch(r"scale<\(?(int\))?3>", 1, 64, args, memory=memory)
+        np.testing.assert_array_equal(out, np.r_[3 * np.arange(8, 48), np.zeros(24)])
+    with pytest.raises(PtxError, match="every.cu.*or in no array at all|is in no array"):
+        module.launch(r"scale<\(?(int\))?3>", 1, 64, args, memory=[x])
+
+
+@needs_nvcc
 def test_the_example_of_the_documentation_runs(capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "cuda-testing.md").read_text(), re.S)
@@ -222,7 +237,6 @@ def test_words(arch, rng, shim, every):
         canonical = lambda v, r: np.where(np.isnan(v), np.uint16(0x7FFF), r).astype(np.uint32)  # noqa: E731
         half = lambda v: canonical(v, v.astype(np.float16).view(np.uint16))  # noqa: E731
         want[12], want[19] = half(f), half(f) | half(g) << np.uint32(16)
-        import torch
         bf16 = lambda v: canonical(v, torch.from_numpy(v.copy()).to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16))  # noqa: E731
         want[14], want[20] = bf16(f), bf16(f) | bf16(g) << np.uint32(16)
         want[23] = np.where(np.isnan(f), 0, np.clip(np.rint(f.astype(np.float64)), -(2**31), 2**31 - 1)).astype(np.int32).view(np.uint32)

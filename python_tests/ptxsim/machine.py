@@ -4,6 +4,7 @@ Each thread has a place in the code. Those with the lowest place run together un
 where the compiler put their common code, which it does behind both branches.
 """
 
+import ctypes
 import re
 import shutil
 import subprocess
@@ -13,7 +14,7 @@ import numpy as np
 
 from . import access, warp  # noqa: F401  (they enter their handlers into HANDLERS)
 from .arithmetic import HANDLERS
-from .memory import UINT, WINDOWS, Memory
+from .memory import UINT, Memory
 from .operands import SPECIAL, Context
 from .parse import SIZES, Parser, PtxError
 
@@ -75,7 +76,7 @@ class Kernel:
                 return Step("trap", None, guard, None, ins)
             if ins.opcode in ("bar", "barrier"):
                 return Step("barrier", self.barrier(ins), guard, None, ins)
-            if ins.opcode == "bar.warp" or ins.opcode not in HANDLERS:
+            if ins.opcode not in HANDLERS:
                 raise PtxError(f"instruction {ins.opcode} is not known to this interpreter")
             return Step("collective" if ins.opcode in COLLECTIVE else "plain", HANDLERS[ins.opcode](ins, self.context), guard, None, ins)
         except PtxError as e:
@@ -87,7 +88,7 @@ class Kernel:
         return self.function.labels[name]
 
     def barrier(self, ins):
-        """None for bar.warp.sync's likes that order only memory; else (state, mask) -> None, run when all have come."""
+        """("warp", members) or ("block", None or what is done when all have come)."""
         mods = [m for m in ins.modifiers if m not in ("cta", "aligned")]
         if mods[:1] == ["warp"]:
             return "warp", self.context.read_array(ins.operands[0], "u32")
@@ -372,7 +373,8 @@ class Module:
             grid, block: int or up to three of them.
             args: one for each parameter: a contiguous numpy array (its address), an int, a float, None, or bytes (a struct by value).
             shared: bytes of dynamic shared memory.
-            memory: more arrays that the kernel may reach, for example through pointers in a struct.
+            memory: what else the kernel may reach, for example through pointers in a struct: numpy arrays, torch tensors (all of their storage), or
+                (address, bytes) of anything else that is alive.
             lazy: cp.async lands in its wait (True) or at once.
             limit: instructions of one block, against loops without end.
 
@@ -392,12 +394,10 @@ class Module:
         template = Memory((block[0] * block[1] * block[2] + 31) // 32 * 32)
         for v, data in self.tables:
             template.add(v.offset, data, v.name, writable=v.space == "global")
-        arrays = sorted((a for a in (*args, *memory) if isinstance(a, np.ndarray)), key=lambda a: -a.nbytes)  # views may lie in others
-        for i, a in enumerate(arrays):
-            if not a.flags.c_contiguous:
-                raise PtxError(f"array {i} of shape {a.shape} is not contiguous")
-            if a.nbytes:
-                template.add(a.ctypes.data, a.reshape(-1).view(np.uint8), f"array {i} of {a.dtype} {list(a.shape)}", writable=a.flags.writeable)
+        reachable = [memory_of(a, f"array {i}") for i, a in enumerate((*[a for a in args if isinstance(a, np.ndarray)], *memory))]
+        for address, data, what, writable in sorted(reachable, key=lambda r: -len(r[1])):  # views may lie in others
+            if len(data):
+                template.add(address, data, what, writable)
         size = max((p.offset + p.size for p in function.params), default=0)
         params = np.zeros((size + 15) // 16 * 16, np.uint8)
         for p, a in zip(function.params, args, strict=True):
@@ -430,6 +430,22 @@ def three(v):
     return v + (1,) * (3 - len(v))
 
 
+def memory_of(item, name):
+    """(address, its bytes as an array, what it is, writable)"""
+    if isinstance(item, np.ndarray):
+        if not item.flags.c_contiguous:
+            raise PtxError(f"{name} of shape {item.shape} is not contiguous")
+        return item.ctypes.data, item.reshape(-1).view(np.uint8), f"{name} of {item.dtype} {list(item.shape)}", item.flags.writeable
+    if isinstance(item, tuple):
+        address, size = item
+        what = f"{name} of {size} bytes"
+    else:
+        address, size = item.untyped_storage().data_ptr(), item.untyped_storage().nbytes()
+        what = f"the storage of {name}, {item.dtype} {list(item.shape)},"
+    data = np.frombuffer((ctypes.c_uint8 * size).from_address(address), np.uint8) if size else np.zeros(0, np.uint8)
+    return address, data, what, True
+
+
 def argument(value, param):
     if isinstance(value, np.ndarray):
         raw = np.uint64(value.ctypes.data).tobytes()
@@ -445,5 +461,3 @@ def argument(value, param):
         raise PtxError(f"parameter {param.name} has {param.size} bytes, {len(raw)} given")
     return raw
 
-
-__all__ = ["WINDOWS", "Module", "PtxError"]

@@ -358,12 +358,12 @@ bool Worker::pass() {
   return any;
 }
 
-static std::string name_threads(const std::vector<Fiber>& fibers, State state, int warp = -1) {
+static std::string name_threads(const std::vector<Fiber>& fibers, State state) {
   std::string out;
   int from = -1;
   const int n = static_cast<int>(fibers.size());
   for (int i = 0; i <= n; i++) {
-    const bool in = i < n && fibers[i].state == state && (warp < 0 || fibers[i].warp == warp);
+    const bool in = i < n && fibers[i].state == state;
     if (in && from < 0) from = i;
     if (!in && from >= 0) {
       out += (out.empty() ? "" : ", ") + std::to_string(from) + (i - 1 > from ? "-" + std::to_string(i - 1) : "");
