@@ -193,7 +193,7 @@ def environment(mode):
         "LD_PRELOAD": " ".join(names),
         "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0:exitcode=66",
         "UBSAN_OPTIONS": "print_stacktrace=1",
-        "TSAN_OPTIONS": "halt_on_error=1:exitcode=66:report_signal_unsafe=0:ignore_noninstrumented_modules=1",  # Python and its libraries are none of ours
+        "TSAN_OPTIONS": "halt_on_error=1:exitcode=66:report_signal_unsafe=0",
         "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
     }
 
