@@ -1,5 +1,6 @@
 """The interpreter of PTX: numbers and instructions against independent ones, every instruction of ptx.cuh, and the bugs that only it can see."""
 
+import math
 import re
 from fractions import Fraction
 
@@ -456,6 +457,126 @@ def run_text(body, threads=32):
 
 
 STORE = "mul.lo.u32 %r5, %r1, 4;\ncvt.u64.u32 %rd2, %r5;\nadd.u64 %rd3, %rd1, %rd2;\nst.global.u32 [%rd3], %r2;"
+
+
+OPERATION = """.version 9.0
+.target sm_80
+.address_size 64
+.global .align 4 .b8 table[16] = {{1, 2, 3, 4, 5, 6, 7, 8}};
+.visible .entry k(.param .u64 k_param_0)
+{{
+\t.reg .pred %p<4>;
+\t.reg .b16 %h<4>;
+\t.reg .b32 %r<8>;
+\t.reg .f32 %f<4>;
+\t.reg .b64 %rd<8>;
+\t.local .align 8 .b8 depot[16];
+\t.shared .align 8 .b8 tile[1024];
+\tld.param.u64 %rd1, [k_param_0];
+\tmov.u32 %r7, %tid.x;
+\tmul.wide.u32 %rd2, %r7, 16;
+\tadd.s64 %rd1, %rd1, %rd2;
+\tld.global.v2.u32 {{%r1, %r2}}, [%rd1];
+\tld.global.u32 %r3, [%rd1+8];
+\tmov.b32 %f1, %r1;
+\tmov.b32 %f2, %r2;
+{body}
+\tst.global.u32 [%rd1+12], %r4;
+\tret;
+}}
+"""
+
+
+def signed(x):
+    return x - (1 << 32) if x >> 31 else x
+
+
+def truncated(x, y):
+    """Quotient towards zero."""
+    return abs(x) // abs(y) * (1 if (x < 0) == (y < 0) else -1)
+
+
+def field(x, start, length, sign):
+    """bfe: the field with zeros, or copies of its uppermost bit that exists, above it."""
+    start, length = start & 255, length & 255
+    if length == 0:
+        return 0
+    bits = [(x >> i & 1) if i < 32 else ((x >> 31) if sign else 0) for i in range(start, start + length)]
+    value = sum(b << i for i, b in enumerate(bits))
+    return value | (-(bits[-1] & sign) << length)
+
+
+def number(x):
+    return float(np.array(x, np.uint32).view(np.float32))
+
+
+def integer(f, way, low, high):
+    """cvt of a float: NaN is 0, and what does not fit is the nearest that does."""
+    return 0 if f != f else low if f == -math.inf else high if f == math.inf else min(max(int(way(f)), low), high)
+
+
+#: PTX -> what %r4 is, in Python's integers, for words a, b, c in %r1 to %r3 (and a, b as floats in %f1, %f2)
+OPERATIONS = {
+    "bfe.u32 %r4, %r1, %r2, %r3;": lambda a, b, c: field(a, b, c, 0),
+    "bfe.s32 %r4, %r1, %r2, %r3;": lambda a, b, c: field(a, b, c, 1),
+    "bfi.b32 %r4, %r1, %r2, 5, 9;": lambda a, b, c: b & ~(511 << 5) | (a & 511) << 5,
+    "bfi.b32 %r4, %r1, %r2, 28, 9;": lambda a, b, c: b & (1 << 28) - 1 | a << 28,
+    "bfi.b32 %r4, %r1, %r2, 3, 0;": lambda a, b, c: b,
+    "shf.l.wrap.b32 %r4, %r1, %r2, %r3;": lambda a, b, c: (b << 32 | a) << (c & 31) >> 32,
+    "shf.r.clamp.b32 %r4, %r1, %r2, %r3;": lambda a, b, c: (b << 32 | a) >> min(c, 32),
+    "shl.b32 %r4, %r1, %r3;": lambda a, b, c: a << min(c, 32),
+    "shr.u32 %r4, %r1, %r3;": lambda a, b, c: a >> min(c, 32),
+    "shr.s32 %r4, %r1, %r3;": lambda a, b, c: signed(a) >> min(c, 31),
+    "mul.hi.u32 %r4, %r1, %r2;": lambda a, b, c: a * b >> 32,
+    "mul.hi.s32 %r4, %r1, %r2;": lambda a, b, c: signed(a) * signed(b) >> 32,
+    "mad.hi.s32 %r4, %r1, %r2, %r3;": lambda a, b, c: (signed(a) * signed(b) >> 32) + c,
+    "mul.wide.s32 %rd3, %r1, %r2;\nmad.wide.s32 %rd3, %r2, %r3, %rd3;\nshr.u64 %rd3, %rd3, 20;\ncvt.u32.u64 %r4, %rd3;":
+        lambda a, b, c: ((signed(a) * signed(b) + signed(b) * signed(c)) & (1 << 64) - 1) >> 20,
+    "cvt.s64.s32 %rd3, %r1;\ncvt.u64.u32 %rd4, %r2;\nmul.hi.s64 %rd3, %rd3, 0x7123456789ABCDEF;\nmul.hi.u64 %rd4, %rd4, %rd3;\nxor.b64 %rd3, %rd3, %rd4;\n"
+    "cvt.u32.u64 %r4, %rd3;": lambda a, b, c: (h := signed(a) * 0x7123456789ABCDEF >> 64) ^ (b * (h & (1 << 64) - 1) >> 64),
+    "or.b32 %r2, %r2, 1;\ndiv.s32 %r4, %r1, %r2;": lambda a, b, c: truncated(signed(a), signed(b | 1)),
+    "or.b32 %r2, %r2, 1;\nrem.s32 %r4, %r1, %r2;": lambda a, b, c: signed(a) - truncated(signed(a), signed(b | 1)) * signed(b | 1),
+    "or.b32 %r3, %r3, 1;\nrem.u32 %r4, %r1, %r3;": lambda a, b, c: a % (c | 1),
+    "min.s32 %r4, %r1, %r2;": lambda a, b, c: min(signed(a), signed(b)),
+    "max.u32 %r4, %r1, %r2;": lambda a, b, c: max(a, b),
+    "abs.s32 %r4, %r1;": lambda a, b, c: abs(signed(a)),
+    "neg.s32 %r4, %r1;": lambda a, b, c: -signed(a),
+    "not.b32 %r4, %r1;": lambda a, b, c: ~a,
+    "cvt.s16.s32 %h1, %r1;\ncvt.s32.s16 %r4, %h1;": lambda a, b, c: (a & 0x7FFF) - (a & 0x8000),
+    "cvt.sat.u8.s32 %r4, %r1;": lambda a, b, c: min(max(signed(a), 0), 255),
+    "cvt.rzi.s32.f32 %r4, %f1;": lambda a, b, c: integer(number(a), math.trunc, -(1 << 31), (1 << 31) - 1),
+    "cvt.rmi.u32.f32 %r4, %f1;": lambda a, b, c: integer(number(a), math.floor, 0, (1 << 32) - 1),
+    "cvt.rpi.s16.f32 %h1, %f1;\ncvt.s32.s16 %r4, %h1;": lambda a, b, c: integer(number(a), math.ceil, -(1 << 15), (1 << 15) - 1),
+    "setp.lt.s32 %p1, %r1, %r2;\nsetp.gt.or.u32 %p2|%p3, %r2, %r3, %p1;\nselp.b32 %r4, 1, 2, %p2;\n@%p3 add.u32 %r4, %r4, 4;":
+        lambda a, b, c: (1 if b > c or signed(a) < signed(b) else 2) + 4 * (b <= c or signed(a) < signed(b)),
+    "setp.ltu.f32 %p1, %f1, %f2;\nsetp.num.f32 %p2, %f1, %f2;\nselp.b32 %r4, 1, 2, %p1;\n@!%p2 add.u32 %r4, %r4, 4;":
+        lambda a, b, c: (2 if number(a) >= number(b) else 1) + 4 * (number(a) != number(a) or number(b) != number(b)),
+    "min.f32 %f3, %f1, %f2;\nsetp.eq.f32 %p1, %f3, %f1;\nselp.b32 %r4, 1, 2, %p1;":
+        lambda a, b, c: 1 if number(a) == number(a) and not number(b) < number(a) else 2,
+    "redux.sync.xor.b32 %r4, %r1, -1;\nredux.sync.xor.b32 %r5, %r1, -1;\nxor.b32 %r4, %r4, %r5;": lambda a, b, c: 0,
+    "st.local.u32 [depot+4], %r1;\nmov.u64 %rd3, depot;\ncvta.local.u64 %rd4, %rd3;\nld.u32 %r4, [%rd4+4];": lambda a, b, c: a,
+    "mul.lo.u32 %r5, %r7, 4;\nmov.u32 %r6, tile;\nadd.u32 %r5, %r5, %r6;\nst.shared.u32 [%r5], %r2;\ncvt.u64.u32 %rd3, %r5;\ncvta.shared.u64 %rd4, %rd3;\n"
+    "ld.s8 %r4, [%rd4+3];": lambda a, b, c: (b >> 24 & 127) - (b >> 24 & 128),
+    "and.b32 %r5, %r1, 3;\ncvt.u64.u32 %rd3, %r5;\nmov.u64 %rd4, table;\nadd.s64 %rd4, %rd4, %rd3;\nld.global.u8 %r4, [%rd4+4];": lambda a, b, c: 5 + (a & 3),
+    "and.b32 %r5, %r1, 1;\n$T: .branchtargets $A, $B;\nbrx.idx %r5, $T;\n$A: mov.u32 %r4, %r2;\nbra.uni $C;\n$B: mov.u32 %r4, %r3;\n$C:":
+        lambda a, b, c: c if a & 1 else b,
+}
+
+
+@pytest.mark.parametrize("body", OPERATIONS)
+def test_operations(body, rng):
+    """Instructions that nvcc may choose for a kernel, against Python's integers."""
+    words = rng.integers(0, 1 << 32, (256, 4), dtype=np.uint32)
+    words[64:, 2] %= 70                                                 # shift counts
+    words[64:128, 1] %= 40
+    words[128:192, 0] = (rng.standard_normal(64) * 10.0 ** rng.integers(-1, 11, 64)).astype(np.float32).view(np.uint32)
+    words[192:200, 0] = np.array([np.nan, np.inf, -np.inf, 0.5, 1.5, -0.5, 2.0**31, -(2.0**31)], np.float32).view(np.uint32)
+    words[200:208, :2] = words[200:208, :1]
+    got = words.copy()
+    Module(OPERATION.format(body=body)).launch("k", 1, 256, [got])
+    for (a, b, c, _), r in zip(words.tolist(), got[:, 3].tolist(), strict=True):
+        assert r == OPERATIONS[body](a, b, c) & 0xFFFFFFFF, (hex(a), hex(b), hex(c))
+    np.testing.assert_array_equal(got[:, :3], words[:, :3])
 
 
 @pytest.mark.parametrize("body, message", [

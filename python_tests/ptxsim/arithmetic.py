@@ -250,15 +250,16 @@ def prmt(ins, ctx):
 
 @handles("bfe")
 def bit_field_extract(ins, ctx):
+    """The field, and above it zeros, or for signed types the last bit of the field; of those beyond the word, the word's last bit."""
     _, kind = split(ins)
     bits, dtype = 8 * SIZES[kind], DTYPES[kind]
 
     def compute(a, start, length):
-        start, length = np.minimum(start & np.uint32(255), bits), np.minimum(length & np.uint32(255), bits)
-        length = np.minimum(length, bits - start)
-        up, down = bits - start - length, bits - length
-        safe = np.minimum(np.stack(np.broadcast_arrays(up, down)), bits - 1).astype(dtype)
-        return np.where(length == 0, dtype.type(0), np.right_shift(np.left_shift(a, safe[0]), safe[1]))
+        start, length = start & np.uint32(255), np.minimum(length & np.uint32(255), bits)
+        near = np.minimum(start, bits - 1).astype(dtype)
+        low = np.where((start >= bits) & (kind[0] == "u"), dtype.type(0), np.right_shift(a, near))
+        up = np.minimum(bits - length, bits - 1).astype(dtype)
+        return np.where(length == 0, dtype.type(0), np.right_shift(np.left_shift(low, up), up))
 
     return simple(ins, ctx, [kind, "u32", "u32"], kind, compute)
 
