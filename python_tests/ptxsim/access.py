@@ -54,8 +54,11 @@ def load(ins, ctx):
     where, puts, dtype = address(ctx, ins.operands[1], space), [ctx.write(n, kind) for n in names(ins.operands[0], count)], DTYPES[kind]
 
     def go(s, mask):
-        for put, value in zip(puts, s.memory.load(space, where(s), size, count, s.on(mask)), strict=True):
+        at, on = where(s), s.on(mask)
+        for put, value in zip(puts, s.memory.load(space, at, size, count, on), strict=True):
             put(s, mask, value.view(dtype))
+        if space == "shared":
+            s.count_banks(ins, at, on, size * count)
 
     return go
 
@@ -65,7 +68,14 @@ def store(ins, ctx):
     space, count, kind = location(ins)
     size, _ = element(kind)
     where, gets = address(ctx, ins.operands[0], space), [ctx.read_array(n, kind) for n in names(ins.operands[1], count)]
-    return lambda s, mask: s.memory.store(space, where(s), size, [np.ascontiguousarray(g(s)).view(f"u{size}") for g in gets], s.on(mask))
+
+    def go(s, mask):
+        at, on = where(s), s.on(mask)
+        s.memory.store(space, at, size, [np.ascontiguousarray(g(s)).view(f"u{size}") for g in gets], on)
+        if space == "shared":
+            s.count_banks(ins, at, on, size * len(gets))
+
+    return go
 
 
 ATOMIC = {"add": lambda old, b, c: old + b, "exch": lambda old, b, c: b, "and": lambda old, b, c: old & b, "or": lambda old, b, c: old | b,

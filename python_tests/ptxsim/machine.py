@@ -30,6 +30,7 @@ class Step:
     guard: object    # state -> bool array, or None
     target: object = None
     instruction: object = None
+    ran: bool = False
 
 
 class Kernel:
@@ -136,7 +137,6 @@ class State:
         self.special["%laneid"], self.special["%warpid"] = n % 32, n // 32
         self.all = np.ones(self.threads, bool)
         self.copies, self.group = [], np.zeros(self.threads, np.int64)
-        self.count = kernel.module.count
 
     def on(self, mask):
         return self.all if mask is None else mask
@@ -178,6 +178,19 @@ class State:
                 left.append((lanes & ~now, to, source, size, take, group))
         self.copies = left
 
+    def count_banks(self, ins, address, mask, size):
+        """Shared memory has 32 banks of 4 bytes. A warp's access goes in phases of 128 bytes: 32 lanes of up to 4 bytes, 16 of 8, 8 of 16. A phase costs as
+        many turns as the busiest bank has different words; all but one of them are conflicts."""
+        lanes = np.flatnonzero(mask)
+        each = max(1, size // 4)
+        phase = np.repeat(lanes * each // 32, each)
+        word = (address[lanes, None].astype(np.int64) // 4 + np.arange(each)).reshape(-1)
+        pairs = np.unique(np.stack([phase, word]), axis=1)
+        turns = np.bincount(pairs[0] * 32 + pairs[1] % 32, minlength=32 * (self.threads * each // 32)).reshape(-1, 32).max(1)
+        count = self.kernel.module.banks.setdefault(ins.source or f"PTX line {ins.line}", [0, 0])
+        count[0] += int((turns > 0).sum())
+        count[1] += int(np.maximum(turns - 1, 0).sum())
+
     # the schedule
 
     def run(self, limit):
@@ -208,6 +221,7 @@ class State:
                     if step.kind == "plain" and not now.any():
                         p += 1
                         continue
+                step.ran = True
                 try:
                     if step.kind == "plain":
                         step.go(self, now)
@@ -300,7 +314,8 @@ class Module:
     def __init__(self, text):
         parsed = Parser(text)
         self.target, self.functions, self.variables = parsed.target, parsed.functions, parsed.variables
-        self.count = {"mma": 0, "instructions": 0}
+        self.mma = 0      # products of a warp so far
+        self.banks = {}   # line of the kernel -> [phases, conflicts] of its accesses to shared memory so far
         self.tables = []
         for v in self.variables:
             if v.space == "shared":
@@ -340,6 +355,15 @@ class Module:
             raise KeyError(f"{len(found)} kernels match {pattern!r}; there are {list(self.kernels.values())}")
         return found[0]
 
+    def executed(self):
+        """The instructions, with all modifiers, that have run so far."""
+        return {".".join([i.opcode, *i.modifiers]) for k in self.compiled.values() for i in (s.instruction for s in k.steps if s.ran)}
+
+    def replay(self, launches, memory):
+        """Runs what ``simt.Library.record`` wrote down; ``memory``: the arrays that the host function was given."""
+        for one in launches:
+            self.launch(one.kernel, one.grid, one.block, one.args, one.shared, memory)
+
     def launch(self, kernel, grid, block, args, shared=0, memory=(), lazy=True, limit=20_000_000):
         """Runs a kernel.
 
@@ -368,7 +392,7 @@ class Module:
         template = Memory((block[0] * block[1] * block[2] + 31) // 32 * 32)
         for v, data in self.tables:
             template.add(v.offset, data, v.name, writable=v.space == "global")
-        arrays = [a for a in (*args, *memory) if isinstance(a, np.ndarray)]
+        arrays = sorted((a for a in (*args, *memory) if isinstance(a, np.ndarray)), key=lambda a: -a.nbytes)  # views may lie in others
         for i, a in enumerate(arrays):
             if not a.flags.c_contiguous:
                 raise PtxError(f"array {i} of shape {a.shape} is not contiguous")

@@ -4,7 +4,8 @@ import numpy as np
 
 
 def half_read(bits):
-    return bits.view(np.float16).astype(np.float64)
+    with np.errstate(invalid="ignore"):  # signalling NaN
+        return bits.view(np.float16).astype(np.float64)
 
 
 def half_round(x):
@@ -15,7 +16,8 @@ def half_round(x):
 
 
 def bf16_read(bits):
-    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32).astype(np.float64)
+    with np.errstate(invalid="ignore"):  # signalling NaN
+        return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32).astype(np.float64)
 
 
 def bf16_round(x):

@@ -77,13 +77,14 @@ class Parser:
                 files[m[1]] = m[2].rsplit("/", 1)[-1]
                 continue
             if line.startswith((".loc ", ".loc\t")):
-                place = tuple(line.split()[1:3])
+                place = re.findall(r"(?:\.loc|inlined_at)\s+(\d+)\s+(\d+)", line)
                 continue
             line = line.split("//", 1)[0]
             if line:
                 self.places[number] = place
                 words += [(w, number) for w in TOKEN.findall(line)]
-        self.places = {n: f"{files.get(p[0], '?')}:{p[1]}" if p else "" for n, p in self.places.items()}  # the files come last in the text
+        # "mv.cu:80 > ptx.cuh:125" for a function that was inlined; the names of the files come last in the text
+        self.places = {n: " > ".join(f"{files.get(f, '?')}:{number}" for f, number in reversed(p or [])) for n, p in self.places.items()}
         self.words, self.at = words, 0
         self.module()
 

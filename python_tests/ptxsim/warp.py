@@ -141,6 +141,7 @@ def ldmatrix(ins, ctx):
         rows = where(s)
         asked = ready & (np.tile(LANE, s.threads // 32) < 8 * count)
         words = s.memory.load_rows(rows, asked)  # [threads, 8] halves
+        s.count_banks(ins, rows, asked, 16)
         tile = words.reshape(-1, 4, 8, 8)  # [warp, matrix, row, column]
         for i, put in enumerate(puts):
             m = tile[:, i].transpose(0, 2, 1) if transposed else tile[:, i]
@@ -195,7 +196,7 @@ def mma(ins, ctx):
         d = (a @ b + c).astype(np.int32 if read is None else np.float32)
         for i, put in enumerate(puts):
             put(s, ready, np.ascontiguousarray(d[:, g + 8 * (i // 2), 2 * t + i % 2]).reshape(-1))
-        s.count["mma"] += int(ready.sum()) // 32
+        s.kernel.module.mma += int(ready.sum()) // 32
         return waiting
 
     return go

@@ -9,6 +9,6 @@ docs/cuda-testing.md says what this catches and what it cannot.
 """
 
 from .build import MODES, build, missing_tool
-from .library import Library, SimtError
+from .library import Library, SimtError, run_python
 
-__all__ = ["MODES", "Library", "SimtError", "build", "missing_tool"]
+__all__ = ["MODES", "Library", "SimtError", "build", "missing_tool", "run_python"]

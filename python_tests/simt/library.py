@@ -1,6 +1,7 @@
 """Calls the host functions of a compiled library, in this process or, for the sanitizers, in a child that has their runtime loaded first."""
 
 import ctypes
+import functools
 import json
 import os
 import pickle
@@ -44,22 +45,6 @@ def convert(value):
     return value  # a ctypes object
 
 
-class Native:
-    """A library loaded into this process."""
-
-    def __init__(self, path):
-        self.dll = ctypes.CDLL(str(path))
-        self.dll.simt_take_error.restype = ctypes.c_char_p
-
-    def call(self, name, options, args, record=False):
-        """(what the function returned, message of a failed launch, counters)"""
-        self.dll.simt_configure(*(int(options[k]) for k in DEFAULTS), int(record))
-        code = getattr(self.dll, name)(*map(convert, args))
-        counts = (ctypes.c_uint64 * len(COUNTERS))()
-        self.dll.simt_take_stats(counts)
-        return code, self.dll.simt_take_error().decode(), dict(zip(COUNTERS, counts, strict=True))
-
-
 @dataclass
 class Launch:
     """A launch that was not run: what ``ptxsim.Module.launch`` needs to run it."""
@@ -71,6 +56,50 @@ class Launch:
     args: list[bytes]
 
 
+class Native:
+    """A library loaded into this process."""
+
+    def __init__(self, path):
+        self.path, self.dll = path, ctypes.CDLL(str(path))
+        self.dll.simt_take_error.restype = ctypes.c_char_p
+        self.dll.simt_take_record.restype = ctypes.c_void_p
+
+    def call(self, name, options, args, record=False):
+        """(what the function returned, message of a failed launch, counters)"""
+        self.dll.simt_configure(*(int(options[k]) for k in DEFAULTS), int(record))
+        code = getattr(self.dll, name)(*map(convert, args))
+        counts = (ctypes.c_uint64 * len(COUNTERS))()
+        self.dll.simt_take_stats(counts)
+        return code, self.dll.simt_take_error().decode(), dict(zip(COUNTERS, counts, strict=True))
+
+    def launches(self):
+        """list of Launch: what was recorded since the last time."""
+        size = ctypes.c_size_t()
+        data = ctypes.string_at(self.dll.simt_take_record(ctypes.byref(size)), size.value)
+        names, out, at = self.symbols, [], 0
+        while at < len(data):
+            kernel, *numbers, count = struct.unpack_from("<9Q", data, at)
+            at += 72
+            args = []
+            for _ in range(count):
+                (length,) = struct.unpack_from("<Q", data, at)
+                args.append(data[at + 8 : at + 8 + length])
+                at += 8 + length
+            out.append(Launch(names[kernel], tuple(numbers[:3]), tuple(numbers[3:6]), numbers[6], args))
+        return out
+
+    @functools.cached_property
+    def symbols(self):
+        """{address in this process: mangled name} of the library's functions."""
+        table = {}
+        for line in subprocess.run(["nm", str(self.path)], check=True, capture_output=True, text=True).stdout.splitlines():
+            parts = line.split()
+            if len(parts) == 3 and parts[1] in "tTwWuV":
+                table[parts[2]] = int(parts[0], 16)
+        here = ctypes.cast(self.dll.simt_configure, ctypes.c_void_p).value
+        return {address - table["simt_configure"] + here: name for name, address in table.items()}
+
+
 class Library:
     """The kernels of some sources, ready to be called.
 
@@ -78,13 +107,14 @@ class Library:
         sources, include, defines: see ``build``.
         mode: "plain", "debug" (-O0), "ucontext" (the portable fibers), "gcov", or "asan" (AddressSanitizer and UndefinedBehaviorSanitizer) and "tsan"
             (ThreadSanitizer), which run in a child process.
-        isolated: run in a child process in any case, so that a kernel that writes anywhere cannot take the tests with it.
+        isolated: run in a child process (True), so that a kernel that writes anywhere cannot take the tests with it, or in this one (False).
+            Left out: the sanitizers in a child.
     """
 
-    def __init__(self, sources, mode="plain", include=(), defines=(), isolated=False):
+    def __init__(self, sources, mode="plain", include=(), defines=(), isolated=None):
         self.mode = mode
         self.path = build(sources, mode, include, defines)
-        self.isolated = isolated or bool(MODES[mode][2])
+        self.isolated = bool(MODES[mode][2]) if isolated is None else isolated
         self.options = dict(DEFAULTS)
         self.stats = {}
         self.native = self.child = None
@@ -137,30 +167,7 @@ class Library:
         code, message, _ = self.native.call(name, self.options, args, record=True)
         if code or message:
             raise SimtError(message or f"{name} returned {code}")
-        size = ctypes.c_size_t()
-        self.native.dll.simt_take_record.restype = ctypes.c_void_p
-        data = ctypes.string_at(self.native.dll.simt_take_record(ctypes.byref(size)), size.value)
-        names, out, at = self.symbols(), [], 0
-        while at < len(data):
-            kernel, *rest = struct.unpack_from("<9Q", data, at)
-            at += 72
-            args = []
-            for _ in range(rest[7]):
-                (length,) = struct.unpack_from("<Q", data, at)
-                args.append(data[at + 8 : at + 8 + length])
-                at += 8 + length
-            out.append(Launch(names[kernel], tuple(rest[0:3]), tuple(rest[3:6]), rest[6], args))
-        return out
-
-    def symbols(self):
-        """{address in this process: mangled name} of the library's functions."""
-        table = {}
-        for line in subprocess.run(["nm", str(self.path)], check=True, capture_output=True, text=True).stdout.splitlines():
-            parts = line.split()
-            if len(parts) == 3 and parts[1] in "tTwWuV":
-                table[parts[2]] = int(parts[0], 16)
-        here = ctypes.cast(self.native.dll.simt_configure, ctypes.c_void_p).value
-        return {address - table["simt_configure"] + here: name for name, address in table.items()}
+        return self.native.launches()
 
     def coverage(self):
         """{source file: {line: times run}} of what was called so far, in mode "gcov"."""
@@ -178,22 +185,47 @@ class Library:
         return lines
 
 
+def environment(mode):
+    """Of a Python process that can load a library of this mode: the sanitizer's runtime must come before everything else."""
+    names = [subprocess.run(["g++", f"-print-file-name=lib{n}.so"], check=True, capture_output=True, text=True).stdout.strip() for n in MODES[mode][2]]
+    return os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "LD_PRELOAD": " ".join(names),
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0:exitcode=66",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "TSAN_OPTIONS": "halt_on_error=1:exitcode=66:report_signal_unsafe=0:ignore_noninstrumented_modules=1",  # Python and its libraries are none of ours
+        "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
+    }
+
+
+def shorten(report):
+    """What a sanitizer wrote, without the frames between scheduler and kernel."""
+    return "\n".join(line for line in report.decode(errors="replace").splitlines() if not FRAMES.search(line))[:6000]
+
+
+def run_python(mode, *arguments, timeout=300):
+    """Runs ``python`` with arguments in a process that can load libraries of a sanitizer's mode into itself: for tests whose calls pass structs
+    with pointers, which cannot be sent to a child. There, ``Library(..., isolated=False)``.
+
+    Returns:
+        what it wrote to stdout.
+
+    Raises:
+        SimtError: it did not end with 0; the text has what it wrote to stderr.
+    """
+    done = subprocess.run([sys.executable, *map(str, arguments)], env=environment(mode), capture_output=True, timeout=timeout)
+    if done.returncode:
+        raise SimtError(f"python {' '.join(map(str, arguments))} ended with {done.returncode}:\n{done.stdout.decode()[-3000:]}{shorten(done.stderr)}")
+    return done.stdout.decode()
+
+
 class Child:
     """A Python process with the sanitizer's runtime, which calls the library for us and dies of what the sanitizer reports."""
 
     def __init__(self, path, mode):
-        names = [subprocess.run(["g++", f"-print-file-name=lib{n}.so"], check=True, capture_output=True, text=True).stdout.strip() for n in MODES[mode][2]]
-        env = os.environ | {
-            "PYTHONPATH": os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]),
-            "LD_PRELOAD": " ".join(names),
-            "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0:exitcode=66",
-            "UBSAN_OPTIONS": "print_stacktrace=1",
-            "TSAN_OPTIONS": "halt_on_error=1:exitcode=66:report_signal_unsafe=0",
-            "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
-        }
         self.errors = tempfile.TemporaryFile()
-        self.process = subprocess.Popen([sys.executable, "-m", "simt.child", str(path)], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        stderr=self.errors)
+        self.process = subprocess.Popen([sys.executable, "-m", "simt.child", str(path)], env=environment(mode), stdin=subprocess.PIPE,
+                                        stdout=subprocess.PIPE, stderr=self.errors)
 
     def call(self, name, options, args):
         try:
@@ -202,9 +234,7 @@ class Child:
         except (EOFError, BrokenPipeError):
             code = self.process.wait()
             self.errors.seek(0)
-            lines = self.errors.read().decode(errors="replace").splitlines()
-            report = "\n".join(line for line in lines if not FRAMES.search(line))[:6000]
-            raise SimtError(f"the process that ran {name} ended with {code}:\n{report}") from None
+            raise SimtError(f"the process that ran {name} ended with {code}:\n{shorten(self.errors.read())}") from None
 
     def __del__(self):
         process = getattr(self, "process", None)

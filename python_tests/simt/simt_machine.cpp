@@ -189,7 +189,6 @@ struct Worker : Block {
 };
 
 static thread_local Worker* worker;
-static char fence_order;
 static std::string last_error;
 static Stats last_stats;
 
@@ -456,6 +455,9 @@ bool Worker::run_block(unsigned n) {
     f.phase = f.warp_phase = 0;
     f.copies.clear();
     f.landed = 0;
+    f.fenced = false;
+    f.seen_at = 0;
+    memset(f.seen, 0, sizeof f.seen);
     ready[f.warp] |= 1u << f.lane;
   }
   for (;;) {
@@ -475,6 +477,7 @@ void barrier(Site site, const char* what, int vote, int* count) {
   f.site = site;
   f.what = what;
   f.vote = vote;
+  f.fenced = false;
   char* order = &worker->team->phases[f.phase++ & 1];
   __tsan_release(order);
   park();
@@ -581,10 +584,27 @@ bool pop_copy(int young, Copy& out) {
   return true;
 }
 
+// What an atomic publishes and sees, for TSan: everything before a fence that is before it, and everything that fenced atomics on the same word have
+// published once a fence comes after it. A barrier ends the effect of a fence, since what it lets others write is behind the fence.
+static char* cell_of(const void* p) {
+  static char cells[4096];
+  return &cells[reinterpret_cast<uintptr_t>(p) / 4 * 2654435761u % sizeof cells];
+}
+
 void fence() {
-  // Two fences are ordered as they happen, which is what makes a ticket drawn behind one publish what was written before it.
-  __tsan_release(&fence_order);
-  __tsan_acquire(&fence_order);
+  self->fenced = true;
+  for (const void* p : self->seen)
+    if (p) __tsan_acquire(cell_of(p));
+}
+
+void before_atomic(const void* p) {
+  if (self->fenced) __tsan_release(cell_of(p));
+}
+
+void after_atomic(const void* p) {
+  for (const void* old : self->seen)
+    if (old == p) return;
+  self->seen[self->seen_at++ % 4] = p;
 }
 
 void ignore_begin() {

@@ -86,6 +86,10 @@ struct Thread {
   size_t landed;
   int group;
   unsigned phase, warp_phase;
+  // the order of atomics
+  bool fenced;
+  const void* seen[4];
+  unsigned seen_at;
   void* context;
 };
 
@@ -118,6 +122,8 @@ void push_copy(const Copy&);
 void commit_group();
 bool pop_copy(int young, Copy&);  // the oldest of a group that the wait for all but `young` groups asks for
 void fence();
+void before_atomic(const void* p);
+void after_atomic(const void* p);
 void ignore_begin();
 void ignore_end();
 void count(uint64_t Stats::* counter);  // not inlined: the threads of a block share the counters, and sanitizers must not see that
@@ -260,46 +266,38 @@ static inline unsigned __ballot_sync(unsigned mask, int flag, SIMT_SITE) { retur
 static inline int __any_sync(unsigned mask, int flag, SIMT_SITE) { return simt::vote("__any_sync", mask, flag != 0, SIMT_HERE) != 0; }
 static inline int __all_sync(unsigned mask, int flag, SIMT_SITE) { return simt::vote("__all_sync", mask, flag == 0, SIMT_HERE) == 0; }
 
-// Atomics order nothing but themselves: what is written before them is seen by others only after a fence.
-template <class T>
-static inline T atomicAdd(T* p, T value) {
-  if constexpr (std::is_floating_point_v<T>) {
-    using U = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
-    U* word = reinterpret_cast<U*>(p);
-    U seen = __atomic_load_n(word, __ATOMIC_RELAXED);
-    for (;;) {
-      T old;
-      memcpy(&old, &seen, sizeof(T));
-      const T sum = old + value;
-      U next;
-      memcpy(&next, &sum, sizeof(T));
-      if (__atomic_compare_exchange_n(word, &seen, next, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) return old;
-    }
-  } else {
-    return __atomic_fetch_add(p, value, __ATOMIC_RELAXED);
-  }
+// Atomics order nothing but themselves: what is written before them is seen by others only by way of __threadfence on both sides.
+namespace simt {
+template <class T, class F>
+inline T atomic(T* p, F&& change) {
+  using U = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
+  before_atomic(p);
+  U* word = reinterpret_cast<U*>(p);
+  U seen = __atomic_load_n(word, __ATOMIC_RELAXED), next;
+  T old;
+  do {
+    memcpy(&old, &seen, sizeof(T));
+    const T now = change(old);
+    memcpy(&next, &now, sizeof(T));
+  } while (!__atomic_compare_exchange_n(word, &seen, next, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
+  after_atomic(p);
+  return old;
 }
+}  // namespace simt
 template <class T>
-static inline T atomicExch(T* p, T value) { return __atomic_exchange_n(p, value, __ATOMIC_RELAXED); }
+static inline T atomicAdd(T* p, std::common_type_t<T> value) { return simt::atomic(p, [&](T old) { return static_cast<T>(old + value); }); }
 template <class T>
-static inline T atomicOr(T* p, T value) { return __atomic_fetch_or(p, value, __ATOMIC_RELAXED); }
+static inline T atomicExch(T* p, std::common_type_t<T> value) { return simt::atomic(p, [&](T) { return value; }); }
 template <class T>
-static inline T atomicCAS(T* p, T expected, T value) {
-  __atomic_compare_exchange_n(p, &expected, value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
-  return expected;
+static inline T atomicOr(T* p, std::common_type_t<T> value) { return simt::atomic(p, [&](T old) { return old | value; }); }
+template <class T>
+static inline T atomicMax(T* p, std::common_type_t<T> value) { return simt::atomic(p, [&](T old) { return old < value ? value : old; }); }
+template <class T>
+static inline T atomicCAS(T* p, std::common_type_t<T> expected, std::common_type_t<T> value) {
+  return simt::atomic(p, [&](T old) { return old == expected ? value : old; });
 }
-template <class T>
-static inline T atomicMax(T* p, T value) {
-  T seen = __atomic_load_n(p, __ATOMIC_RELAXED);
-  while (seen < value && !__atomic_compare_exchange_n(p, &seen, value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {}
-  return seen;
-}
-// atomicInc wraps to 0 behind `last`: a ticket that resets itself.
-static inline unsigned atomicInc(unsigned* p, unsigned last) {
-  unsigned seen = __atomic_load_n(p, __ATOMIC_RELAXED);
-  while (!__atomic_compare_exchange_n(p, &seen, seen >= last ? 0 : seen + 1, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {}
-  return seen;
-}
+// Wraps to 0 behind `last`: a ticket that resets itself.
+static inline unsigned atomicInc(unsigned* p, unsigned last) { return simt::atomic(p, [&](unsigned old) { return old >= last ? 0 : old + 1; }); }
 static inline void __threadfence() { simt::fence(); }
 static inline void __threadfence_block() { simt::fence(); }
 
