@@ -77,9 +77,9 @@ __device__ __forceinline__ void multiply_chunk(const PieceView& piece, uint64_t 
   }
 }
 
-// Kernel for the formats of the decoders Ds. grid: (blocks of all parts, splits).
+// Kernel for the formats of the decoders Ds. grid: (blocks of all parts, splits). 2 blocks to an SM, where the kernel with all decoders would spill.
 template <int NT, class... Ds>
-__global__ void __launch_bounds__(MV_THREADS, 2) mv(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(MV_THREADS, sizeof...(Ds) > 1 ? 1 : 2) mv(const __grid_constant__ Params p) {
   MXQ_DYN_SMEM(float, smem);
   const int lane = int(threadIdx.x) % WARP, warp = int(threadIdx.x) / WARP, blocks = MV_WARPS / p.warps_k, rows = blocks * TILE_ROWS;
   const int part_index = find_part(p, blockIdx.x);
