@@ -1,4 +1,4 @@
-"""The compiled module, or an object that explains on use why it is missing.
+"""The compiled modules, or objects that explain on use why they are missing.
 
 Importing the package must work without it (to print help, read a plan, or run the doctor), so a failure is kept until the first call.
 """
@@ -11,13 +11,14 @@ from . import env
 from .errors import NativeError
 
 _BUILD = "build it with `pip install .` (or `pip install -e .`) in the source folder, then run `mxq doctor`"
+_BUILD_CUDA = "build it where nvcc is found: `pip install '.[cuda-build]'` brings one, then `pip install --no-build-isolation .`; `mxq doctor` tells more"
 
 
 class Missing:
     """Stands in for the native module: every attribute is a function that raises NativeError with the cause."""
 
-    def __init__(self, cause: BaseException):
-        self._cause = cause
+    def __init__(self, cause: BaseException, module: str = "_cpu", fix: str = _BUILD):
+        self._cause, self._module, self._fix = cause, module, fix
 
     def __getattr__(self, name: str):
         if name.startswith("__"):
@@ -25,17 +26,17 @@ class Missing:
 
         def refuse(*args, **kwargs):
             missing = isinstance(self._cause, ModuleNotFoundError)
-            rule = "the compiled extension mxq_ext._cpu was not built" if missing else f"the extension does not load ({self._cause})"
-            raise NativeError(f"native function {name}", rule, _BUILD) from self._cause
+            rule = f"the compiled extension mxq_ext.{self._module} was not built" if missing else f"the extension does not load ({self._cause})"
+            raise NativeError(f"native function {name}", rule, self._fix) from self._cause
 
         return refuse
 
 
-def _load():
+def _load(module: str, fix: str):
     try:
-        return importlib.import_module(f"{__package__}._cpu")
+        return importlib.import_module(f"{__package__}.{module}")
     except ImportError as error:
-        return Missing(error)
+        return Missing(error, module, fix)
 
 
 def set_target(name: str) -> None:
@@ -47,7 +48,8 @@ def set_target(name: str) -> None:
                           "set MXQ_CPU_TARGET to one of them, or unset it") from None
 
 
-cpu = _load()
+cpu = _load("_cpu", _BUILD)
+cuda = _load("_cuda", _BUILD_CUDA)
 
 
 class _Refusing(Missing):

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "mxq_ext"
 LEVELS = [
     ["errors", "env", "formats", "_native"],
     ["pack", "fileio", "progress", "qtensor", "reference"],
-    ["structure", "decoding", "ops"],
+    ["structure", "decoding", "cuda", "ops"],
     ["text", "stats", "testing"],
     ["sensitivity"],
     ["plan"],

@@ -1,0 +1,106 @@
+"""Registers, spills and shared memory of every CUDA kernel, from the assembler's own report. Needs nvcc, no GPU.
+
+    python bench/cuda_budget.py             prints the table
+    python bench/cuda_budget.py --write     puts it into docs/cuda.md
+
+Blocks per SM are what registers and threads allow (64 Ki registers and 64 warps an SM); shared memory of mv depends on the call and may allow fewer.
+"""
+
+import argparse
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENT = ROOT / "docs" / "cuda.md"
+ARCHS = ("sm_80", "sm_90")
+FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "--expt-relaxed-constexpr", "--threads", "0"]
+SOURCES = sorted(p for p in (ROOT / "csrc" / "cuda").glob("*.cu") if p.name != "device.cu")
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What one kernel takes on one architecture; bytes where nothing else is said."""
+
+    source: str
+    kernel: str
+    threads: int
+    arch: str
+    registers: int
+    spills: int
+    shared: int
+
+    @property
+    def blocks(self) -> int:
+        """Blocks that fit an SM by registers (given out by 8 a thread, 256 a warp) and warps."""
+        warps = self.threads // 32
+        return min(65536 // (-(-self.registers // 8) * 8 * 32 * warps), 64 // warps)
+
+
+def kernel_name(mangled: str, source: str) -> str:
+    """``mv_w4<1>`` of a mangled template, the plain name of other kernels."""
+    if m := re.search(r"cuda2mvILi(\d)E", mangled):
+        return f"{source}<{m[1]}>"
+    if "cuda2mmI" in mangled:
+        return source
+    length, name = re.search(r"_cu_[0-9a-f]{8}(\d+)([a-z_]+)", mangled).groups()
+    return name[: int(length)]
+
+
+def compile_one(source: Path) -> list[Usage]:
+    """Raises RuntimeError with the compiler's words; a warning is an error."""
+    codes = [f"-gencode=arch=compute_{a[3:]},code={a}" for a in ARCHS]
+    with tempfile.TemporaryDirectory() as folder:
+        command = [shutil.which("nvcc"), *FLAGS, *codes, "-Xptxas", "-v", "-c", str(source), "-o", f"{folder}/x.o"]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode or "warning" in done.stdout:
+        raise RuntimeError(f"{source.name}:\n{done.stdout[-4000:]}")
+    out = []
+    for part in done.stdout.split("Compiling entry function '")[1:]:
+        mangled, arch = re.match(r"(\S+)' for '(sm_\d+)'", part).groups()
+        stores, loads = map(int, re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", part).groups())
+        shared = re.search(r"(\d+) bytes smem", part)
+        threads = 128 if source.stem.startswith("mm_") and source.stem != "mm_stage" else 256
+        out.append(Usage(source.stem, kernel_name(mangled, source.stem), threads, arch, int(re.search(r"Used (\d+) registers", part)[1]), stores + loads,
+                         int(shared[1]) if shared else 0))
+    return out
+
+
+def examine(sources=SOURCES, jobs: int = 2) -> list[Usage]:
+    """Usage of every kernel in ``sources`` on every architecture of ``ARCHS``."""
+    order = sorted(sources, key=lambda p: "mixed" not in p.name)  # the longest first
+    with ThreadPoolExecutor(jobs) as pool:
+        found = [u for part in pool.map(compile_one, order) for u in part]
+    return sorted(found, key=lambda u: (u.source, u.kernel, u.arch))
+
+
+def table(usages: list[Usage]) -> str:
+    head = "| kernel | threads | " + " | ".join(f"registers {a} | blocks an SM" for a in ARCHS) + " | spilled bytes |"
+    lines = [head, "| --- " * (head.count("|") - 1) + "|"]
+    for name in dict.fromkeys(u.kernel for u in usages):
+        of = {u.arch: u for u in usages if u.kernel == name}
+        cells = " | ".join(f"{of[a].registers} | {of[a].blocks}" for a in ARCHS)
+        lines.append(f"| `{name}` | {of[ARCHS[0]].threads} | {cells} | {sum(u.spills for u in of.values())} |")
+    return "\n".join(lines) + "\n"
+
+
+def replace(document: str, new: str) -> str:
+    return re.sub(r"(<!-- budget -->\n).*?(<!-- /budget -->)", lambda m: m[1] + new + m[2], document, flags=re.S)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="update docs/cuda.md")
+    parser.add_argument("--jobs", type=int, default=2)
+    arguments = parser.parse_args()
+    if not shutil.which("nvcc"):
+        sys.exit("cuda_budget: nvcc is not in PATH; `pip install '.[cuda-build]'` brings one")
+    result = table(examine(jobs=arguments.jobs))
+    print(result, end="")
+    if arguments.write:
+        DOCUMENT.write_text(replace(DOCUMENT.read_text(encoding="utf-8"), result), encoding="utf-8")

@@ -1,0 +1,50 @@
+// The C functions of the CUDA library: what csrc/bind_cuda.cpp gives to Python, and what the tests call through ctypes, both in the library that nvcc
+// built and in the one that runs the same kernels on the CPU. Structs are those of prepack.h and launch.h, field for field.
+#include "api.h"
+
+#include <algorithm>
+#include <cstring>
+#include <string>
+
+#include "launch.h"
+#include "prepack.h"
+
+using namespace mxq;
+using namespace mxq::cuda;
+
+namespace {
+
+int64_t copy_text(const std::string& text, char* out, int64_t size) {  // as much as fits, always ended
+  if (size > 0) {
+    const size_t n = std::min(text.size(), size_t(size - 1));
+    std::memcpy(out, text.data(), n);
+    out[n] = 0;
+  }
+  return int64_t(text.size());
+}
+
+}  // namespace
+
+MXQ_API void mxq_cuda_blob_sizes(const WeightDesc* w, int64_t* nbytes, int64_t* head_nbytes) {
+  const Sizes s = blob_sizes(*w);
+  *nbytes = s.nbytes, *head_nbytes = s.head_nbytes;
+}
+MXQ_API void mxq_cuda_prepack(const WeightDesc* w, uint8_t* blob, int64_t threads) { prepack(*w, blob, int(threads)); }
+MXQ_API void mxq_cuda_unpack(const uint8_t* blob, int64_t rect, const RectDesc* out, int64_t threads) { unpack(blob, rect, *out, int(threads)); }
+
+MXQ_API int64_t mxq_cuda_workspace_nbytes(const LinearCall* c) { return workspace_nbytes(*c); }
+MXQ_API int64_t mxq_cuda_linear(const LinearCall* c) { return linear(*c); }
+MXQ_API int64_t mxq_cuda_dequantize(const uint8_t* head, const uint8_t* blob, void* out, int64_t type, void* stream) {
+  return dequantize(head, blob, out, int(type), stream);
+}
+
+MXQ_API int64_t mxq_cuda_explain(const LinearCall* c, char* text, int64_t size) {
+  const Desc d = desc_of(*c);
+  const Config config = config_of(*c);
+  copy_text(describe(d, config), text, size);
+  return config.ok ? config.path : 0;
+}
+MXQ_API int64_t mxq_cuda_kernel_name(const LinearCall* c, const char* format, char* text, int64_t size) {
+  const Config config = config_of(*c);
+  return copy_text(config.ok ? kernel_name(config, format, {int32_t(c->capability), int32_t(c->sms)}) : config.reason, text, size);
+}

@@ -1,0 +1,33 @@
+// The C functions of the CUDA library; api.cpp and device.cu have them. Addresses of structs and of memory, 64-bit numbers, nothing else.
+#pragma once
+
+#include <stdint.h>
+
+#define MXQ_API extern "C" __attribute__((visibility("default")))
+
+namespace mxq::cuda {
+struct RectDesc;    // prepack.h
+struct WeightDesc;  // prepack.h
+struct LinearCall;  // launch.h
+}  // namespace mxq::cuda
+
+MXQ_API void mxq_cuda_blob_sizes(const mxq::cuda::WeightDesc* w, int64_t* nbytes, int64_t* head_nbytes);
+MXQ_API void mxq_cuda_prepack(const mxq::cuda::WeightDesc* w, uint8_t* blob, int64_t threads);
+MXQ_API void mxq_cuda_unpack(const uint8_t* blob, int64_t rect, const mxq::cuda::RectDesc* out, int64_t threads);
+
+// Bytes of device memory that a call needs as workspace.
+MXQ_API int64_t mxq_cuda_workspace_nbytes(const mxq::cuda::LinearCall* c);
+// Both return a cudaError_t, 0 for success, or -1 where there is no kernel.
+MXQ_API int64_t mxq_cuda_linear(const mxq::cuda::LinearCall* c);
+MXQ_API int64_t mxq_cuda_dequantize(const uint8_t* head, const uint8_t* blob, void* out, int64_t type, void* stream);
+
+// The path that a call takes (enum Path; 0: none) and, as text, its configuration or why there is none.
+MXQ_API int64_t mxq_cuda_explain(const mxq::cuda::LinearCall* c, char* text, int64_t size);
+// The kernel's name for a weight format of that name; returns the length.
+MXQ_API int64_t mxq_cuda_kernel_name(const mxq::cuda::LinearCall* c, const char* format, char* text, int64_t size);
+
+// device.cu
+MXQ_API const char* mxq_cuda_error_text(int64_t code);
+// Devices that can be used. `code`: what the runtime said (0: fine, 35: no driver or one that is too old, 100: no device); `driver`: newest CUDA version
+// that the driver knows, 1000 * major + 10 * minor, 0 without one; `runtime`: the version that this library was built with.
+MXQ_API int64_t mxq_cuda_devices(int64_t* code, int64_t* driver, int64_t* runtime);

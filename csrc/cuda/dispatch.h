@@ -1,0 +1,53 @@
+// Problem -> configuration: what is launched is a pure function of shapes, formats and a few facts about the device. No timing, no state; runs without a GPU.
+#pragma once
+
+#include <string>
+
+#include "params.h"
+
+namespace mxq::cuda {
+
+// Which kernel reads a format; MIXED reads all of them, for weights of several formats.
+enum Decoder : int32_t { W2, W3, W4, W8, LUT2, LUT3, LUT4, NF4, FP16W, MIXED, DECODERS };
+Decoder decoder_of(Format f);
+
+enum Path : int32_t { AUTO = 0, SCALAR = 1, MV = 2, MM = 3, BIG = 4 };
+
+// The most rows of x that each path takes.
+constexpr int MV_ROWS = 16, MM_ROWS = 256;
+
+struct Device {
+  int32_t capability;  // 10 * major + minor, for example 86; 0: unknown
+  int32_t sms;         // 0: unknown
+};
+
+// The whole launch: all weights that read the same x.
+struct Desc {
+  int64_t m, n, k;           // n: rows of all weights
+  int64_t row_blocks;        // of 16 rows, over all bands
+  int64_t widest;            // columns of the widest piece
+  int32_t x_type;
+  int32_t decoder;           // the one of all pieces, or MIXED
+  int32_t most_pieces;       // of a band
+  int32_t sparse;
+  Device device;
+};
+
+struct Config {
+  Path path;
+  int32_t tiles;    // mv: 8 * tiles rows of x in a block; mm: likewise
+  int32_t warps_k;  // mv: warps that share the columns of a row block
+  int32_t chunk;    // columns of x in shared memory at once
+  int32_t splits;   // blocks that share the columns
+  int32_t ok;       // 0: `reason` says why there is no kernel
+  std::string reason;
+};
+
+// `forced`: AUTO, or the path to take.
+Config choose(const Desc& d, Path forced);
+// For example "mv_w4g128_a16__sm80", with the format's own name.
+std::string kernel_name(const Config& c, const std::string& format, const Device& device);
+// All decisions in one line, for people.
+std::string describe(const Desc& d, const Config& c);
+
+}  // namespace mxq::cuda

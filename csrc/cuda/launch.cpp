@@ -1,0 +1,171 @@
+#include "launch.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "prepack.h"
+#include "shape.h"
+
+namespace mxq::cuda {
+namespace {
+
+int64_t row_blocks(const CudaBand& b) { return ceil_div(b.r1 - b.r0, TILE_ROWS); }
+
+template <class F>
+void for_bands(const LinearCall& c, F&& f) {
+  for (int64_t i = 0; i < c.outputs; i++) {
+    const CudaHead& h = head_of(c.output[i].head);
+    for (uint32_t b = 0; b < h.bands; b++) f(c.output[i], h, at<CudaBand>(c.output[i].head, h.off_bands)[b]);
+  }
+}
+
+PieceView view_of(const CudaPiece& p, const uint8_t* blob) {
+  const Format f = p.format;
+  uint32_t shift = 31;
+  if (f.group) shift = 0;
+  while (f.group > 32u << shift && shift < 31) shift++;
+  return {reinterpret_cast<const uint32_t*>(blob + p.codes), blob + p.scales, blob + p.zeros, p.code_step, p.scale_step, p.zero_step, p.c0, p.c1 - p.c0, p.tiles,
+          p.groups, shift, f.kind, f.bits, f.zero, f.bf16};
+}
+
+PartView part_of(const Output& o, const CudaHead& h, const CudaBand& b) {
+  PartView v{};
+  const auto place = [&](uint64_t offset) { return offset ? at<int32_t>(o.blob, offset) : nullptr; };
+  v.y = o.y, v.bias = o.bias, v.ldy = o.ldy, v.bias_type = int32_t(o.bias_type);
+  v.row_map = h.off_perm_rows ? place(h.off_perm_rows) + b.r0 : nullptr;
+  v.perm_cols = place(h.off_perm_cols);
+  v.rowptr = place(h.off_rowptr), v.cols = place(h.off_cols);
+  v.values = h.off_rowptr ? at<uint16_t>(o.blob, h.off_values) : nullptr;
+  v.row0 = b.r0, v.rows = b.r1 - b.r0, v.pieces = b.pieces;
+  return v;
+}
+
+int64_t rows_of_block(const Config& c) { return c.path == MM ? MM_ROWS_W : 8 / c.warps_k * TILE_ROWS; }
+
+// Whether a band reads the columns of x in the order that the launch stages them in.
+bool same_columns(const Params& p, const PartView& v, const std::vector<PieceView>& pieces) {
+  const PartView& first = p.part[0];
+  if (first.perm_cols != v.perm_cols || first.pieces != pieces.size()) return false;
+  for (size_t i = 0; i < pieces.size(); i++) {
+    const PieceView& other = p.piece[first.first_piece + i];
+    if (other.c0 != pieces[i].c0 || other.cols != pieces[i].cols) return false;
+  }
+  return true;
+}
+
+// The call cut into launches, none of which has more parts or pieces than the kernel parameters hold.
+std::vector<Params> launches(const LinearCall& c, const Config& config, const Desc& d) {
+  std::vector<Params> out;
+  const int64_t rows = rows_of_block(config);
+  uint32_t used = 0;
+  for_bands(c, [&](const Output& o, const CudaHead& h, const CudaBand& b) {
+    PartView v = part_of(o, h, b);
+    std::vector<PieceView> pieces;
+    for (uint32_t i = 0; i < b.pieces; i++) pieces.push_back(view_of(at<CudaPiece>(o.head, h.off_pieces)[b.first_piece + i], o.blob));
+    if (out.empty() || out.back().parts == MAX_PARTS || used + b.pieces > MAX_PIECES || (config.path == MM && !same_columns(out.back(), v, pieces))) {
+      Params p{};
+      p.x = c.x, p.ldx = c.ldx, p.x_type = int32_t(c.x_type), p.y_type = int32_t(c.y_type), p.m = int32_t(c.m), p.k = int32_t(d.k);
+      p.warps_k = config.warps_k, p.chunk = config.chunk, p.splits = config.splits;
+      for (const PieceView& piece : pieces) p.ld_staged += int64_t(piece.tiles) * TILE_COLS;
+      out.push_back(p);
+      used = 0;
+    }
+    Params& p = out.back();
+    v.first_cta = uint32_t(p.ctas), v.first_piece = used;
+    p.ctas += int32_t(ceil_div(b.r1 - b.r0, rows));
+    p.sparse |= h.off_rowptr != 0;
+    p.part[p.parts++] = v;
+    for (const PieceView& piece : pieces) p.piece[used++] = piece;
+  });
+  return out;
+}
+
+// Gives each launch its share of the workspace; returns the bytes of all.
+int64_t place(std::vector<Params>& launches, const Config& config, void* workspace) {
+  int64_t end = 0;
+  const auto take = [&](int64_t bytes) {
+    uint8_t* start = static_cast<uint8_t*>(workspace) + end;
+    end += round_up(bytes, 256);
+    return static_cast<void*>(start);
+  };
+  for (Params& p : launches) {
+    if (config.path == MM) {
+      p.staged = static_cast<uint16_t*>(take(p.m * p.ld_staged * 2));
+      p.unscale = static_cast<float*>(take(p.m * 4));
+    }
+    if (p.splits > 1) p.partial = static_cast<float*>(take(int64_t(p.splits) * p.m * p.ctas * rows_of_block(config) * 4));
+  }
+  return end;
+}
+
+constexpr MvLaunch MV_LAUNCHES[DECODERS] = {mv_w2, mv_w3, mv_w4, mv_w8, mv_lut2, mv_lut3, mv_lut4, mv_nf4, mv_fp16, mv_mixed};
+constexpr MmLaunch MM_LAUNCHES[DECODERS] = {mm_w2, mm_w3, mm_w4, mm_w8, mm_lut2, mm_lut3, mm_lut4, mm_nf4, mm_fp16, mm_mixed};
+
+}  // namespace
+
+Desc desc_of(const LinearCall& c) {
+  Desc d{};
+  d.m = c.m, d.x_type = int32_t(c.x_type), d.device = {int32_t(c.capability), int32_t(c.sms)};
+  d.decoder = -1;
+  for_bands(c, [&](const Output& o, const CudaHead& h, const CudaBand& b) {
+    d.n += b.r1 - b.r0, d.k = h.k, d.row_blocks += row_blocks(b);
+    d.most_pieces = std::max(d.most_pieces, int32_t(b.pieces));
+    d.sparse |= h.off_rowptr != 0;
+    for (uint32_t i = 0; i < b.pieces; i++) {
+      const CudaPiece& p = at<CudaPiece>(o.head, h.off_pieces)[b.first_piece + i];
+      d.widest = std::max<int64_t>(d.widest, p.c1 - p.c0);
+      const int32_t one = decoder_of(p.format);
+      d.decoder = d.decoder < 0 || d.decoder == one ? one : int32_t(MIXED);
+    }
+  });
+  return d;
+}
+
+Config config_of(const LinearCall& c) {
+  Config config = choose(desc_of(c), Path(c.path));
+  if (c.warps_k) config.warps_k = int32_t(c.warps_k);
+  if (c.chunk) config.chunk = int32_t(c.chunk);
+  if (c.splits) config.splits = int32_t(c.splits);
+  return config;
+}
+
+int64_t workspace_nbytes(const LinearCall& c) {
+  const Config config = config_of(c);
+  if (!config.ok || (config.path != MV && config.path != MM)) return 0;
+  std::vector<Params> all = launches(c, config, desc_of(c));
+  return place(all, config, nullptr);
+}
+
+int linear(const LinearCall& c) {
+  const Desc d = desc_of(c);
+  const Config config = config_of(c);
+  if (!config.ok || config.path == BIG) return NO_KERNEL;
+  if (config.path == SCALAR) {
+    for (int64_t i = 0; i < c.outputs; i++)
+      if (const int error = launch_scalar(head_of(c.output[i].head), c, c.output[i], c.stream)) return error;
+    return 0;
+  }
+  std::vector<Params> all = launches(c, config, d);
+  place(all, config, c.workspace);
+  for (const Params& p : all) {
+    int error = 0;
+    if (config.path == MV) {
+      error = MV_LAUNCHES[d.decoder](p, config.tiles, unsigned(p.ctas), mv_smem(config.tiles, p.warps_k, p.m, p.chunk, p.sparse), c.stream);
+    } else {
+      error = launch_stage(p, const_cast<uint16_t*>(p.staged), const_cast<float*>(p.unscale), c.stream);
+      if (!error) error = MM_LAUNCHES[d.decoder](p, c.stream);
+    }
+    if (!error && p.splits > 1) error = launch_reduce(p, int(rows_of_block(config)), c.stream);
+    if (error) return error;
+  }
+  return 0;
+}
+
+int dequantize(const uint8_t* head, const uint8_t* blob, void* out, int type, void* stream) {
+  const CudaHead& h = head_of(head);
+  int64_t blocks = 0;
+  for (uint32_t b = 0; b < h.bands; b++) blocks += row_blocks(at<CudaBand>(head, h.off_bands)[b]);
+  return launch_dequant(h, blocks, blob, out, type, stream);
+}
+
+}  // namespace mxq::cuda

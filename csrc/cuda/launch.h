@@ -1,0 +1,67 @@
+// A call as Python hands it over (plain structs of 8-byte fields, filled through ctypes), and the functions that launch its kernels.
+#pragma once
+
+#include "dispatch.h"
+
+namespace mxq::cuda {
+
+// One weight and where its product goes.
+struct Output {
+  const uint8_t *head, *blob;  // head: host copy of the blob's first head_nbytes; blob: device memory
+  void* y;                     // [m, n], `ldy` elements between rows
+  const void* bias;            // [n] or null
+  int64_t ldy, bias_type;
+};
+
+struct LinearCall {
+  const void* x;  // [m, k], `ldx` elements between rows
+  int64_t ldx, x_type, y_type, m, outputs;
+  const Output* output;  // all read the same x
+  void* workspace;       // device memory of workspace_nbytes()
+  void* stream;
+  int64_t path, capability, sms;
+  int64_t warps_k, chunk, splits;  // 0: as the configuration has it. Tests set them to reach every branch with small weights
+};
+
+// All return a cudaError_t, 0 for success, or NO_KERNEL. Nothing is allocated, nothing waits.
+constexpr int NO_KERNEL = -1;
+Desc desc_of(const LinearCall& c);
+Config config_of(const LinearCall& c);
+int64_t workspace_nbytes(const LinearCall& c);
+int linear(const LinearCall& c);
+// The weight in original order, [n, k] of `type`.
+int dequantize(const uint8_t* head, const uint8_t* blob, void* out, int type, void* stream);
+
+// mv_<format>.cu; grid: (blocks, splits).
+using MvLaunch = int (*)(const Params& p, int tiles, unsigned ctas, int smem, void* stream);
+int mv_w2(const Params&, int, unsigned, int, void*);
+int mv_w3(const Params&, int, unsigned, int, void*);
+int mv_w4(const Params&, int, unsigned, int, void*);
+int mv_w8(const Params&, int, unsigned, int, void*);
+int mv_lut2(const Params&, int, unsigned, int, void*);
+int mv_lut3(const Params&, int, unsigned, int, void*);
+int mv_lut4(const Params&, int, unsigned, int, void*);
+int mv_nf4(const Params&, int, unsigned, int, void*);
+int mv_fp16(const Params&, int, unsigned, int, void*);
+int mv_mixed(const Params&, int, unsigned, int, void*);
+
+// mm_<format>.cu
+using MmLaunch = int (*)(const Params& p, void* stream);
+int mm_w2(const Params&, void*);
+int mm_w3(const Params&, void*);
+int mm_w4(const Params&, void*);
+int mm_w8(const Params&, void*);
+int mm_lut2(const Params&, void*);
+int mm_lut3(const Params&, void*);
+int mm_lut4(const Params&, void*);
+int mm_nf4(const Params&, void*);
+int mm_fp16(const Params&, void*);
+int mm_mixed(const Params&, void*);
+int launch_stage(const Params& p, uint16_t* staged, float* unscale, void* stream);
+
+// plain.cu and reduce.cu
+int launch_dequant(const CudaHead& head, int64_t row_blocks, const uint8_t* blob, void* out, int type, void* stream);
+int launch_scalar(const CudaHead& head, const LinearCall& c, const Output& o, void* stream);
+int launch_reduce(const Params& p, int rows, void* stream);
+
+}  // namespace mxq::cuda

@@ -1,0 +1,6 @@
+// Weights of several formats; see mv_mixed.cu.
+#include "mm.cuh"
+
+namespace mxq::cuda {
+MXQ_MM(mm_mixed, Uniform<2>, Uniform<3>, Uniform<4>, Uniform<8>, Table<2, false>, Table<3, false>, Table<4, false>, Table<4, true>, Half)
+}

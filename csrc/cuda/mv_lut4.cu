@@ -1,0 +1,5 @@
+#include "mv.cuh"
+
+namespace mxq::cuda {
+MXQ_MV(mv_lut4, Table<4, false>)
+}

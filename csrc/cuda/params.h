@@ -1,0 +1,48 @@
+// What a launch hands to the mv and mm kernels: by value, so that the first weights can be fetched without reading a description from memory.
+#pragma once
+
+#include "../cuda_layout.h"
+
+namespace mxq::cuda {
+
+enum Type : int32_t { F32 = 0, BF16 = 1, F16 = 2 };
+
+// One rectangle's part in a band.
+struct PieceView {
+  const uint32_t* codes;
+  const uint8_t *scales, *zeros;  // `scales` is the tables for lut
+  uint64_t code_step, scale_step, zero_step;  // bytes per row block
+  uint32_t c0, cols, tiles, groups;
+  uint32_t group_shift;  // half tile `i` belongs to group i >> group_shift; 31 where the row is one group
+  uint8_t kind, bits, zero, bf16;
+};
+
+// One band of one weight: rows that are finished by the same blocks. Several weights that read the same x (q, k, v) share a launch.
+struct PartView {
+  void* y;
+  const void* bias;          // or null
+  const int32_t* row_map;    // [rows] original row of each stored row, or null: row0 + i
+  const int32_t* perm_cols;  // or null
+  const int32_t *rowptr, *cols;
+  const uint16_t* values;    // CSR of the sparse part; rowptr null: none
+  int64_t ldy;               // elements between rows of y
+  int32_t bias_type;
+  uint32_t row0, rows, first_cta, first_piece, pieces;
+};
+
+constexpr int MAX_PARTS = 8, MAX_PIECES = 24;
+
+struct Params {
+  const void* x;
+  int64_t ldx;
+  float* partial;    // [splits][m][ctas * rows of a CTA], or null with one split
+  const uint16_t* staged;  // mm: x as fp16 in the order of the weight's columns (mm_stage.cu), `ld_staged` elements between rows
+  const float* unscale;    // mm: [m], what a sum is multiplied with
+  int64_t ld_staged;
+  int32_t x_type, y_type, m, k, parts, warps_k, chunk, splits, ctas, sparse;
+  PartView part[MAX_PARTS];
+  PieceView piece[MAX_PIECES];
+};
+static_assert(sizeof(Params) <= 4096, "kernel parameters of all devices");
+
+}  // namespace mxq::cuda

@@ -1,0 +1,230 @@
+"""Weights in the layout of the CUDA kernels, and calls of these kernels.
+
+    pack(QTensor, device) -> CudaPacked      once: the canonical tensors in the order in which the kernels read them (csrc/cuda_layout.h)
+    linear(x, [(packed, bias), ...])         x W^T + bias of one weight, or of several that read the same x (q, k and v) in one launch
+    dequantize(packed, dtype)                W itself
+
+The native library takes addresses of plain structs (csrc/cuda/prepack.h, csrc/cuda/launch.h), which are mirrored here for ctypes. It allocates nothing,
+waits for nothing, and works on the stream that it is given. A :class:`Runtime` is such a library with a device; tests make one whose device is the CPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+import torch
+
+from . import _native
+from .errors import NativeError, ShapeError
+from .formats import Format
+from .qtensor import QTensor, Rectangle, Sparse
+
+#: Types of numbers, as native code counts them (csrc/cuda/params.h, enum Type).
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+#: Ways to compute (csrc/cuda/dispatch.h, enum Path). ``big`` is dequant and a matrix product of torch; ``auto`` chooses by the number of rows.
+PATHS = {"auto": 0, "scalar": 1, "mv": 2, "mm": 3, "big": 4}
+_KINDS = {"uniform": 0, "nf": 1, "lut": 2, "float": 3}
+_ZEROS = {"sym": 0, "int": 1, "float": 2}
+
+
+def _struct(name: str, *fields: str) -> type[ctypes.Structure]:
+    """A struct of 8-byte integers."""
+    return type(name, (ctypes.Structure,), {"_fields_": [(f, ctypes.c_int64) for f in fields]})
+
+
+RectDesc = _struct("RectDesc", "r0", "r1", "c0", "c1", "kind", "bits", "zero", "bf16", "group", "codes", "scales", "zeros")
+WeightDesc = _struct("WeightDesc", "n", "k", "rect_count", "nnz", "rects", "perm_rows", "perm_cols", "rowptr", "cols", "values")
+Output = _struct("Output", "head", "blob", "y", "bias", "ldy", "bias_type")
+LinearCall = _struct("LinearCall", "x", "ldx", "x_type", "y_type", "m", "outputs", "output", "workspace", "stream", "path", "capability", "sms",
+                     "warps_k", "chunk", "splits")
+
+
+@dataclass
+class CudaPacked:
+    """A weight [N, K] in the layout of the CUDA kernels.
+
+    Attributes:
+        blob: uint8 [nbytes] on the device; it describes itself.
+        head: uint8, the first bytes of the blob in host memory, from which launches are planned.
+        shape: (N, K).
+        format_name: as :attr:`QTensor.format_name`.
+        meta: ``QTensor.meta()``.
+    """
+
+    blob: torch.Tensor
+    head: torch.Tensor
+    shape: tuple[int, int]
+    format_name: str
+    meta: dict
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of device memory (padding and head included)."""
+        return self.blob.numel()
+
+    def __repr__(self) -> str:
+        return f"CudaPacked({self.shape[0]} x {self.shape[1]}, {self.format_name}, {self.nbytes} bytes on {self.blob.device})"
+
+
+def _address(t: torch.Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _rect_desc(r: Rectangle) -> ctypes.Structure:
+    f, t = r.format, r.tensors
+    return RectDesc(r.r0, r.r1, r.c0, r.c1, _KINDS[f.kind], f.bits, _ZEROS[f.zero], int(f.scale_dtype == "bf16"), f.group,
+                    _address(t.get("codes", t.get("values"))), _address(t.get("scales", t.get("table"))), _address(t.get("zeros")))
+
+
+def _weight_desc(q: QTensor) -> tuple[ctypes.Structure, list]:
+    """(what native code takes, what must stay alive meanwhile)."""
+    rects = [Rectangle(r.r0, r.r1, r.c0, r.c1, r.format, {n: t.contiguous() for n, t in r.tensors.items()}) for r in q.rectangles]
+    array = (RectDesc * max(1, len(rects)))(*map(_rect_desc, rects))
+    vectors = [None if v is None else v.contiguous() for v in (q.perm_rows, q.perm_cols)]
+    vectors += [None] * 3 if q.sparse is None else [getattr(q.sparse, f).contiguous() for f in ("rowptr", "cols", "values")]
+    desc = WeightDesc(*q.shape, len(rects), 0 if q.sparse is None else q.sparse.values.numel(), ctypes.addressof(array), *map(_address, vectors))
+    return desc, [rects, array, vectors]
+
+
+class Runtime:
+    """A native library (``mxq_ext._cuda``, or the same sources compiled for the CPU by the tests) and what is known about its device.
+
+    Args:
+        library: functions of csrc/bind_cuda.cpp.
+        capability: 10 * major + minor of the compute capability; 0 for unknown.
+        sms: number of streaming multiprocessors; 0 for unknown.
+    """
+
+    def __init__(self, library, capability: int = 0, sms: int = 0):
+        self.library, self.capability, self.sms = library, capability, sms
+
+    # ------------------------------------------------------------------------------------------------------------- weights
+
+    def pack(self, q: QTensor, device: torch.device | str = "cpu") -> CudaPacked:
+        """Brings a weight into the layout of the CUDA kernels. Lossless; :meth:`unpack` is the inverse. Raises ShapeError for an invalid weight."""
+        q.validate()
+        if (bad := next((t for t in q.to_tensors().values() if t.device.type != "cpu"), None)) is not None:
+            raise ShapeError(f"packing a weight of {q.shape[0]} x {q.shape[1]} for CUDA", f"it is packed on the host, its tensors are on {bad.device}",
+                             "move them to the CPU first")
+        desc, keep = _weight_desc(q)
+        nbytes, head_nbytes = self.library.blob_sizes(ctypes.addressof(desc))
+        blob = torch.empty(nbytes, dtype=torch.uint8)
+        self.library.prepack(ctypes.addressof(desc), blob.data_ptr(), torch.get_num_threads())
+        del keep
+        return CudaPacked(blob.to(device), blob[:head_nbytes].clone(), tuple(q.shape), q.format_name, q.meta())
+
+    def unpack(self, p: CudaPacked) -> QTensor:
+        """The QTensor that :meth:`pack` was given, bit for bit (without its ``info``). Copies the blob to the host."""
+        blob = p.blob.cpu()
+        rects = []
+        for i, (r0, r1, c0, c1, name) in enumerate(p.meta["rectangles"]):
+            fmt = Format.parse(name)
+            tensors = {n: torch.empty(shape, dtype=getattr(torch, dtype)) for n, (shape, dtype) in fmt.tensor_shapes(r1 - r0, c1 - c0).items()}
+            rects.append(Rectangle(r0, r1, c0, c1, fmt, tensors))
+            desc = _rect_desc(rects[-1])
+            self.library.unpack(blob.data_ptr(), i, ctypes.addressof(desc), torch.get_num_threads())
+        n, k = p.shape
+        at = _head_offsets(p.head)
+
+        def vector(name, dtype, count):
+            return blob[at[name] : at[name] + count * dtype.itemsize].clone().view(dtype) if at[name] else None
+
+        sparse = None
+        if at["rowptr"]:
+            sparse = Sparse(vector("rowptr", torch.int32, n + 1), vector("cols", torch.int32, at["nnz"]), vector("values", torch.float16, at["nnz"]))
+        return QTensor((n, k), rects, vector("perm_rows", torch.int32, n), vector("perm_cols", torch.int32, k), sparse)
+
+    # ------------------------------------------------------------------------------------------------------------- kernels
+
+    def call(self, x: torch.Tensor, weights: list, outputs: list, path: str = "auto", stream: int = 0, **forced: int) -> tuple[ctypes.Structure, list]:
+        """A LinearCall and what must live as long as it.
+
+        Args:
+            x: [m, k], unit column stride.
+            weights: (CudaPacked, bias or None) each.
+            outputs: y [m, n] of unit column stride for each weight, all of one dtype; or None to ask about the call alone.
+            path: a key of ``PATHS``.
+            stream: address of a CUDA stream.
+            forced: ``warps_k``, ``chunk``, ``splits`` in place of what the configuration has; the tests' way into every branch.
+        """
+        array = (Output * len(weights))()
+        for o, (p, bias), y in zip(array, weights, outputs, strict=True):
+            o.head, o.blob = p.head.data_ptr(), p.blob.data_ptr()
+            o.bias, o.bias_type = _address(bias), 0 if bias is None else TYPES[bias.dtype]
+            if y is not None:
+                o.y, o.ldy = y.data_ptr(), y.stride(0)
+        y_type = TYPES[x.dtype if outputs[0] is None else outputs[0].dtype]
+        call = LinearCall(x=x.data_ptr(), ldx=x.stride(0), x_type=TYPES[x.dtype], y_type=y_type, m=x.shape[0], outputs=len(weights),
+                          output=ctypes.addressof(array), stream=stream, path=PATHS[path], capability=self.capability, sms=self.sms, **forced)
+        return call, [array, x, weights, outputs]
+
+    def linear(self, x: torch.Tensor, weights: list, dtype: torch.dtype | None = None, path: str = "auto", out: list | None = None, stream: int = 0,
+               **forced: int) -> list[torch.Tensor]:
+        """``x W^T + bias`` for each of ``weights``, which all read x, in as few launches as there can be.
+
+        Args:
+            x: [m, k], float32, bfloat16 or float16; rows at any distance, unit column stride.
+            weights: (CudaPacked [n, k], bias [n] or None) each.
+            dtype: of the results; x's own if None. float32 is what the kernels accumulate in.
+            out: where to, [m, n] each with unit column stride; allocated if None.
+            path, stream, forced: as for :meth:`call`.
+
+        Returns:
+            [m, n] each. The order of all sums is fixed by shapes and device, so equal calls give equal bits. Raises NativeError where there is no kernel.
+        """
+        dtype = dtype or x.dtype
+        out = out or [torch.empty(x.shape[0], p.shape[0], dtype=dtype, device=x.device) for p, _ in weights]
+        if not x.shape[0]:
+            return out
+        call, keep = self.call(x, weights, out, path, stream, **forced)
+        address = ctypes.addressof(call)
+        taken, text = self.library.explain(address)
+        if not taken:
+            raise NativeError(f"linear of x {tuple(x.shape)} on the path {path!r}", text, "choose another path, or \"auto\"")
+        if taken == PATHS["big"]:
+            for y, (p, bias) in zip(out, weights, strict=True):
+                w = self.dequantize(p, x.dtype, stream)
+                y.copy_(torch.nn.functional.linear(x, w, None if bias is None else bias.to(x.dtype)))
+            return out
+        # From torch's allocator, which keeps it for this stream until the kernels are done, also in a captured graph.
+        workspace = torch.empty(self.library.workspace_nbytes(address), dtype=torch.uint8, device=x.device)
+        call.workspace = workspace.data_ptr()
+        self.run(self.library.linear(address), f"linear of x {tuple(x.shape)}")
+        del keep
+        return out
+
+    def explain(self, x: torch.Tensor, weights: list, path: str = "auto") -> tuple[str, str]:
+        """(name of the kernel of the first weight, all decisions in a line); the name is empty where there is no kernel, and the line says why."""
+        call, keep = self.call(x, weights, [None] * len(weights), path)
+        taken, text = self.library.explain(ctypes.addressof(call))
+        name = self.library.kernel_name(ctypes.addressof(call), "+".join(dict.fromkeys(p.format_name for p, _ in weights))) if taken else ""
+        del keep
+        return name, text
+
+    def run(self, code: int, what: str) -> None:
+        """Raises NativeError for a launch that failed."""
+        if code:
+            raise NativeError(what, f"the launch failed: {self.library.error_text(code)}", "run `mxq doctor`, and again with CUDA_LAUNCH_BLOCKING=1")
+
+    def dequantize(self, p: CudaPacked, dtype: torch.dtype = torch.float32, stream: int = 0) -> torch.Tensor:
+        """The weight [N, K] in original order: the bits of ``QTensor.dequantize()``, rounded once more for 16-bit types."""
+        out = torch.empty(p.shape, dtype=dtype, device=p.blob.device)
+        if out.numel():
+            self.run(self.library.dequantize(p.head.data_ptr(), p.blob.data_ptr(), out.data_ptr(), TYPES[dtype], stream), f"dequantizing {p}")
+        return out
+
+
+_HEAD_FIELDS = ("magic", "nbytes", "head_nbytes", "n_k", "bands_pieces", "rects", "bands", "pieces", "off_rects", "perm_rows", "row_of", "perm_cols", "col_of",
+                "rowptr", "cols", "values", "nnz")
+
+
+def _head_offsets(head: torch.Tensor) -> dict[str, int]:
+    """The 8-byte fields of CudaHead (csrc/cuda_layout.h)."""
+    return dict(zip(_HEAD_FIELDS, head[: 8 * len(_HEAD_FIELDS)].view(torch.int64).tolist(), strict=True))
+
+
+def runtime(device: torch.device) -> Runtime:
+    """The runtime of a CUDA device. Raises NativeError if the CUDA kernels were not built."""
+    properties = torch.cuda.get_device_properties(device)
+    return Runtime(_native.cuda, 10 * properties.major + properties.minor, properties.multi_processor_count)

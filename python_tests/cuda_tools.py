@@ -1,0 +1,135 @@
+"""The CUDA kernels for tests: compiled for the CPU, and, where there is a GPU and the module is built, on the device. One interface for both."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
+
+import pytest
+import simt
+import torch
+
+from mxq_ext import _native, cuda
+from mxq_ext.qtensor import QTensor
+
+ROOT = Path(__file__).resolve().parents[1]
+KERNELS = sorted(p for p in (ROOT / "csrc" / "cuda").glob("*.cu") if p.name != "device.cu")  # device.cu asks the machine
+HOST = [ROOT / "csrc" / "cuda" / f"{name}.cpp" for name in ("api", "dispatch", "launch", "prepack")] + [ROOT / "csrc" / "cpu" / "parallel.cpp",
+                                                                                                     ROOT / "python_tests" / "cuda_flat.cpp"]
+
+
+@functools.cache
+def library(mode: str = "plain") -> simt.Library:
+    """All sources of the CUDA module, compiled for the CPU."""
+    if reason := simt.missing_tool("g++"):
+        pytest.skip(reason)
+    return simt.Library([*KERNELS, *HOST], mode)
+
+
+class Functions:
+    """The functions of csrc/bind_cuda.cpp, of the library that runs on the CPU. ``options``: see ``simt.Library.configure``."""
+
+    def __init__(self, lib: simt.Library, **options):
+        self.native = lib.native = lib.native or simt.library.Native(lib.path)
+        self.options = simt.library.DEFAULTS | options
+        self.message = ""
+
+    def _call(self, name: str, *args):
+        function = getattr(self.native.dll, f"mxq_cuda_{name}")
+        function.restype = ctypes.c_int64
+        self.native.dll.simt_configure(*(int(self.options[k]) for k in simt.library.DEFAULTS), 0)
+        value = function(*(ctypes.c_void_p(a) if isinstance(a, int) else a for a in args))
+        self.message = self.native.dll.simt_take_error().decode()
+        assert not self.message, self.message
+        return value
+
+    def blob_sizes(self, weight):
+        nbytes, head = ctypes.c_int64(), ctypes.c_int64()
+        self._call("blob_sizes", weight, ctypes.byref(nbytes), ctypes.byref(head))
+        return nbytes.value, head.value
+
+    def prepack(self, *args):
+        self._call("prepack", *args)
+
+    def unpack(self, *args):
+        self._call("unpack", *args)
+
+    def workspace_nbytes(self, call):
+        return self._call("workspace_nbytes", call)
+
+    def linear(self, call):
+        return self._call("linear", call)
+
+    def dequantize(self, *args):
+        return self._call("dequantize", *args)
+
+    def explain(self, call):
+        text = ctypes.create_string_buffer(1024)
+        return self._call("explain", call, text, len(text)), text.value.decode()
+
+    def kernel_name(self, call, name):
+        text = ctypes.create_string_buffer(1024)
+        self._call("kernel_name", call, name.encode(), text, len(text))
+        return text.value.decode()
+
+    def error_text(self, code):
+        return f"code {code}"
+
+
+class Bench:
+    """Weights, inputs and kernels on one device; results come back to the CPU."""
+
+    def __init__(self, runtime: cuda.Runtime, device: str):
+        self.runtime, self.device = runtime, torch.device(device)
+
+    def pack(self, q: QTensor) -> cuda.CudaPacked:
+        return self.runtime.pack(q, self.device)
+
+    def dequantize(self, p, dtype):
+        return self.runtime.dequantize(p, dtype).cpu()
+
+    def linear(self, x, weights, dtype=None, path="auto", **forced):
+        """As ``Runtime.linear``; every output lies in a larger tensor of NaN, which must stay NaN around it."""
+        dtype = dtype or x.dtype
+        rooms = [torch.full((x.shape[0] + 2, p.shape[0] + 5), float("nan"), dtype=dtype, device=self.device) for p, _ in weights]
+        views = [room[1:-1, 2:-3] for room in rooms]
+        placed = [(p, None if b is None else b.to(self.device)) for p, b in weights]
+        poisoned(self.runtime.linear, x.to(self.device), placed, dtype, path, out=views, **forced)
+        for room, view in zip(rooms, views, strict=True):
+            count = int(room.isnan().sum())
+            assert count == room.numel() - view.numel() + int(view.isnan().sum()), f"{path} wrote outside of its output"
+        return [view.cpu() for view in views]
+
+
+def poisoned(function, *args, **kwargs):
+    """Calls ``function`` with a torch.empty that gives memory full of NaN (0xFF bytes)."""
+    empty = torch.empty
+
+    def full(*a, **k):
+        t = empty(*a, **k)
+        t.view(torch.uint8).fill_(255) if t.numel() else None
+        return t
+
+    torch.empty = full
+    try:
+        return function(*args, **kwargs)
+    finally:
+        torch.empty = empty
+
+
+def backends() -> list[str]:
+    return ["cpu"] + (["cuda"] if torch.cuda.is_available() and not isinstance(_native.cuda, _native.Missing) else [])
+
+
+@functools.cache
+def bench(backend: str) -> Bench:
+    return Bench(cuda.Runtime(Functions(library())), "cpu") if backend == "cpu" else Bench(cuda.runtime(torch.device("cuda")), "cuda")
+
+
+def error(y: torch.Tensor, reference: torch.Tensor) -> float:
+    """|y - reference| / |reference|, infinite if anything is not finite."""
+    if not y.isfinite().all():
+        return float("inf")
+    norm = float(reference.norm())
+    return float((y.double() - reference).norm()) / norm if norm else float(y.double().norm())

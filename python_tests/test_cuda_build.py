@@ -1,0 +1,60 @@
+"""What nvcc makes of the CUDA kernels: no spills, and the numbers that docs/cuda.md shows. Rules of the sources that hold everywhere."""
+
+import importlib.util
+import re
+import sys
+
+import cuda_tools
+import pytest
+import simt
+
+spec = importlib.util.spec_from_file_location("cuda_budget", cuda_tools.ROOT / "bench" / "cuda_budget.py")
+cuda_budget = sys.modules["cuda_budget"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(cuda_budget)
+
+DOCUMENT = (cuda_tools.ROOT / "docs" / "cuda.md").read_text(encoding="utf-8")
+ROWS = dict(re.findall(r"^\| `([a-z_0-9<>]+)` \| (.*) \|$", DOCUMENT, re.M))
+QUICK = ("mv_w4", "mv_lut4", "mm_w3", "mm_stage", "reduce")
+
+
+def check(sources):
+    if reason := simt.missing_tool("nvcc"):
+        pytest.skip(reason)
+    usages = cuda_budget.examine(sources)
+    spilled = [u for u in usages if u.spills]
+    assert not spilled
+    for line in cuda_budget.table(usages).splitlines()[2:]:
+        name, rest = re.fullmatch(r"\| `(.+?)` \| (.*) \|", line).groups()
+        assert ROWS[name] == rest, f"{name} has changed: python bench/cuda_budget.py --write"
+    return {u.kernel for u in usages}
+
+
+def test_registers_and_spills_of_some_kernels():
+    """The hungriest inner loops; the others are compiled in the slow test."""
+    check([p for p in cuda_budget.SOURCES if p.stem in QUICK])
+
+
+@pytest.mark.slow
+def test_registers_and_spills_of_all_kernels():
+    assert check(cuda_budget.SOURCES) == set(ROWS)
+
+
+def test_every_source_is_in_the_table():
+    for path in cuda_budget.SOURCES:
+        kernels = re.findall(r"^__global__ void (?:__launch_bounds__\([^)]*\) )?(\w+)\(", path.read_text(encoding="utf-8"), re.M)
+        names = kernels or ([f"{path.stem}<1>", f"{path.stem}<2>"] if path.stem.startswith("mv_") else [path.stem])
+        assert set(names) <= set(ROWS), path.name
+
+
+def test_kernel_names_of_mangled_ones():
+    name = cuda_budget.kernel_name
+    assert name("_ZN3mxq4cuda2mvILi2EJNS0_7UniformILi4EEEEEEvNS0_6ParamsE", "mv_w4") == "mv_w4<2>"
+    assert name("_ZN3mxq4cuda40_GLOBAL__N__ad8a0774_8_plain_cu_f343b4a010add_valuesEPKhPvi", "plain") == "add_values"
+
+
+def test_instructions_live_in_one_header():
+    """Elsewhere the CPU executor and the device would see different code."""
+    for path in (cuda_tools.ROOT / "csrc" / "cuda").iterdir():
+        if path.name not in ("ptx.cuh", "simt.hpp"):
+            text = re.sub(r"//.*", "", path.read_text(encoding="utf-8"))
+            assert not re.search(r"\basm\b|__CUDA_ARCH__|cuda_fp16|cuda_bf16", text), path.name

@@ -1,0 +1,91 @@
+"""Problem -> configuration of the CUDA kernels: a pure function, so every decision is tested without a GPU."""
+
+import ctypes
+
+import cuda_tools
+import pytest
+import torch
+
+from mxq_ext import cuda
+from mxq_ext.errors import NativeError
+from mxq_ext.testing import cases
+
+#: (capability, SMs): T4, A100, 3090, 4090, H100, unknown.
+DEVICES = ((75, 40), (80, 108), (86, 82), (89, 128), (90, 132), (0, 0))
+
+
+def runtime(capability: int = 0, sms: int = 0) -> cuda.Runtime:
+    return cuda.Runtime(cuda_tools.Functions(cuda_tools.library()), capability, sms)
+
+
+@pytest.fixture(scope="module")
+def layer():
+    """A down projection of 128 x 4096 (rows few, so that packing is quick)."""
+    return runtime().pack(cases.random_qtensor("w4g128", 128, 4096))
+
+
+def x_of(m, dtype=torch.float16, k=4096):
+    return torch.empty(m, k, dtype=dtype)
+
+
+@pytest.mark.parametrize("m, dtype, path", (
+    (1, torch.float16, "mv"), (16, torch.bfloat16, "mv"), (17, torch.float16, "mm"), (256, torch.bfloat16, "mm"), (257, torch.float16, "big"),
+    (4, torch.float32, "scalar"), (16, torch.float32, "scalar"), (17, torch.float32, "big"),
+))
+def test_path_and_name(layer, m, dtype, path):
+    for capability, sms in DEVICES:
+        name, text = runtime(capability, sms).explain(x_of(m, dtype), [(layer, None)])
+        assert name == f"{path}_w4g128_a16__{'sm75' if capability == 75 else 'sm80'}"
+        assert text.startswith(f"M={m} N=128 K=4096 x={str(dtype)[6:]}:")
+
+
+def test_an_unknown_device_gets_what_a_known_one_of_middle_size_gets(layer):
+    for m in (1, 8, 40):
+        assert runtime().explain(x_of(m), [(layer, None)]) == runtime(80, 108).explain(x_of(m), [(layer, None)])
+
+
+def test_configuration_in_words(layer):
+    """Few rows of W: warps share the columns, and so do blocks. The text is what people see under MXQ_PRINT_CONFIG."""
+    _, text = runtime(80, 108).explain(x_of(1), [(layer, None)])
+    assert text == "M=1 N=128 K=4096 x=float16: 8 x 2 blocks of 16 rows by 8 rows of x, 2048 columns at a time, 8 warps to a row"
+    _, text = runtime(80, 108).explain(x_of(33), [(layer, None)])
+    assert text == "M=33 N=128 K=4096 x=float16: 4 x 4 blocks of 64 rows by 32 rows of x, 256 columns at a time, 1 warp to a row"
+
+
+def test_many_rows_leave_more_columns_to_each_warp():
+    """16 * 200 rows on a device with 4 SMs: one warp to a row block is enough to fill it."""
+    p = runtime().pack(cases.random_qtensor("w2g64", 3200, 256))
+    _, text = runtime(89, 4).explain(x_of(1, k=256), [(p, None)])
+    assert "blocks of 128 rows" in text and "1 warp to a row" in text and " x 1 blocks" in text
+
+
+@pytest.mark.parametrize("capability, sms", DEVICES)
+@pytest.mark.parametrize("m", (1, 5, 16, 17, 100, 256))
+def test_a_chosen_configuration_fits_and_is_complete(layer, capability, sms, m):
+    """Splits do not exceed the columns, and the workspace is a whole number of partial sums."""
+    r = runtime(capability, sms)
+    call, keep = r.call(x_of(m), [(layer, None)], [None])
+    nbytes = r.library.workspace_nbytes(ctypes.addressof(call))
+    _, text = r.explain(x_of(m), [(layer, None)])
+    splits = int(text.split(" x ")[1].split()[0])
+    assert 1 <= splits <= 8 and nbytes % 256 == 0
+    if m <= 16:
+        assert nbytes == (0 if splits == 1 else splits * m * 128 * 4)
+    del keep
+
+
+def test_refusals_are_sentences_with_numbers(layer):
+    for path, m, dtype, words in (("mv", 17, torch.float16, r"mv takes at most 16 rows of x \(M = 17, N = 128, K = 4096, x float16\)"),
+                                  ("mm", 257, torch.float16, r"mm takes at most 256 rows of x \(M = 257"),
+                                  ("mv", 1, torch.float32, r"mv multiplies float16 or bfloat16 inputs \(M = 1, N = 128, K = 4096, x float32\)")):
+        with pytest.raises(NativeError, match=words):
+            runtime().linear(x_of(m, dtype), [(layer, None)], path=path)
+        assert runtime().explain(x_of(m, dtype), [(layer, None)], path)[0] == ""
+    with pytest.raises(NativeError, match=r"compute capability 7.5 and later, this device has 7.0"):
+        runtime(70, 80).linear(x_of(1), [(layer, None)])
+
+
+def test_a_mixed_weight_names_all_its_formats():
+    q = cases.LAYOUTS[1].make()
+    p = runtime().pack(q)
+    assert runtime(90, 132).explain(x_of(2, k=200), [(p, None)])[0] == "mv_w2g64+w4g32_fz+fp16_a16__sm80"
