@@ -71,19 +71,36 @@ def speed_table(result: dict) -> list[str]:
             "Times are minima (medians in brackets) of alternating rounds.", *lines]
 
 
-#: document -> (file under bench/results, table)
-TABLES: dict[str, tuple[str, Callable[[dict], list[str]]]] = {
-    "README.md": ("demo.json", demo_table), "docs/quality.md": ("quality.json", quality_table), "docs/performance.md": ("linear-cpu.json", speed_table)}
+def attention_table(result: dict) -> list[str]:
+    """One line per cache and context: time, rates, and how many times as fast as torch's attention over float caches."""
+    lines = []
+    for threads in dict.fromkeys(r["threads"] for r in result["rows"]):
+        lines += ["", f"{threads} thread{'s' if threads > 1 else ''}:", "",
+                  "| tokens | cache | MB | ms (median) | ns a token | GB/s | of reading | of multiplying | x SDPA fp32 | x SDPA bf16 |",
+                  "| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"]
+        for r in (r for r in result["rows"] if r["threads"] == threads):
+            lines.append(f"| {r['context']} | {r['name']} | {r['nbytes'] / 1e6:.1f} | {r['ms']:.3f} ({r['ms_median']:.3f}) | {r['ns_per_token']:.0f} "
+                         f"| {r['gb_per_s']:.1f} | {r['read_share']:.0%} | {r['matmul_share']:.0%} | {r['x_sdpa_fp32']:.2f} | {r['x_sdpa_bf16']:.2f} |")
+    m, r = result["machine"], result["rows"][0]
+    return [f"Measured on {m['cpu']}, {m['cores']} cores, target {m['target']}, torch {m['torch']}: one query token, {r['heads']} heads over {r['kv_heads']} "
+            f"key/value heads of {r['head_dim']} channels.", "Times are minima (medians in brackets) of alternating rounds.", *lines]
+
+
+#: document -> [(file under bench/results, table)]
+TABLES: dict[str, list[tuple[str, Callable[[dict], list[str]]]]] = {
+    "README.md": [("demo.json", demo_table)], "docs/quality.md": [("quality.json", quality_table)],
+    "docs/performance.md": [("linear-cpu.json", speed_table), ("attention-cpu.json", attention_table)]}
 
 
 def fresh(document: str) -> tuple[str, str]:
-    """(the document as it is, the document with its table made anew)."""
-    file, table = TABLES[document]
-    begin, end = f"<!-- table: begin (bench/results/{file}) -->", "<!-- table: end -->"
-    text = (ROOT / document).read_text(encoding="utf-8")
-    head, rest = text.split(begin)
-    lines = table(json.loads((ROOT / "bench" / "results" / file).read_text(encoding="utf-8")))
-    return text, "\n".join([head + begin, *lines, end]) + rest.split(end)[1]
+    """(the document as it is, the document with its tables made anew)."""
+    old = text = (ROOT / document).read_text(encoding="utf-8")
+    for file, table in TABLES[document]:
+        begin, end = f"<!-- table: begin (bench/results/{file}) -->", "<!-- table: end -->"
+        head, rest = text.split(begin)
+        lines = table(json.loads((ROOT / "bench" / "results" / file).read_text(encoding="utf-8")))
+        text = "\n".join([head + begin, *lines, end]) + rest.split(end, 1)[1]
+    return old, text
 
 
 def main(check: bool) -> int:

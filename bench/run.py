@@ -19,7 +19,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]  # the checkout wins over an installed package
 
 #: op -> module beside this file: arguments(parser), run(options) -> (results so far, Markdown of the newest) ...
-OPS = {"linear": "linear", "mixed": "mixed", "stack": "stack"}
+OPS = {"linear": "linear", "mixed": "mixed", "stack": "stack", "attention": "attention"}
 
 
 def main(argv: list[str] | None = None) -> None:
