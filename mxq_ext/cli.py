@@ -173,6 +173,7 @@ Bits = Annotated[float | None, typer.Option("--bits", help="Budget in stored bit
 Bytes = Annotated[int | None, typer.Option("--bytes", min=1, help="Budget in bytes on disk, instead of --bits.")]
 Candidates = Annotated[str | None, typer.Option("--candidates", help="Formats to choose from, for example w2g64_asym,w3g64_asym,w4g64,w8.")]
 Metric = Annotated[str | None, typer.Option("--metric", help="How the loss of a format is estimated, for example linear_kl.")]
+KV = Annotated[str | None, typer.Option("--kv", help="How keys and values are cached: k4v2g64, a preset such as kivi, a plan's file, or none.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, and nothing else there.")]
 
 
@@ -255,13 +256,13 @@ def plan(cost: Annotated[Path, typer.Argument(metavar="COST", help="A table writ
 @verb
 def eval(checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A directory written by `mxq quantize`, or a model.")],
          reference: Annotated[Path | None, typer.Option("--reference", help="The float model, for the KL divergence to it.")] = None,
-         text: Text = None, windows: Windows = None, length: Length = None, as_json: Json = False) -> None:
+         text: Text = None, windows: Windows = None, length: Length = None, kv: KV = None, as_json: Json = False) -> None:
     """Perplexity on held-out text, and with --reference the mean KL divergence and the greedy agreement."""
     from . import pipeline
 
     with Progress() as progress:
         result = pipeline.evaluate_checkpoint(checkpoint, progress=progress,
-                                              **_given(reference=reference, text=text, windows=windows, length=length))
+                                              **_given(reference=reference, text=text, windows=windows, length=length, kv=kv))
     _show(result, f"evaluation of {checkpoint}", as_json)
 
 

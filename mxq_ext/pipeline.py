@@ -32,7 +32,7 @@ from .formats import Format
 from .nn import quantized_modules, replace_linear
 from .nn.swap import as_plan
 from .plan import Plan, pareto_front, solve
-from .plan.presets import Preset, find_preset
+from .plan.presets import Preset, find_kv, find_preset
 from .progress import SILENT, Progress
 from .qtensor import QTensor
 from .quantizers import find_method, make_options
@@ -316,11 +316,20 @@ def written_bytes(directory: Path, plan: Plan, units: list[Unit]) -> int:
     return sum(checkpoint.bytes_on_disk(directory)["units"].values()) + sum(checkpoint.tensor_bytes(tensors[f"{name}.weight"]) for name in kept)
 
 
-def evaluate_checkpoint(path, *, reference=None, text=None, windows: int = 12, length: int = LENGTH, progress: Progress = SILENT) -> dict:
-    """``mxq eval``: perplexity on held-out text (or ``text``), and against ``reference`` the KL divergence and the greedy agreement."""
+def evaluate_checkpoint(path, *, reference=None, text=None, windows: int = 12, length: int = LENGTH, kv: str | None = None,
+                        progress: Progress = SILENT) -> dict:
+    """``mxq eval``: perplexity on held-out text (or ``text``), and against ``reference`` the KL divergence and the greedy agreement.
+
+    ``kv`` names how keys and values are cached meanwhile (``plan.presets.find_kv``): with none, as the model's plan says.
+    """
     from .evaluate import evaluate
 
+    chosen = None if kv is None else find_kv(kv)
     model, tokenizer = load(path)
+    if kv is not None:
+        from .kv.attention import replace_attention
+
+        replace_attention(model, chosen)
     held_out = texts.heldout_text("technical") if text is None else texts.read_text(text)
     tokens = texts.spread(texts.windows(need_tokenizer(tokenizer, path), held_out, length), windows)
     other = load(reference)[0] if reference is not None else None

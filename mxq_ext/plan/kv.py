@@ -12,6 +12,7 @@ Layers count from 0 in the order of the decoder blocks. A layer that the model d
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 
@@ -73,6 +74,16 @@ class KVSpec:
 
     def __str__(self) -> str:
         return self.name
+
+    @staticmethod
+    def named(name: str) -> KVSpec:
+        """The spec of a :attr:`name`; what is left out of it has its default, so ``k4v2`` will do. Raises PlanError."""
+        found = re.fullmatch(r"k(\d+)v(\d+)(?:g(\d+))?(?:_r(\d+))?(?:_s(\d+))?(_rot)?", name)
+        if found is None:
+            raise PlanError(f"kv spec {name!r}", "it is k, bits of keys, v, bits of values, and what differs from the defaults of g (group), _r (residual), _s "
+                            "(sink), _rot, in this order", "write for example k4v2g64 or k4v2g32_r128_s4")
+        numbers = zip(("key", "value", "group", "residual", "sink"), found.groups()[:5], strict=True)
+        return KVSpec(**{field: int(n) for field, n in numbers if n is not None}, rotate=found[6] is not None)
 
     @staticmethod
     def parse(value: object, where: str = "kv spec") -> KVSpec:
