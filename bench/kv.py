@@ -41,8 +41,8 @@ from mxq_ext.testing.timing import in_turns, machine  # noqa: E402
 
 KINDS = ("technical", "literary")
 #: Ours: with the default window of 64 exact tokens, without one, and as the literature has them.
-OURS = ("k16v16", "k8v8", "k4v4", "k4v4g32", "k3v3", "k4v2", "k2v2", "k2v2g32", "k8v8_r0", "k4v4_r0", "k3v3_r0", "k4v2_r0", "k2v2_r0", "k4v4_s4", "k2v2_s4",
-        "kivi4", "kivi2", "layerwise 3 bits", "kvtuner 3 bits", "pm_kvq 3 bits")
+OURS = ("k16v16", "k8v8", "k4v4", "k4v4g32", "k3v3", "k4v2", "k2v2", "k2v2g32", "k8v8_r0", "k4v4_r0", "k3v3_r0", "k4v2_r0", "k2v2_r0", "k4v4g32_r0",
+        "k2v2g32_r0", "k4v4_s4", "k2v2_s4", "kivi4", "kivi2", "layerwise 3 bits", "kvtuner 3 bits", "pm_kvq 3 bits")
 #: transformers' own: name -> (backend, bits, axis of keys, axis of values). The first of a backend's bits has its default axes.
 PEERS = {f"{backend} {bits} bits, axes {key}/{value}": (backend, bits, key, value)
          for backend, bits, key, value in (("quanto", 4, 0, 0), ("quanto", 4, -1, 0), ("quanto", 2, 0, 0), ("quanto", 2, -1, 0),
