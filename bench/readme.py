@@ -1,4 +1,4 @@
-"""Writes the measured tables of README.md, docs/quality.md and docs/performance.md from bench/results/; ``--check`` only says whether they are current.
+"""Writes the measured tables of README.md and of the documents from bench/results/; ``--check`` only says whether they are current.
 
     python bench/readme.py [--check]
 """
@@ -71,19 +71,61 @@ def speed_table(result: dict) -> list[str]:
             "Times are minima (medians in brackets) of alternating rounds.", *lines]
 
 
-#: document -> (file under bench/results, table)
-TABLES: dict[str, tuple[str, Callable[[dict], list[str]]]] = {
-    "README.md": ("demo.json", demo_table), "docs/quality.md": ("quality.json", quality_table), "docs/performance.md": ("linear-cpu.json", speed_table)}
+def attention_table(result: dict) -> list[str]:
+    """One line per cache and context: time, rates, and how many times as fast as torch's attention over float caches."""
+    lines = []
+    for threads in dict.fromkeys(r["threads"] for r in result["rows"]):
+        lines += ["", f"{threads} thread{'s' if threads > 1 else ''}:", "",
+                  "| tokens | cache | MB | ms (median) | ns a token | GB/s | of reading | of multiplying | x SDPA fp32 | x SDPA bf16 |",
+                  "| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"]
+        for r in (r for r in result["rows"] if r["threads"] == threads):
+            lines.append(f"| {r['context']} | {r['name']} | {r['nbytes'] / 1e6:.1f} | {r['ms']:.3f} ({r['ms_median']:.3f}) | {r['ns_per_token']:.0f} "
+                         f"| {r['gb_per_s']:.1f} | {r['read_share']:.0%} | {r['matmul_share']:.0%} | {r['x_sdpa_fp32']:.2f} | {r['x_sdpa_bf16']:.2f} |")
+    m, r = result["machine"], result["rows"][0]
+    return [f"Measured on {m['cpu']}, {m['cores']} cores, target {m['target']}, torch {m['torch']}: one query token, {r['heads']} heads over {r['kv_heads']} "
+            f"key/value heads of {r['head_dim']} channels.", "Times are minima (medians in brackets) of alternating rounds.", *lines]
+
+
+def kv_table(result: dict) -> list[str]:
+    """Perplexity, divergence and bytes of each cache; then the time of a step."""
+    base = next(r for r in result["rows"] if r["name"] == "no quantization")
+    lines = ["| cache | bits of a number | MB | ppl technical | KL technical | ppl literary | KL literary |",
+             "| --- | ---: | ---: | ---: | ---: | ---: | ---: |"]
+    for r in result["rows"]:
+        if "failed" in r:
+            lines.append(f"| {r['name']} | fails: {r['failed'].partition(':')[0]} | | | | | |")
+            continue
+        cells = " | ".join(f"{r[k]['perplexity']:.2f} ({r[k]['perplexity'] / base[k]['perplexity'] - 1:+.2%}) | {r[k]['kl']:.5f}" for k in KINDS)
+        lines.append(f"| {r['name']} | {r['bits']:.2f} | {r['nbytes'] / 1e6:.1f} | {cells} |")
+    contexts = list(dict.fromkeys(r["context"] for r in result["speed"]))
+    if contexts:
+        by = {(r["name"], r["context"]): r for r in result["speed"]}
+        threads = result["speed"][0]["threads"]
+        lines += ["", f"One decoding step of the whole model, weights in w4g64, {threads} thread{'s' if threads > 1 else ''}, milliseconds (median):", "",
+                  "| cache | " + " | ".join(f"{n} tokens" for n in contexts) + " |", "| --- |" + " ---: |" * len(contexts)]
+        for name in dict.fromkeys(r["name"] for r in result["speed"]):
+            cells = (f"{by[name, n]['ms']:.2f} ({by[name, n]['ms_median']:.2f})" if (name, n) in by else "-" for n in contexts)
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    setup, m, peers = result["setup"], result["machine"], ", ".join(f"{n} {v}" for n, v in result["peers"].items())
+    return [*lines, "", f"{setup['windows']} windows of {setup['length']} tokens of each held-out text; {m['cpu']}, target and versions in the file; {peers}."]
+
+
+#: document -> [(file under bench/results, table)]
+TABLES: dict[str, list[tuple[str, Callable[[dict], list[str]]]]] = {
+    "README.md": [("demo.json", demo_table)], "docs/quality.md": [("quality.json", quality_table)],
+    "docs/performance.md": [("linear-cpu.json", speed_table), ("attention-cpu.json", attention_table)],
+    "docs/kv.md": [("kv-quality.json", kv_table)]}
 
 
 def fresh(document: str) -> tuple[str, str]:
-    """(the document as it is, the document with its table made anew)."""
-    file, table = TABLES[document]
-    begin, end = f"<!-- table: begin (bench/results/{file}) -->", "<!-- table: end -->"
-    text = (ROOT / document).read_text(encoding="utf-8")
-    head, rest = text.split(begin)
-    lines = table(json.loads((ROOT / "bench" / "results" / file).read_text(encoding="utf-8")))
-    return text, "\n".join([head + begin, *lines, end]) + rest.split(end)[1]
+    """(the document as it is, the document with its tables made anew)."""
+    old = text = (ROOT / document).read_text(encoding="utf-8")
+    for file, table in TABLES[document]:
+        begin, end = f"<!-- table: begin (bench/results/{file}) -->", "<!-- table: end -->"
+        head, rest = text.split(begin)
+        lines = table(json.loads((ROOT / "bench" / "results" / file).read_text(encoding="utf-8")))
+        text = "\n".join([head + begin, *lines, end]) + rest.split(end, 1)[1]
+    return old, text
 
 
 def main(check: bool) -> int:

@@ -173,6 +173,9 @@ Bits = Annotated[float | None, typer.Option("--bits", help="Budget in stored bit
 Bytes = Annotated[int | None, typer.Option("--bytes", min=1, help="Budget in bytes on disk, instead of --bits.")]
 Candidates = Annotated[str | None, typer.Option("--candidates", help="Formats to choose from, for example w2g64_asym,w3g64_asym,w4g64,w8.")]
 Metric = Annotated[str | None, typer.Option("--metric", help="How the loss of a format is estimated, for example linear_kl.")]
+KV = Annotated[str | None, typer.Option("--kv", help="How keys and values are cached: k4v2g64, a preset such as kivi, a plan's file, or none.")]
+Context = Annotated[int | None, typer.Option("--context", min=1, help="Tokens of a cache that --bytes covers too: its bits are planned with the weights'.")]
+Batch = Annotated[int | None, typer.Option("--batch", min=1, help="Sequences in that cache; 1 without it.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, and nothing else there.")]
 
 
@@ -199,6 +202,7 @@ def quantize(model: Model, out: Out, bits: Bits = None, nbytes: Bytes = None,
              uniform: Annotated[str | None, typer.Option("--format", help="One format for all, instead of a budget: w4g64.")] = None,
              plan: Annotated[Path | None, typer.Option("--plan", help="A plan made by `mxq plan`, instead of a budget.")] = None,
              stats: Annotated[Path | None, typer.Option("--stats", help="A directory written by `mxq calibrate`, instead of calibrating.")] = None,
+             context: Context = None, batch: Batch = None,
              work: Annotated[Path | None, typer.Option("--work", help="Directory of intermediate files; default OUT.work.")] = None,
              overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
              as_json: Json = False) -> None:
@@ -213,7 +217,7 @@ def quantize(model: Model, out: Out, bits: Bits = None, nbytes: Bytes = None,
         result = pipeline.quantize_checkpoint(
             model, out, overwrite=overwrite, progress=progress,
             **_given(bits=bits, nbytes=nbytes, preset=preset, text=text, candidates=chosen, metric=metric, method=method, activations=activations,
-                     windows=windows, uniform=uniform, plan=plan, stats=stats, work=work))
+                     windows=windows, uniform=uniform, plan=plan, stats=stats, context=context, batch=batch, work=work))
     _show(result, f"quantized {model} -> {out}", as_json)
 
 
@@ -229,39 +233,42 @@ def calibrate(model: Model, out: Out, text: Text = None, windows: Windows = None
 
 @verb
 def sense(model: Model, stats: Annotated[Path, typer.Argument(metavar="STATS", help="A directory written by `mxq calibrate`.")],
-          out: Out, candidates: Candidates = None, metric: Metric = None, as_json: Json = False) -> None:
+          out: Out, candidates: Candidates = None, metric: Metric = None,
+          kv: Annotated[str | None, typer.Option("--kv", help="Also measure a cache of the group, window and sink of this spec: k4v4g64_r64.")] = None,
+          as_json: Json = False) -> None:
     """Estimate what each candidate format costs in each unit, and write the table."""
     chosen = _formats(candidates)
     from . import pipeline
 
     with Progress() as progress:
-        result = pipeline.sense_model(model, stats, out, progress=progress, **_given(candidates=chosen, metric=metric))
+        result = pipeline.sense_model(model, stats, out, progress=progress, **_given(candidates=chosen, metric=metric, kv=kv))
     _show(result, f"cost table in {out}", as_json)
 
 
 @verb
 def plan(cost: Annotated[Path, typer.Argument(metavar="COST", help="A table written by `mxq sense`.")],
          out: Out, bits: Bits = None, nbytes: Bytes = None,
+         context: Context = None, batch: Batch = None,
          front: Annotated[Path | None, typer.Option("--front", help="Also write the whole front of size against loss as CSV.")] = None,
          as_json: Json = False) -> None:
     """Choose a format for each unit: the least loss within a budget, exactly solved."""
     _one_budget("plan", bits=bits, nbytes=nbytes)
     from . import pipeline
 
-    result = pipeline.plan_from_table(cost, out, **_given(bits=bits, nbytes=nbytes, front=front))
+    result = pipeline.plan_from_table(cost, out, **_given(bits=bits, nbytes=nbytes, context=context, batch=batch, front=front))
     _show(result, f"plan in {out}", as_json)
 
 
 @verb
 def eval(checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A directory written by `mxq quantize`, or a model.")],
          reference: Annotated[Path | None, typer.Option("--reference", help="The float model, for the KL divergence to it.")] = None,
-         text: Text = None, windows: Windows = None, length: Length = None, as_json: Json = False) -> None:
+         text: Text = None, windows: Windows = None, length: Length = None, kv: KV = None, as_json: Json = False) -> None:
     """Perplexity on held-out text, and with --reference the mean KL divergence and the greedy agreement."""
     from . import pipeline
 
     with Progress() as progress:
         result = pipeline.evaluate_checkpoint(checkpoint, progress=progress,
-                                              **_given(reference=reference, text=text, windows=windows, length=length))
+                                              **_given(reference=reference, text=text, windows=windows, length=length, kv=kv))
     _show(result, f"evaluation of {checkpoint}", as_json)
 
 

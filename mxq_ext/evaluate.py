@@ -6,10 +6,11 @@ Logits of a whole window are never held: the last block's output is kept, and he
 
 from __future__ import annotations
 
+import contextlib
 import math
 import statistics
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -19,10 +20,13 @@ from .decoding import Decoder
 from .errors import ModelError, ShapeError
 from .progress import SILENT, Progress
 from .stats.store import tokens_hash
-from .stats.walk import check_tokens, final_hidden, frozen, tail
+from .stats.walk import check_tokens, final_hidden, frozen, hooked, tail
+from .structure import decoder_blocks
 
 #: Positions whose logits are held at a time; 64 x 49152 float32 are 13 MB, and three such tensors are alive.
 CHUNK = 64
+#: Tokens that a model with a cache reads at a time. A packed cache holds as many exactly before it makes its first page.
+STEP = 64
 
 
 def _mean_and_se(values: Sequence[float]) -> tuple[float, float]:
@@ -42,6 +46,7 @@ class Evaluation:
         nll_windows: negative log likelihood of the text.
         kl_windows: KL(reference || model); None without a reference, as the next.
         top1_windows: share of positions at which both have the same likeliest token.
+        kv: which cache the model read its past from, None if it had none, and ``kv_nbytes``, its bytes at the end of a window.
 
     ``nll``, ``kl``, ``agreement`` are the means, ``*_se`` their standard errors over windows, and ``perplexity`` is exp(nll).
     """
@@ -53,6 +58,8 @@ class Evaluation:
     nll_windows: list[float] = field(repr=False)
     kl_windows: list[float] | None = field(default=None, repr=False)
     top1_windows: list[float] | None = field(default=None, repr=False)
+    kv: str | None = None
+    kv_nbytes: int | None = None
 
     @property
     def nll(self) -> float:
@@ -89,6 +96,8 @@ class Evaluation:
         if self.kl_windows is not None:
             out |= {"kl": self.kl, "kl_se": _finite(self.kl_se), "kl_windows": self.kl_windows, "agreement": self.agreement,
                     "agreement_se": _finite(self.agreement_se), "agreement_windows": self.top1_windows}
+        if self.kv is not None:
+            out |= {"kv": self.kv, "kv_nbytes": self.kv_nbytes}
         return out
 
 
@@ -111,7 +120,7 @@ class Reference:
     @classmethod
     @torch.no_grad()
     def of(cls, model: nn.Module, tokens: torch.Tensor, progress: Progress = SILENT) -> Reference:
-        """Runs ``model`` on ``tokens`` [W, T]. Memory: W * T * H floats."""
+        """Runs ``model`` on ``tokens`` [W, T], without a cache. Memory: W * T * H floats."""
         tokens = check_tokens(tokens)
         with frozen(model):
             return cls(model, tokens, torch.cat([final_hidden(model, t[None]) for t in progress.track(tokens.unbind(), "reference")]))
@@ -128,14 +137,45 @@ class Reference:
             raise ModelError("the reference", "its model has been changed since it was made", "quantize a copy of the reference model")
 
 
+class _Enough(Exception):
+    """Leaves a model's forward behind its last block."""
+
+
+@torch.no_grad()
+def cached_hidden(model: nn.Module, tokens: torch.Tensor, cache, step: int = STEP) -> torch.Tensor:
+    """Output [1, T, H] of the last block on ``tokens`` [1, T], which the model reads ``step`` at a time with ``cache``, as if it wrote them.
+
+    Tokens of one step see each other as the cache's ``update`` returns them. With an MxqCache and at most 64 of them that is what they see when they come
+    one by one: each sees all before it in the form in which the cache holds them at that moment.
+    """
+    blocks, name, out = decoder_blocks(model)[1], Decoder(model).name, []
+
+    def stop(block, args, output):
+        out.append(output[0] if isinstance(output, tuple) else output)
+        raise _Enough
+
+    with hooked([blocks[-1].register_forward_hook(stop)]):
+        for piece in check_tokens(tokens).split(step, dim=1):
+            with contextlib.suppress(_Enough):
+                model(piece, use_cache=True, **{name: cache})
+    if hasattr(cache, "check_read"):  # the model's own check comes behind the block at which its forward was left
+        cache.check_read()
+    return torch.cat(out, dim=1)
+
+
 @torch.no_grad()
 def evaluate(model: nn.Module, reference: nn.Module | Reference | None, tokens: torch.Tensor, *, chunk: int = CHUNK,
-             progress: Progress = SILENT) -> Evaluation:
+             cache: Callable[[], object] | None = None, step: int = STEP, progress: Progress = SILENT) -> Evaluation:
     """Scores ``model`` on ``tokens`` [W, T]; every token but the first of a window is predicted from those before it in the window.
 
+    A model that keeps its keys and values in packed pages (``replace_attention``, or a plan with a KV section) reads each window through such a
+    cache: what has become a page is read from that page.
+
     Args:
-        reference: a model, a ``Reference`` of the same tokens (cheaper if several models are compared), or None for perplexity alone.
+        reference: a model, a ``Reference`` of the same tokens (cheaper if several models are compared), or None for perplexity alone. It runs
+            without a cache.
         chunk: positions whose logits are held at a time.
+        cache: makes the cache of a window, to measure another than the model's own; ``step``: tokens that are read at a time with it.
 
     Raises ShapeError if the vocabularies or the tokens differ from the reference's, ModelError if a loss is not finite.
     """
@@ -144,10 +184,19 @@ def evaluate(model: nn.Module, reference: nn.Module | Reference | None, tokens: 
         reference = Reference.of(reference, tokens, progress)
     elif reference is not None:
         reference.check(tokens)
-    nll, kl, top1 = [], [], []
+    if cache is None and getattr(model, "mxq_kv", None) is not None:
+        cache = _packed_cache(model)
+    nll, kl, top1, kv, kv_nbytes = [], [], [], None, None
     with frozen(model):
         for w in progress.track(range(tokens.shape[0]), "evaluate"):
-            hidden = final_hidden(model, tokens[w:w + 1])
+            if cache is None:
+                hidden = final_hidden(model, tokens[w:w + 1])
+            else:
+                past = cache()
+                hidden = cached_hidden(model, tokens[w:w + 1], past, step)
+                kv = str(getattr(past, "kv", type(past).__name__))
+                kv_nbytes = past.nbytes() if hasattr(past, "nbytes") else None
+                del past
             sums = [0.0, 0.0, 0.0]
             for start in range(0, tokens.shape[1] - 1, chunk):
                 stop = min(start + chunk, tokens.shape[1] - 1)
@@ -163,7 +212,14 @@ def evaluate(model: nn.Module, reference: nn.Module | Reference | None, tokens: 
     if not all(map(math.isfinite, nll + kl)):
         raise ModelError(f"evaluating {type(model).__name__}", "its loss is not finite", "its logits hold inf or NaN: check the weights and the dtype")
     return Evaluation(tokens.shape[0], tokens.shape[1], tokens.shape[0] * (tokens.shape[1] - 1), tokens_hash(tokens), nll,
-                      kl if reference is not None else None, top1 if reference is not None else None)
+                      kl if reference is not None else None, top1 if reference is not None else None, kv, kv_nbytes)
+
+
+def _packed_cache(model: nn.Module) -> Callable[[], object]:
+    """Makes the caches of a model with a KV section."""
+    from .kv.cache import MxqCache  # it imports transformers
+
+    return lambda: MxqCache(model.config, model.mxq_kv)
 
 
 def _log_probabilities(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:

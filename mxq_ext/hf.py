@@ -252,7 +252,9 @@ class MxqHfQuantizer(HfQuantizer):
         self.units = checkpoint.swap_to_meta(model, self.checked)
         # transformers must neither load nor report the packed tensors.
         packed = {re.escape(f"{name}.{t}") for name, u in self.checked.units.items() for t in checkpoint.unit_tensors(u)}
-        model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), f"^({'|'.join(sorted(packed))})$"}
+        before, pattern = model._keys_to_ignore_on_load_unexpected, f"^({'|'.join(sorted(packed))})$"
+        # A set in some versions of transformers, a list or None in others, and each joins it with its own kind only.
+        model._keys_to_ignore_on_load_unexpected = {*before, pattern} if isinstance(before, set) else [*(before or ()), pattern]
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         checkpoint.fill_units(model, self.checked, self.units)

@@ -16,6 +16,7 @@ import dataclasses
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,17 +27,19 @@ from torch import nn
 
 from . import checkpoint
 from . import text as texts
-from .errors import CheckpointError, ModelError, MxqError, PlanError, QuantizationError
+from .errors import BudgetError, CheckpointError, ModelError, MxqError, PlanError, QuantizationError
 from .fileio import load_tensors, save_tensors
 from .formats import Format
 from .nn import quantized_modules, replace_linear
 from .nn.swap import as_plan
-from .plan import Plan, pareto_front, solve
-from .plan.presets import Preset, find_preset
+from .plan import KVPlan, KVSpec, Plan, pareto_front, solve, solve_joint, solve_kv
+from .plan.kv import BITS
+from .plan.presets import KV_POLICIES, Preset, find_kv, find_preset
 from .progress import SILENT, Progress
 from .qtensor import QTensor
 from .quantizers import find_method, make_options
-from .sensitivity import CostTable, sense
+from .sensitivity import CostTable, KVTable, sense, sense_kv
+from .sensitivity.kv import SIDES
 from .sensitivity.metrics import find_metric
 from .stats import Stats, calibrate
 from .stats.store import model_fingerprint
@@ -46,6 +49,7 @@ from .trials import Trials, short_hash
 WINDOWS = 48  #: calibration windows of LENGTH tokens
 LENGTH = 512
 TOKENS = "tokens.safetensors"
+KV_WINDOWS, KV_LENGTH = 4, 1024  #: windows that the cost of a cache is measured on
 CALIBRATED = ("auto", "gptq", "kmeans")  #: methods that read second moments or Fisher diagonals; a plan for another needs no calibration
 
 
@@ -91,6 +95,40 @@ def calibration_tokens(model: nn.Module, tokenizer, work: Path, *, text: str | N
     return tokens
 
 
+def kv_tokens(tokenizer, text: str | None = None, context: int | None = None) -> torch.Tensor:
+    """Windows int64 [W, T] to measure a cache on: of ``text`` (None: the built-in one), as long as the planned context but at most KV_LENGTH."""
+    length = KV_LENGTH if context is None else min(KV_LENGTH, context)
+    return texts.spread(texts.windows(need_tokenizer(tokenizer, "the model"), texts.calibration_text() if text is None else text, length), KV_WINDOWS)
+
+
+def make_kv_table(model: nn.Module, tokens: torch.Tensor, spec: KVSpec | None = None, *, bits: tuple[int, ...] = BITS, metric: str = "fisher",
+                  progress: Progress = SILENT) -> KVTable:
+    """What cached keys and values cost, on windows such as ``kv_tokens`` makes; ``spec`` gives group, residual, sink and rotate.
+
+    Raises as ``kv.attention.check_attention`` does for models that cannot have a packed cache.
+    """
+    from .kv.attention import check_attention  # they import transformers
+    from .kv.trial import CacheTrial
+
+    spec = spec or KVSpec()
+    check_attention(model, KVPlan(spec))
+    return sense_kv(model, tokens, bits, trial=CacheTrial(model, spec), metric=metric, progress=progress)
+
+
+def plan_kv(model: nn.Module, tokens: torch.Tensor, policy: str = "layerwise", *, bits: float | None = None, nbytes: int | None = None, context: int = 4096,
+            batch: int = 1, progress: Progress = SILENT) -> KVPlan:
+    """The KV section that a policy of ``presets.KV_POLICIES`` chooses within a budget: average code ``bits``, or bytes of a cache (``plan.joint.solve_kv``).
+
+    ``tokens``: windows such as ``kv_tokens`` makes. Raises PlanError for an unknown policy, BudgetError if nothing fits.
+    """
+    if policy not in KV_POLICIES:
+        raise PlanError(f"KV policy {policy!r}", "it is unknown", f"choose one of {', '.join(KV_POLICIES)}")
+    chosen = KV_POLICIES[policy]
+    wide = BITS if chosen.pairs is None else tuple(sorted({b for pair in chosen.pairs for b in pair}))
+    table = make_kv_table(model, tokens, chosen.spec, bits=wide, metric=chosen.metric, progress=progress)
+    return solve_kv(table, bits=bits, nbytes=nbytes, context=context, batch=batch, pairs=chosen.pairs)
+
+
 def make_table(model: nn.Module, tokens: torch.Tensor, stats: Stats, preset: Preset, work: Path, progress: Progress = SILENT) -> CostTable:
     """The cost table of a preset, read from the work directory when it is there."""
     trials = Trials(work / "trials", model, stats, preset)
@@ -119,7 +157,8 @@ def quantize_by_plan(model: nn.Module, plan: Plan, trials: Trials, progress: Pro
 def quantize_model(model: nn.Module, tokenizer, *, bits: float | None = None, nbytes: int | None = None, plan: Plan | str | None = None,
                    text: str | os.PathLike | None = None, preset: str | None = None, candidates=None, metric: str | None = None,
                    method: str | None = None, weighting: str | None = None, activations: str | None = None, windows: int = WINDOWS,
-                   stats_dir: str | os.PathLike | None = None, work: str | os.PathLike | None = None, progress: Progress = SILENT) -> Result:
+                   stats_dir: str | os.PathLike | None = None, work: str | os.PathLike | None = None, context: int | None = None, batch: int = 1,
+                   kv: KVSpec | None = None, progress: Progress = SILENT) -> Result:
     """Calibrates, senses, plans and quantizes ``model`` in place.
 
     Args:
@@ -131,6 +170,9 @@ def quantize_model(model: nn.Module, tokenizer, *, bits: float | None = None, nb
         windows: calibration windows of 512 tokens.
         stats_dir: what ``mxq calibrate`` wrote for this model; then ``text`` and ``windows`` are not used.
         work: directory of intermediate files; kept, and reused by a later call. A temporary one when None.
+        context, batch: with them ``nbytes`` is a budget of the weights and of a cache of that many tokens and sequences together, and the plan has a KV
+            section: more bits wherever, in weights or cache, they bring most.
+        kv: group, residual, sink and rotate of that section.
 
     Raises:
         BudgetError: no mix of candidates fits; says by how much.
@@ -138,6 +180,8 @@ def quantize_model(model: nn.Module, tokenizer, *, bits: float | None = None, nb
     """
     if sum(x is not None for x in (bits, nbytes, plan)) != 1:
         raise PlanError(f"quantize_model(bits={bits}, nbytes={nbytes}, plan={plan})", "exactly one of the three must be given", "drop the others")
+    if context is not None and nbytes is None:
+        raise BudgetError(f"quantize_model(context={context}) with bits={bits}, plan={plan}", "weights and cache have one budget in bytes", "pass nbytes=")
     chosen = find_preset(preset, candidates=candidates, metric=metric, method=method, weighting=weighting)
     if quantized_modules(model):
         raise ModelError("quantize_model", "the model is quantized already", "load the float model")
@@ -148,6 +192,8 @@ def quantize_model(model: nn.Module, tokenizer, *, bits: float | None = None, nb
         chosen = quantizer_of(plan, chosen, method=method, weighting=weighting)
         plan = dataclasses.replace(plan, quantizer=chosen.quantizer(), activations=activations or plan.activations)
     check_request(find_units(model), chosen, plan, bits=bits, nbytes=nbytes)
+    if context is not None:
+        check_joint(model, chosen, kv or KVSpec(), nbytes=nbytes, context=context, batch=batch)
     with working_directory(work) as directory:
         table = stats = None
         if stats_dir is not None:
@@ -158,7 +204,13 @@ def quantize_model(model: nn.Module, tokenizer, *, bits: float | None = None, nb
             stats = calibrate_for(model, tokens, chosen, directory, progress)
         if plan is None:
             table = make_table(model, tokens, stats, chosen, directory, progress)
-            plan = dataclasses.replace(solve(table, bits=bits, nbytes=nbytes, quantizer=chosen.quantizer()), activations=activations)
+            if context is None:
+                plan = solve(table, bits=bits, nbytes=nbytes, quantizer=chosen.quantizer())
+            else:
+                read = None if text is None else texts.read_text(text)
+                table.kv = make_kv_table(model, kv_tokens(tokenizer, read, context), kv, progress=progress)
+                plan = solve_joint(table, nbytes=nbytes, context=context, batch=batch, quantizer=chosen.quantizer())
+            plan = dataclasses.replace(plan, activations=activations)
         plan.save(directory / "plan.json")
         units, width = find_units(model), next(model.parameters()).element_size()
         nbytes, stored = plan.predicted_bytes(units, width)["total"], plan.stored_bits(units, width)
@@ -197,6 +249,20 @@ def check_request(units: list[Unit], preset: Preset, plan: Plan | None, *, bits:
             bad = find_method(preset.method).applies(fmt) if fmt.kind != "float" else None
             if bad is not None:
                 raise QuantizationError(f"quantizing to {fmt} with {preset.method}", *bad)
+
+
+def check_joint(model: nn.Module, preset: Preset, spec: KVSpec, *, nbytes: int, context: int, batch: int) -> None:
+    """Raises what planning weights and a cache would raise after calibration: ModelError for the model's attention, BudgetError for the budget."""
+    from .kv.attention import check_attention  # they import transformers
+    from .kv.trial import CacheTrial
+
+    check_attention(model, KVPlan(spec))
+    trial, units, formats = CacheTrial(model, spec), find_units(model), [Format.parse(c) for c in preset.candidates]
+    pages = np.array([[trial.page_bytes(side, b) for b in BITS] for side in SIDES] * model.config.num_hidden_layers)
+    sizes = np.array([[f.nbytes(*u.shape) for f in formats] for u in units])
+    free = KVTable(BITS, np.zeros(pages.shape), pages, trial.token_bytes, trial.settings)
+    table = CostTable([u.name for u in units], formats, np.zeros(sizes.shape), sizes, np.array([u.numel for u in units]), kv=free)
+    solve_joint(table, nbytes=nbytes, context=context, batch=batch)
 
 
 def calibrate_for(model: nn.Module, tokens: torch.Tensor, preset: Preset, work: Path, progress: Progress = SILENT) -> Stats:
@@ -260,36 +326,58 @@ def calibrate_model(model_path, out, *, text_path=None, windows: int = WINDOWS, 
     return {"out": str(out), "text": texts.text_hash(texts.calibration_text() if text is None else text), **stats.meta}
 
 
-def sense_model(model_path, stats_dir, out, *, candidates=None, metric: str | None = None, progress: Progress = SILENT) -> dict:
-    """``mxq sense``: writes the CostTable to the JSON file ``out`` (and a CSV beside it); trials are kept beside the Stats."""
+def sense_model(model_path, stats_dir, out, *, candidates=None, metric: str | None = None, kv: str | None = None, progress: Progress = SILENT) -> dict:
+    """``mxq sense``: writes the CostTable to the JSON file ``out`` (and a CSV beside it); trials are kept beside the Stats.
+
+    ``kv`` names a spec whose group, residual, sink and rotate a cache would have; then the table also says what its bits cost.
+    """
+    spec = None if kv is None else KVSpec.named(kv)
     preset = find_preset(None, candidates=candidates, metric=metric)
     model, tokenizer = load(model_path)
     stats, tokens = open_stats(stats_dir, model)
     trials = Trials(Path(stats_dir) / "trials", model, stats, preset)
     table = sense(model, tokens, stats, preset.candidates, metric=preset.metric, trial=trials, progress=progress)
+    if spec is not None:
+        table.kv = make_kv_table(model, kv_tokens(tokenizer), spec, progress=progress)
     table.save(out)
     table.to_csv(Path(out).with_suffix(".csv"))
     rows = [{"format": f, "loss": loss, "nbytes": size, "stored_bits": table.stored_bits(size)} for f in table.formats for loss, size in [table.uniform(f)]]
-    return {"out": str(out), "metric": preset.metric, "units": len(table.units), "uniform": rows}
+    cache = [] if table.kv is None else [{"bits": b, "loss_keys": float(table.kv.loss[::2, i].sum()), "loss_values": float(table.kv.loss[1::2, i].sum())}
+                                         for i, b in enumerate(table.kv.bits)]
+    return {"out": str(out), "metric": preset.metric, "units": len(table.units), "uniform": rows} | ({"cache": cache} if cache else {})
 
 
-def plan_from_table(cost_path, out, *, bits: float | None = None, nbytes: int | None = None, front=None) -> dict:
-    """``mxq plan``: solves for a budget and writes the Plan; ``front`` names a CSV for the whole front."""
+def plan_from_table(cost_path, out, *, bits: float | None = None, nbytes: int | None = None, context: int | None = None, batch: int = 1, front=None) -> dict:
+    """``mxq plan``: solves for a budget and writes the Plan; ``front`` names a CSV for the whole front of the weights.
+
+    With ``context`` the budget is in bytes, and covers the weights and a cache of ``batch`` sequences of that many tokens.
+    """
+    if context is not None and nbytes is None:
+        raise BudgetError(f"a plan for a context of {context} tokens with bits={bits}", "weights and cache have one budget in bytes", "give it as --bytes")
     table = CostTable.load(cost_path)
-    plan = solve(table, bits=bits, nbytes=nbytes, quantizer=find_preset(None).quantizer())
+    if context is None:
+        plan = solve(table, bits=bits, nbytes=nbytes, quantizer=find_preset(None).quantizer())
+    else:
+        plan = solve_joint(table, nbytes=nbytes, context=context, batch=batch, quantizer=find_preset(None).quantizer())
     plan.save(out)
     if front is not None:
         from .fileio import write_text
 
         points = pareto_front(table)
         write_text(front, "nbytes,stored_bits,loss\n" + "".join(f"{p.nbytes},{table.stored_bits(p.nbytes):.6f},{p.loss:.9g}\n" for p in points))
-    return {"out": str(out), "formats": plan.counts(), **{k: plan.meta[k] for k in ("nbytes", "stored_bits", "loss") if k in plan.meta}}
+    shown = {"out": str(out), "formats": plan.counts(), **{k: plan.meta[k] for k in ("nbytes", "stored_bits", "loss") if k in plan.meta}}
+    return shown if context is None else shown | {"cache": kv_counts(plan, table.kv.layers), "joint": plan.meta["joint"]}
+
+
+def kv_counts(plan: Plan, layers: int) -> dict[str, int]:
+    """Spec name -> number of layers that cache so, most frequent first."""
+    return dict(Counter(str(s or "keep") for s in plan.kv.resolve(layers)).most_common())
 
 
 def quantize_checkpoint(model_path, out, *, bits: float | None = None, nbytes: int | None = None, preset: str | None = None, text=None,
                         candidates=None, metric: str | None = None, method: str | None = None, windows: int = WINDOWS,
                         activations: str | None = None, uniform: str | None = None, plan=None, stats=None, work=None, overwrite: bool = False,
-                        progress: Progress = SILENT) -> dict:
+                        context: int | None = None, batch: int = 1, progress: Progress = SILENT) -> dict:
     """``mxq quantize``: the whole line on paths. Resumes from ``work`` (default ``<out>.work``, removed after success)."""
     out = Path(out)
     checkpoint.check_target(out, overwrite)
@@ -297,7 +385,7 @@ def quantize_checkpoint(model_path, out, *, bits: float | None = None, nbytes: i
     directory = Path(work) if work is not None else out.with_name(out.name + ".work")
     result = quantize_model(model, tokenizer, bits=bits, nbytes=nbytes, plan=uniform if plan is None else Path(plan), text=text, preset=preset,
                             candidates=candidates, metric=metric, method=method, activations=activations, windows=windows, stats_dir=stats, work=directory,
-                            progress=progress)
+                            context=context, batch=batch, progress=progress)
     checkpoint.save(result.model, out, tokenizer, result.plan, overwrite=overwrite, progress=progress)
     units = find_units(result.model)
     written = written_bytes(out, result.plan, units)
@@ -306,7 +394,8 @@ def quantize_checkpoint(model_path, out, *, bits: float | None = None, nbytes: i
     if work is None:
         shutil.rmtree(directory)
     return {"out": str(out), "stored_bits": result.stored_bits, "predicted_bytes": result.nbytes, "bytes_on_disk": written,
-            "checkpoint_bytes": checkpoint.bytes_on_disk(out)["total"], "formats": result.plan.counts(units)}
+            "checkpoint_bytes": checkpoint.bytes_on_disk(out)["total"], "formats": result.plan.counts(units),
+            **({} if context is None else {"cache": kv_counts(result.plan, result.table.kv.layers), "joint": result.plan.meta["joint"]})}
 
 
 def written_bytes(directory: Path, plan: Plan, units: list[Unit]) -> int:
@@ -316,11 +405,20 @@ def written_bytes(directory: Path, plan: Plan, units: list[Unit]) -> int:
     return sum(checkpoint.bytes_on_disk(directory)["units"].values()) + sum(checkpoint.tensor_bytes(tensors[f"{name}.weight"]) for name in kept)
 
 
-def evaluate_checkpoint(path, *, reference=None, text=None, windows: int = 12, length: int = LENGTH, progress: Progress = SILENT) -> dict:
-    """``mxq eval``: perplexity on held-out text (or ``text``), and against ``reference`` the KL divergence and the greedy agreement."""
+def evaluate_checkpoint(path, *, reference=None, text=None, windows: int = 12, length: int = LENGTH, kv: str | None = None,
+                        progress: Progress = SILENT) -> dict:
+    """``mxq eval``: perplexity on held-out text (or ``text``), and against ``reference`` the KL divergence and the greedy agreement.
+
+    ``kv`` names how keys and values are cached meanwhile (``plan.presets.find_kv``): with none, as the model's plan says.
+    """
     from .evaluate import evaluate
 
+    chosen = None if kv is None else find_kv(kv)
     model, tokenizer = load(path)
+    if kv is not None:
+        from .kv.attention import replace_attention
+
+        replace_attention(model, chosen)
     held_out = texts.heldout_text("technical") if text is None else texts.read_text(text)
     tokens = texts.spread(texts.windows(need_tokenizer(tokenizer, path), held_out, length), windows)
     other = load(reference)[0] if reference is not None else None

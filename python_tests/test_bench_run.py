@@ -190,3 +190,53 @@ def test_stack_of_layers(bench, tmp_path):
     rows = {r["name"]: r for r in json.loads(out.read_text())["rows"]}
     assert rows["mixed"]["stored_bits"] < 3.04 + 0.2 and rows["uniform w8"]["x_w8"] == 1 and rows["torch bf16"]["x_bf16"] == 1
     assert rows["mixed"]["x_w8"] == pytest.approx(rows["uniform w8"]["ms"] / rows["mixed"]["ms"])
+
+
+def attend(bench, tmp_path, *args):
+    out = tmp_path / "attention.json"
+    tiny = ["--pairs", "4/2,16/3", "--head-dim", "32", "--kv-heads", "3", "--heads", "6", "--cycle", "1", "--rounds", "1", "--seconds", "0.001"]
+    bench.main(["--op", "attention", "--contexts", "70,200", "--out", str(out), *tiny, *args])
+    return json.loads(out.read_text())["rows"]
+
+
+def test_attention_beside_sdpa(bench, tmp_path, capsys):
+    rows = attend(bench, tmp_path)
+    assert [(r["context"], r["key"], r["value"]) for r in rows] == [(n, *p) for n in (70, 200) for p in ((None, None), (None, None), (4, 2), (16, 3))]
+    for r in rows:
+        peers = {kind: next(p for p in rows if p["context"] == r["context"] and p["name"].startswith(f"sdpa {kind}")) for kind in ("fp32", "bf16")}
+        assert all(r[f"x_sdpa_{kind}"] == pytest.approx(p["ms"] / r["ms"]) for kind, p in peers.items())
+        assert r["gb_per_s"] == pytest.approx(r["nbytes"] / r["ms"] / 1e6) and r["read_share"] == pytest.approx(r["gb_per_s"] / r["read_gb_per_s"])
+        assert r["gflop_per_s"] == pytest.approx(4 * 6 * 32 * r["context"] / r["ms"] / 1e6) and 0 <= r["error"] <= r["limit"] <= 0.01
+    # 200 tokens: two pages, 72 newest in float32
+    assert rows[6]["nbytes"] == 3 * (2 * 64 * 32 * (4.5 + 2 + 32 / 32) / 8 + 2 * 72 * 32 * 4) and rows[4]["nbytes"] == 2 * 3 * 200 * 32 * 4
+    text = capsys.readouterr().out
+    assert "### 200 tokens, 6 heads over 3 of 32, 1 thread, reading " in text and "| k4v2 | " in text
+
+
+def test_wrong_attention_is_not_timed(bench, tmp_path, monkeypatch):
+    from mxq_ext.kv import ops as kv_ops
+
+    monkeypatch.setattr(kv_ops, "attend", lambda q, *a, **k: torch.zeros_like(q))
+    with pytest.raises(SystemExit, match="bench: attention k4v2 over 70 tokens: it is wrong, error 1.00e[+]00 above"):
+        attend(bench, tmp_path)
+
+
+@pytest.mark.parametrize("args, message", [
+    (["--pairs", "4/5"], "bench: --pairs 4/5: a pair is two of 2, 3, 4, 8, 16 with a slash between; write for example 4/2"),
+    (["--heads", "7"], "bench: --heads 7: it must be a multiple of --kv-heads, 3"),
+])
+def test_mistakes_in_attention_options(bench, tmp_path, args, message):
+    with pytest.raises(SystemExit) as error:
+        attend(bench, tmp_path, *args)
+    assert str(error.value).startswith(message)
+
+
+def test_published_attention_results_hold_what_is_claimed():
+    """Four bits: faster than torch over both float caches from 4096 tokens on, and linear in the context."""
+    rows = json.loads((ROOT / "bench" / "results" / "attention-cpu.json").read_text())["rows"]
+    assert {r["context"] for r in rows} == {1024, 4096, 16384, 65536}
+    assert all((r["head_dim"], r["kv_heads"]) == (128, 8) and r["error"] <= r["limit"] for r in rows)
+    four = {r["context"]: r for r in rows if (r["key"], r["value"], r["threads"]) == (4, 4, 1)}
+    for n in (4096, 16384, 65536):
+        assert min(four[n]["x_sdpa_fp32"], four[n]["x_sdpa_bf16"], four[n]["x_sdpa_fp32_median"], four[n]["x_sdpa_bf16_median"]) > 1
+        assert four[n]["ns_per_token"] == pytest.approx(four[65536]["ns_per_token"], rel=0.15)

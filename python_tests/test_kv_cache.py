@@ -4,6 +4,7 @@ import copy
 import pickle
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_model
@@ -12,7 +13,9 @@ from torch.profiler import ProfilerActivity, profile
 from mxq_ext import _native
 from mxq_ext.errors import FormatError, ModelError, NativeError, PlanError, ShapeError
 from mxq_ext.kv import ops
+from mxq_ext.kv import reference as numpy_pages
 from mxq_ext.kv.cache import MARK, MxqCache, MxqCacheLayer, cache_nbytes
+from mxq_ext.kv.shrink import shrink_codes, shrink_page, shrunk
 from mxq_ext.plan import KVPlan, KVSpec, Plan
 
 SPECS = [KVSpec(4, 2, residual=0), KVSpec(3, 8, group=32, residual=32, sink=5), KVSpec(2, 3, residual=100), KVSpec(16, 4, sink=70, rotate=True),
@@ -400,7 +403,7 @@ def test_differences_of_two_sections():
 
 
 @pytest.mark.parametrize(("kv", "text"), [
-    ({"k": 4}, "plan: kv: key 'k': a spec has the keys key, value, group, residual, sink, rotate; write for example"),
+    ({"k": 4}, "plan: kv: key 'k': a spec has the keys key, value, group, residual, sink, rotate, budget; write for example"),
     ("k4v4", "plan: kv 'k4v4': an object with bits of keys and values is expected, found str"),
     ({"key": 5}, "plan: kv: key 5: it must be one of 2, 3, 4, 8, 16; choose"),
     ({"key": True}, "key True"),
@@ -420,3 +423,75 @@ def test_differences_of_two_sections():
 def test_sections_that_are_refused(kv, text):
     with pytest.raises(PlanError, match=text):
         Plan.from_json({"mxq_plan": 1, "kv": kv})
+
+
+# -- a byte budget --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_shrinking_codes_rounds_to_nearest(bits):
+    """All codes: the integer formula against rounding the quotient; the ends stay the ends."""
+    q, step = torch.arange(2**bits), 2 ** (bits // 2) + 1
+    got = shrink_codes(q, bits)
+    assert got.tolist() == [int(v / step + 0.5) for v in range(2**bits)] and (got[0], got[-1]) == (0, 2 ** (bits // 2) - 1)
+
+
+@pytest.mark.parametrize("side", ["keys", "values"])
+@pytest.mark.parametrize("bits, group, dim", [(8, 32, 80), (4, 32, 80), (8, 64, 64), (4, 64, 128), (16, 64, 80)])
+def test_shrunk_pages_hold_the_shrunk_codes(side, bits, group, dim):
+    """numpy reads the page before and after; between them lies the formula alone."""
+    group = 0 if side == "values" and dim % group else group
+    fmt = ops.PageFormat(side, bits, group, dim)
+    x = torch.randn(2, 3, 64, dim, generator=torch.Generator().manual_seed(bits)) * 2 + 1
+    page = fmt.empty_page(6)
+    ops.pack_page(x, fmt, *page)
+    codes, params = shrink_page(*page, fmt)
+    half = shrunk(fmt)
+    assert codes.shape == (6, half.code_bytes) and params.shape == (6, *half.params_shape)
+    for h in range(6):
+        new = numpy_pages.unpack(codes[h].numpy().tobytes(), params[h].numpy(), half)
+        old = numpy_pages.unpack(page[0][h].numpy().tobytes(), page[1][h].numpy(), fmt)
+        if bits == 16:
+            want_codes, want_params = numpy_pages.pack(old.astype("float32"), half)
+            assert codes[h].numpy().tobytes() == want_codes and params[h].numpy().tobytes() == want_params.tobytes()
+            continue
+        s, z = params[h, :, 0].double().numpy(), params[h, :, 1].double().numpy()
+        before = page[1][h].double().numpy()
+        where = np.arange(64 if side == "keys" else dim) // (group or dim)
+        q = np.rint(((old if side == "keys" else old.T) - before[where, 1]) / before[where, 0])
+        want = s[where] * np.floor(q / (2 ** (bits // 2) + 1) + 0.5) + z[where]
+        assert np.abs((new if side == "keys" else new.T) - want).max() < 1e-9 * np.abs(want).max()
+        assert np.abs(s / before[:, 0] / (2 ** (bits // 2) + 1) - 1).max() < 2**-10 and np.array_equal(z, before[:, 1])
+        again, _ = numpy_pages.pack(new.astype("float32"), half)  # padding included
+        assert len(again) == codes.shape[1]
+
+
+def test_a_budget_halves_the_bits_as_often_as_needed():
+    batch, heads, dim = 2, 2, 32
+    each = {b: batch * heads * sum(ops.PageFormat(side, b, 64 if side == "keys" else 0, dim).page_bytes for side in ops.SIDES) for b in (16, 8, 4, 2)}
+    spec = KVSpec(16, 16, residual=0, budget=3 * each[8])
+    layer, held = MxqCacheLayer(spec), []
+    for i in range(40):
+        layer.append(*torch.randn(2, batch, heads, 64, dim))
+        bits, pages = layer.pages.key.bits, len(layer.pages)
+        held.append(bits)
+        assert bits == layer.pages.value.bits and pages == i + 1
+        assert layer.pages.nbytes() == pages * each[bits] and (layer.pages.nbytes() <= spec.budget or bits == 2)
+        assert layer.nbytes() == sum(t.nbytes for t in layer.tensors()) == cache_nbytes(spec, 64 * pages, heads, dim, batch=batch, float_bytes=4)
+    assert held == sorted(held, reverse=True) and set(held) == {16, 8, 4, 2} and held.index(4) == 3
+    layer.crop(64 * 3 + 5)
+    assert len(layer.pages) == 3 and layer.pages.key.bits == 2
+    layer.reset()
+    layer.append(*torch.randn(2, batch, heads, 64, dim))
+    assert layer.pages.key.bits == 16, "a new sequence begins anew"
+
+
+def test_budget_of_unequal_sides_and_bad_budgets():
+    layer = MxqCacheLayer(KVSpec(8, 2, residual=0, budget=1))
+    layer.append(*torch.randn(2, 1, 1, 64, 32))
+    assert (layer.pages.key.bits, layer.pages.value.bits) == (2, 2)
+    spec = KVSpec(8, 4, budget=12345)
+    assert KVSpec.named(spec.name) == spec == KVSpec.parse(spec.to_json()) and "budget" not in KVSpec().to_json()
+    for bad in ({"budget": 0}, {"budget": True}, {"key": 3, "budget": 100}):
+        with pytest.raises(PlanError, match="kv spec: budget"):
+            KVSpec(**bad)

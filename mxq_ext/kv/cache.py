@@ -26,6 +26,7 @@ from ..errors import FormatError, ModelError, NativeError, PlanError, ShapeError
 from ..plan.kv import PAGE, KVPlan, KVSpec
 from ..plan.schema import Plan
 from . import ops
+from .shrink import HALF, shrink_page, shrunk
 
 MARK = "mxq_cache_layer"  #: attribute of the keys that ``update`` returns: the layer that they wait for
 
@@ -58,8 +59,20 @@ def cache_nbytes(spec: KVSpec, tokens: int, heads: int, head_dim: int, *, batch:
     """
     key, value = page_formats(spec, head_dim, "layer")
     pages = max(0, (tokens - spec.sink - spec.residual) // PAGE)
+    while _shrinks(spec, key, value, pages * batch * heads):
+        key, value = _halved(key, value)
     exact = 2 * (spec.sink + spec.residual + PAGE) * head_dim * float_bytes
     return batch * heads * (pages * (key.page_bytes + value.page_bytes) + exact)
+
+
+def _shrinks(spec: KVSpec, key: ops.PageFormat, value: ops.PageFormat, pages: int) -> bool:
+    """Whether that many pages (of all heads) in these formats are over the budget and can be halved."""
+    return spec.budget is not None and pages * (key.page_bytes + value.page_bytes) > spec.budget and (key.bits in HALF or value.bits in HALF)
+
+
+def _halved(*formats: ops.PageFormat) -> tuple[ops.PageFormat, ...]:
+    """Each at half its bits; 2 bits stay."""
+    return tuple(shrunk(f) if f.bits in HALF else f for f in formats)
 
 
 @functools.lru_cache
@@ -71,7 +84,7 @@ def _hadamard(dim: int) -> torch.Tensor:
     return h * dim**-0.5
 
 
-def _rotated(x: torch.Tensor) -> torch.Tensor:
+def rotated(x: torch.Tensor) -> torch.Tensor:
     """x [..., D] with its channels multiplied by the Hadamard matrix, in x's dtype."""
     return (x.float() @ _hadamard(x.shape[-1])).to(x.dtype)
 
@@ -289,7 +302,7 @@ class MxqCacheLayer(CacheLayerMixin):
         return (buffers[0][:, :, :tokens], buffers[1][:, :, :tokens]) if tokens else (None, None)
 
     def _turned(self, x: torch.Tensor) -> torch.Tensor:
-        return _rotated(x) if self.spec.rotate else x
+        return rotated(x) if self.spec.rotate else x
 
     def _take(self, keys: torch.Tensor, values: torch.Tensor, start: int) -> int:
         """Copies as many of the tokens from ``start`` on as the sink, or else the tail, has room for; returns how many."""
@@ -313,8 +326,21 @@ class MxqCacheLayer(CacheLayerMixin):
                     x[:, :, i : i + part.shape[2]] = part
             self.tail_tokens -= PAGE
 
+    def _shrink(self) -> None:
+        """Halves the bits of all pages, page by page, each old one gone when the new one is there."""
+        formats = self.pages.key, self.pages.value
+        pages = [self.pages[i] for i in reversed(range(len(self.pages)))]
+        self.pages = ops.PageTable(*_halved(*formats), self.batch * self.heads)
+        while pages:
+            codes_and_params = pages.pop()
+            sides = [codes_and_params[:2], codes_and_params[2:]]
+            new = [shrink_page(*side, f) if f.bits in HALF else side for side, f in zip(sides, formats, strict=True)]
+            self.pages.append(*new[0], *new[1])
+
     def _pack(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Quantizes [B, Hkv, 64, D] of each side into a new page at the end."""
+        """Quantizes [B, Hkv, 64, D] of each side into a new page at the end. Where that would go over the budget, the others shrink first."""
+        while _shrinks(self.spec, self.pages.key, self.pages.value, (len(self.pages) + 1) * self.pages.heads):
+            self._shrink()
         page = []
         for x, fmt in ((keys, self.pages.key), (values, self.pages.value)):
             codes, params = fmt.empty_page(self.pages.heads)

@@ -1,8 +1,10 @@
 """From costs to a plan: what a Plan is (``schema``), and how a byte budget is spent (``allocate``, on ``knapsack``)."""
 
 from .allocate import FrontPoint, choose, pareto_front, plan_of, solve
+from .joint import solve_joint, solve_kv
 from .knapsack import Allocation
 from .kv import KVPlan, KVSpec
 from .schema import KEEP, Bands, Decision, Plan
 
-__all__ = ["KEEP", "Allocation", "Bands", "Decision", "FrontPoint", "KVPlan", "KVSpec", "Plan", "choose", "pareto_front", "plan_of", "solve"]
+__all__ = ["KEEP", "Allocation", "Bands", "Decision", "FrontPoint", "KVPlan", "KVSpec", "Plan", "choose", "pareto_front", "plan_of", "solve",
+           "solve_joint", "solve_kv"]

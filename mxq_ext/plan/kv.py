@@ -12,6 +12,7 @@ Layers count from 0 in the order of the decoder blocks. A layer that the model d
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 
@@ -42,6 +43,8 @@ class KVSpec:
         sink: the first tokens of a sequence, which stay in the model's dtype forever. Queries look at them more than at any other.
         rotate: keys and values are multiplied by a Hadamard matrix first, which spreads channels that stand out over all the others.
             Queries are multiplied along, outputs back. Head dimensions must be powers of two.
+        budget: bytes of the layer's pages (those of all sequences) at which they all shrink to half their bits, in place and from their codes: 16 to 8,
+            8 to 4, 4 to 2, as often as needed (PM-KVQ); ``key`` and ``value`` are what they begin with. At 2 bits they grow on. None: never.
     """
 
     key: int = 4
@@ -50,6 +53,7 @@ class KVSpec:
     residual: int = 64
     sink: int = 0
     rotate: bool = False
+    budget: int | None = None
 
     def __post_init__(self):
         where = "kv spec"
@@ -63,16 +67,33 @@ class KVSpec:
                 raise _refuse(where, name, have, "it is a number of tokens, 0 or more", "write for example 64")
         if not isinstance(self.rotate, bool):
             raise _refuse(where, "rotate", self.rotate, "it must be true or false", "write true or false")
+        if self.budget is not None:
+            if isinstance(self.budget, bool) or not isinstance(self.budget, int) or self.budget < 1:
+                raise _refuse(where, "budget", self.budget, "it is a number of bytes, 1 or more", "leave it out for none")
+            if 3 in (self.key, self.value):
+                raise _refuse(where, "budget", self.budget, "pages of 3 bits cannot be halved", "begin with 16, 8 or 4 bits")
 
     @property
     def name(self) -> str:
         """For example ``k4v2g64``, with what differs from the defaults appended: ``k4v2g64_r128_s4_rot``."""
         default = KVSpec()
         rest = [f"r{self.residual}"] * (self.residual != default.residual) + [f"s{self.sink}"] * (self.sink != default.sink) + ["rot"] * self.rotate
+        rest += [] if self.budget is None else [f"b{self.budget}"]
         return "_".join([f"k{self.key}v{self.value}g{self.group}", *rest])
 
     def __str__(self) -> str:
         return self.name
+
+    @staticmethod
+    def named(name: str) -> KVSpec:
+        """The spec of a :attr:`name`; what is left out of it has its default, so ``k4v2`` will do. Raises PlanError."""
+        found = re.fullmatch(r"k(\d+)v(\d+)(?:g(\d+))?(?:_r(\d+))?(?:_s(\d+))?(_rot)?(?:_b(\d+))?", name)
+        if found is None:
+            raise PlanError(f"kv spec {name!r}", "it is k, bits of keys, v, bits of values, and what differs from the defaults of g (group), _r (residual), _s "
+                            "(sink), _rot, _b (budget), in this order", "write for example k4v2g64 or k4v2g32_r128_s4")
+        *five, _, budget = found.groups()
+        numbers = zip(("key", "value", "group", "residual", "sink", "budget"), (*five, budget), strict=True)
+        return KVSpec(**{field: int(n) for field, n in numbers if n is not None}, rotate=found[6] is not None)
 
     @staticmethod
     def parse(value: object, where: str = "kv spec") -> KVSpec:
@@ -94,7 +115,8 @@ class KVSpec:
             raise PlanError(e.asked.replace("kv spec", where, 1), e.rule, e.fix) from None
 
     def to_json(self) -> dict:
-        return asdict(self)
+        """Every field; without a budget there is no such key, as in plans that were written before there were any."""
+        return {k: v for k, v in asdict(self).items() if k != "budget" or v is not None}
 
 
 def _parse_entry(value: object, where: str) -> KVSpec | None:

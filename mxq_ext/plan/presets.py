@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 from dataclasses import dataclass
 
 from ..errors import PlanError
+from ..fileio import read_json
 from ..formats import Format
+from .kv import KVPlan, KVSpec
+from .schema import Plan
 
 
 @dataclass(frozen=True)
@@ -70,3 +74,80 @@ def find_preset(name: str | None, **changes) -> Preset:
     if "candidates" in changes:
         changes["candidates"] = tuple(Format.parse(c).name for c in changes["candidates"])
     return dataclasses.replace(PRESETS[name], **changes)
+
+
+@dataclass(frozen=True)
+class KVPreset:
+    """A policy of the literature for keys and values that needs no calibration: one spec for all layers, its source, and where ours departs from it."""
+
+    spec: KVSpec
+    about: str
+
+
+_KIVI = ("KIVI (Liu et al. 2024, arXiv 2402.02750): keys per channel by 32 tokens, values per token by 32 channels, float zeros, the newest 128 tokens exact. "
+         "Pages of 64 leave that window one by one, where KIVI packs 128 keys at once and values one by one")
+#: name -> policy
+KV_PRESETS: dict[str, KVPreset] = {
+    "kivi4": KVPreset(KVSpec(4, 4, group=32, residual=128), _KIVI),
+    "kivi2": KVPreset(KVSpec(2, 2, group=32, residual=128), _KIVI),
+}
+
+
+@dataclass(frozen=True)
+class KVPolicy:
+    """A policy that chooses bits layer by layer from calibration (``pipeline.plan_kv``): what it measures, which pairs a layer may have, what all share."""
+
+    metric: str
+    pairs: tuple[tuple[int, int], ...] | None
+    spec: KVSpec
+    about: str
+
+
+KV_POLICIES: dict[str, KVPolicy] = {
+    "layerwise": KVPolicy("fisher", None, KVSpec(), "keys and values of each layer by themselves, second order of the KL: ours"),
+    "kvtuner": KVPolicy("attention", ((8, 8), (8, 4), (4, 4), (4, 2), (2, 2)), KVSpec(group=32, residual=32),
+                        "KVTuner (Li et al. 2025, arXiv 2502.04420): pairs by the relative error of the attention output. The exact knapsack over all layers "
+                        "stands where KVTuner groups layers and searches with NSGA-II by task accuracy"),
+    "pm_kvq": KVPolicy("first_order", ((4, 4), (2, 2)), KVSpec(group=64, residual=128, sink=1),
+                       "PM-KVQ (Liu et al. 2025): 4 or 2 bits a layer by |g dK| + |g dV|, one sink token, 128 exact tokens. Labels are drawn from the model, "
+                       "keys are grouped per channel, positions are not stretched and keys not smoothed; the shrink in place is KVSpec.budget"),
+}
+
+#: Policies that pages cannot hold, and why. They are refused instead of being imitated.
+_REFUSED = {
+    "kvquant": ("its keys are quantized before the rotary embedding, with a codebook for each layer and sparse outliers; pages hold keys after it, on uniform "
+                "grids",
+                "the nearest that pages hold is per-channel keys with the first tokens exact: k3v3g64_s4"),
+    "zipcache": ("its tokens have bits of their own; all tokens of a page share theirs", "choose bits layer by layer instead: layerwise"),
+    "mikv": ("its tokens have bits of their own; all tokens of a page share theirs", "choose bits layer by layer instead: layerwise"),
+    "qaq": ("its tokens have bits of their own; all tokens of a page share theirs", "choose bits layer by layer instead: layerwise"),
+    "gear": ("it adds a low-rank part to what was rounded; pages hold codes alone", "use a width more, for example k4v4g32"),
+}
+
+
+def find_kv(name: str | os.PathLike) -> KVPlan | None:
+    """How keys and values are cached, by a name of ``KV_PRESETS``, a spec's name (``k4v2g64``), the JSON file of a plan, or ``none``.
+
+    Raises PlanError for an unknown name and for a plan without a KV section, CheckpointError for a file that cannot be read.
+    """
+    name = os.fspath(name)
+    if name == "none":
+        return None
+    if name in KV_PRESETS:
+        return KVPlan.parse(KV_PRESETS[name].spec)
+    if name in KV_POLICIES:
+        raise PlanError(f"kv preset {name!r}", "it chooses bits by calibration", "make its plan first, with pipeline.plan_kv(...), and name the file")
+    if name in _REFUSED:
+        raise PlanError(f"kv preset {name!r}", *_REFUSED[name])
+    if name.endswith(".json"):
+        record = read_json(name)
+        found = Plan.from_json(record, f"plan {name}").kv if "mxq_plan" in record else KVPlan.parse(record, f"kv section {name}")
+        if found is None:
+            raise PlanError(f"the KV section of {name}", "the plan has none", "name another plan, a preset or a spec such as k4v4g64")
+        return found
+    try:
+        return KVPlan.parse(KVSpec.named(name))
+    except PlanError as e:
+        close = difflib.get_close_matches(name, KV_PRESETS, n=1)
+        fix = f"did you mean {close[0]!r}?" if close else f"{e.fix}, or one of {', '.join(KV_PRESETS)}, a plan's file, or none"
+        raise PlanError(e.asked, e.rule, fix) from None

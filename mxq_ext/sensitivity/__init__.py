@@ -8,8 +8,8 @@ Names load on first use: a Plan needs the CostTable only, not the metrics and wh
 
 from importlib import import_module
 
-_WHERE = {"CostTable": "table", "METRICS": "metrics", "sense": "sense"}
-__all__ = ["METRICS", "CostTable", "sense"]
+_WHERE = {"CostTable": "table", "KVTable": "table", "METRICS": "metrics", "sense": "sense", "sense_kv": "kv"}
+__all__ = ["METRICS", "CostTable", "KVTable", "sense", "sense_kv"]
 
 
 def __getattr__(name: str):

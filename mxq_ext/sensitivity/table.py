@@ -1,4 +1,7 @@
-"""CostTable: what each candidate Format would cost each unit, in loss and in bytes. The file between ``sense`` and ``plan``."""
+"""CostTable: what each candidate Format would cost each unit, in loss and in bytes, and KVTable, the same for cached keys and values.
+
+The file between ``sense`` and ``plan`` holds the first, with the second in it where that was measured.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,72 @@ _FIX = "measure the table again"
 
 
 @dataclass
+class KVTable:
+    """Loss estimate and bytes of the keys and the values of L layers under C widths.
+
+    Attributes:
+        bits: candidate widths, int [C].
+        loss: float64 [2 L, C]; row 2 i is the keys of layer i, row 2 i + 1 its values; unit as ``meta["metric"]`` says.
+        page_bytes: int64 [2 L, C], a page of one sequence, all heads.
+        token_bytes: of one exact token, one side of one layer, all heads.
+        settings: group, residual, sink, rotate: what all candidates have in common.
+        meta: metric, seed, windows; plain JSON.
+
+    Raises PlanError if shapes or values do not fit.
+    """
+
+    bits: tuple[int, ...]
+    loss: np.ndarray
+    page_bytes: np.ndarray
+    token_bytes: int
+    settings: dict
+    meta: dict = field(default_factory=dict)
+
+    PAGE = 64  #: tokens, see ``plan/kv.py``
+    SETTINGS = ("group", "residual", "sink", "rotate")
+
+    def __post_init__(self):
+        def need(ok, rule):
+            if not ok:
+                raise PlanError("KV cost table", rule, _FIX)
+
+        try:
+            self.bits, self.token_bytes = tuple(int(b) for b in self.bits), int(self.token_bytes)
+            self.loss, self.page_bytes = np.asarray(self.loss, np.float64), np.asarray(self.page_bytes, np.int64)
+        except (TypeError, ValueError, OverflowError) as e:
+            raise PlanError("KV cost table", f"its values are no numbers ({e})", _FIX) from None
+        need(self.bits and self.loss.ndim == 2 and self.loss.shape[0] % 2 == 0 and self.loss.shape == self.page_bytes.shape == (len(self.loss), len(self.bits)),
+             f"loss {self.loss.shape} and page_bytes {self.page_bytes.shape} must be [2 layers, {len(self.bits)} widths]")
+        need(len(self.loss) and np.isfinite(self.loss).all() and (self.loss >= 0).all(), "losses must be finite and not negative")
+        need((self.page_bytes > 0).all() and self.token_bytes > 0, "bytes must be positive")
+        need(isinstance(self.settings, dict) and set(self.settings) == set(self.SETTINGS), f"its settings are {', '.join(self.SETTINGS)}")
+
+    @property
+    def layers(self) -> int:
+        return len(self.loss) // 2
+
+    def nbytes(self, context: int, batch: int = 1) -> np.ndarray:
+        """int64 [2 L, C]: bytes of ``batch`` sequences of ``context`` tokens, the buffers of exact tokens in full, as the cache will count them."""
+        if context < 1 or batch < 1:
+            raise PlanError(f"a cache of {context} tokens and {batch} sequences", "both must be at least 1", "pass the longest context that is to be served")
+        sink, residual = self.settings["sink"], self.settings["residual"]
+        pages = max(0, (context - sink - residual) // self.PAGE)
+        return batch * (pages * self.page_bytes + (sink + residual + self.PAGE) * self.token_bytes)
+
+    def to_json(self) -> dict:
+        return {"bits": list(self.bits), "loss": self.loss.tolist(), "page_bytes": self.page_bytes.tolist(), "token_bytes": self.token_bytes,
+                "settings": self.settings, "meta": self.meta}
+
+    @staticmethod
+    def from_json(obj: object) -> KVTable:
+        """Inverse of :meth:`to_json`. Raises PlanError."""
+        want = ("bits", "loss", "page_bytes", "token_bytes", "settings", "meta")
+        if not isinstance(obj, dict) or set(obj) != set(want):
+            raise PlanError("KV cost table", f"it must be an object of {', '.join(want)}", _FIX)
+        return KVTable(**obj)
+
+
+@dataclass
 class CostTable:
     """Loss estimate, stored bytes and measured time of U units under F candidates.
 
@@ -33,6 +102,7 @@ class CostTable:
         numel: int64 [U], weights of the unit.
         seconds: float64 [U, F] measured time, or None.
         meta: model and text hash, metric, versions; plain JSON.
+        kv: the same for cached keys and values, where it was measured.
 
     Arrays of any kind that numpy understands are accepted (CPU tensors too). Raises PlanError if shapes, names or values do not fit.
     """
@@ -44,6 +114,7 @@ class CostTable:
     numel: np.ndarray
     seconds: np.ndarray | None = None
     meta: dict = field(default_factory=dict)
+    kv: KVTable | None = None
 
     def __post_init__(self):
         self.units = list(self.units)
@@ -125,7 +196,7 @@ class CostTable:
         """The same units with these candidates only, in this order."""
         j = [self.column(f) for f in formats]
         return CostTable(self.units, [self.formats[i] for i in j], self.loss[:, j], self.nbytes[:, j], self.numel,
-                         None if self.seconds is None else self.seconds[:, j], dict(self.meta))
+                         None if self.seconds is None else self.seconds[:, j], dict(self.meta), self.kv)
 
     # -- files -----------------------------------------------------------------------------------------------------------------
 
@@ -135,7 +206,8 @@ class CostTable:
             return None if a is None else [[v if math.isfinite(v) else None for v in row] for row in a.tolist()]
 
         write_json(path, {"mxq_cost_table": VERSION, "units": self.units, "formats": self.formats, "numel": self.numel.tolist(),
-                          "nbytes": self.nbytes.tolist(), "loss": rows(self.loss), "seconds": rows(self.seconds), "meta": self.meta})
+                          "nbytes": self.nbytes.tolist(), "loss": rows(self.loss), "seconds": rows(self.seconds), "meta": self.meta}
+                   | ({} if self.kv is None else {"kv": self.kv.to_json()}))
 
     @staticmethod
     def load(path: str | os.PathLike) -> CostTable:
@@ -144,6 +216,7 @@ class CostTable:
         if obj.get("mxq_cost_table") != VERSION:
             raise PlanError(f"cost table {path} of version {obj.get('mxq_cost_table')!r}", f"this mxq_ext reads version {VERSION}", _FIX)
         want = ("mxq_cost_table", "units", "formats", "numel", "nbytes", "loss", "seconds", "meta")
+        kv = obj.pop("kv", None)
         if set(obj) != set(want):
             raise PlanError(f"cost table {path} with keys {', '.join(obj)}", f"it must have exactly the keys {', '.join(want)}", _FIX)
 
@@ -158,7 +231,7 @@ class CostTable:
         except (TypeError, ValueError, OverflowError) as e:
             raise PlanError(f"cost table {path}", f"nbytes and numel must be lists of whole numbers ({e})", _FIX) from None
         return CostTable(obj["units"], obj["formats"], array("loss", np.inf), ints["nbytes"], ints["numel"],
-                         None if obj["seconds"] is None else array("seconds", np.nan), obj["meta"])
+                         None if obj["seconds"] is None else array("seconds", np.nan), obj["meta"], None if kv is None else KVTable.from_json(kv))
 
     def to_csv(self, path: str | os.PathLike) -> None:
         """Writes one line per (unit, format) for spreadsheets: unit, format, loss, nbytes, stored_bits, seconds (empty if unknown)."""

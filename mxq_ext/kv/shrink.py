@@ -1,0 +1,70 @@
+"""Pages at half their bits, from their codes alone: PM-KVQ's progressive shrink (Liu et al. 2025).
+
+With codes q of 2c bits, ``number = s q + z``, the nearest code of c bits for the step (2^c + 1) s is, in integers::
+
+    q' = ((q + 2^(c-1)) (2^(2c) - 2^c + 1)) >> 3c  ~  round(q / (2^c + 1)),    s' = (2^c + 1) s,    z' = z
+
+since 2^(2c) - 1 = (2^c + 1)(2^c - 1): the largest code stands for the largest number again. Nothing is dequantized. Pages of 16 bits hold numbers and no codes;
+they are packed to 8 bits like any others.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from ..errors import FormatError
+from . import ops
+
+HALF = {16: 8, 8: 4, 4: 2}  #: bits -> what a shrink makes of them
+_LARGEST = 65504.0  # of fp16
+
+
+def shrunk(fmt: ops.PageFormat) -> ops.PageFormat:
+    """The format at half the bits. Raises FormatError for 2 and 3 bits, which have no half."""
+    if fmt.bits not in HALF:
+        raise FormatError(f"shrinking {fmt.bits}-bit {fmt.side}", f"pages of {', '.join(map(str, HALF))} bits can be halved", "begin with one of those")
+    return dataclasses.replace(fmt, bits=HALF[fmt.bits])
+
+
+def shrink_codes(q: torch.Tensor, bits: int) -> torch.Tensor:
+    """Codes 0 .. 2^bits - 1 (int64) of ``bits`` = 2c as codes of c bits, by the formula above."""
+    c = bits // 2
+    return ((q + (1 << (c - 1))) * ((1 << 2 * c) - (1 << c) + 1)) >> 3 * c
+
+
+def _codes(packed: torch.Tensor, bits: int) -> torch.Tensor:
+    """Stored words as codes 0 .. 2^bits - 1: uint8 [heads, bytes] -> int64 [heads, tiles and stripes, 32 columns, 16 rows]; 2, 4 and 8 bits."""
+    quads = packed.view(torch.int32).to(torch.int64).view(packed.shape[0], -1, bits, 1, 1, 16)  # words of a stripe
+    per = 8 // bits  # quads in a word; code 4 (per w + i) + k lies in word w at bit 8 k + bits i
+    place = 8 * torch.arange(4)[None, :, None] + bits * torch.arange(per)[:, None, None]
+    return (((quads >> place) & ((1 << bits) - 1)) ^ (1 << (bits - 1))).reshape(packed.shape[0], -1, 32, 16)
+
+
+def _packed(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Inverse of :func:`_codes`."""
+    per = 8 // bits
+    place = 8 * torch.arange(4)[None, :, None] + bits * torch.arange(per)[:, None, None]
+    parts = (codes ^ (1 << (bits - 1))).view(codes.shape[0], -1, bits, per, 4, 16) << place
+    words = parts.sum((3, 4))  # their bits do not overlap
+    return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32).view(codes.shape[0], -1).view(torch.uint8)
+
+
+def shrink_page(codes: torch.Tensor, params: torch.Tensor, fmt: ops.PageFormat) -> tuple[torch.Tensor, torch.Tensor]:
+    """(codes, params) of a page in ``shrunk(fmt)``, freshly allocated. A scale beyond fp16 becomes the largest fp16. Padding stays stored code 0.
+
+    Raises FormatError as :func:`shrunk` does.
+    """
+    half = shrunk(fmt)
+    if fmt.bits == 16:
+        page = half.empty_page(codes.shape[0])
+        ops.pack_page(ops.unpack_page(codes, params, fmt), half, *page)
+        return page
+    small = shrink_codes(_codes(codes, fmt.bits), fmt.bits)
+    if pad := -fmt.columns % 32:  # the last stripe of each tile
+        stripes = (fmt.columns + pad) // 32
+        small.view(codes.shape[0], -1, stripes, 32, 16)[:, :, -1, 32 - pad :] = 1 << (half.bits - 1)
+    new = params.clone()
+    new[:, :, 0] = (params[:, :, 0].float() * (2 ** half.bits + 1)).clamp(max=_LARGEST).half()
+    return _packed(small, half.bits), new

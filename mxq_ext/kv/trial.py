@@ -1,0 +1,52 @@
+"""What a packed cache would do to keys and values, for those who plan: ``sensitivity.sense_kv`` tries widths with it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import nn
+
+from ..plan.kv import PAGE, KVSpec
+from . import ops
+from .cache import need_native, page_formats, rotated
+
+
+class CacheTrial:
+    """Packs and reads back, with the formats and kernels of the cache itself.
+
+    Args:
+        model: whose keys and values; its config gives heads and head dimension, its parameters the dtype of exact tokens.
+        spec: group, residual, sink and rotate of all candidates; its bits do not matter.
+
+    Raises NativeError without the compiled extension, FormatError for a head dimension that pages cannot hold.
+    """
+
+    def __init__(self, model: nn.Module, spec: KVSpec):
+        need_native()
+        config = model.config.get_text_config(decoder=True)
+        self.dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        self.spec = spec
+        self.settings = {name: getattr(spec, name) for name in ("group", "residual", "sink", "rotate")}
+        self.token_bytes = self.heads * self.dim * next(model.parameters()).element_size()
+        page_formats(spec, self.dim, "layer")
+
+    def _format(self, side: str, bits: int) -> ops.PageFormat:
+        pair = page_formats(dataclasses.replace(self.spec, key=bits, value=bits), self.dim, "layer")
+        return pair[ops.SIDES.index(side)]
+
+    def page_bytes(self, side: str, bits: int) -> int:
+        """Bytes of a page of one sequence, all heads."""
+        return self.heads * self._format(side, bits).page_bytes
+
+    def round_trip(self, side: str, bits: int, x: torch.Tensor) -> torch.Tensor:
+        """x [B, heads, T, D] of a float dtype as the cache gives it back: each 64 tokens from the sink on, as long as they are whole, from a page."""
+        fmt, out = self._format(side, bits), x.clone()
+        for start in range(self.spec.sink, x.shape[2] - PAGE + 1, PAGE):
+            part = x[:, :, start : start + PAGE]
+            page = fmt.empty_page(x.shape[0] * x.shape[1])
+            ops.pack_page(rotated(part) if self.spec.rotate else part, fmt, *page)
+            read = ops.unpack_page(*page, fmt, x.shape[0], x.dtype)
+            out[:, :, start : start + PAGE] = rotated(read) if self.spec.rotate else read
+        return out
