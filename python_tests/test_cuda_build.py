@@ -13,7 +13,7 @@ cuda_budget = sys.modules["cuda_budget"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(cuda_budget)
 
 DOCUMENT = (cuda_tools.ROOT / "docs" / "cuda.md").read_text(encoding="utf-8")
-ROWS = dict(re.findall(r"^\| `([a-z_0-9<>]+)` \| (.*) \|$", DOCUMENT, re.M))
+ROWS = dict(re.findall(r"^\| `([a-z_0-9<>]+)` \| (.*) \|$", DOCUMENT[DOCUMENT.index("| kernel | threads |") :], re.M))
 QUICK = ("mv_w4", "mv_lut4", "mm_w3", "mm_stage", "reduce")
 
 
