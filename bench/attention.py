@@ -19,8 +19,9 @@ from peers import BF16, EXACT
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from mxq_ext.errors import MxqError
+from mxq_ext.formats import PAGE
 from mxq_ext.kv import ops, reference
-from mxq_ext.plan.kv import BITS, PAGE
+from mxq_ext.plan.kv import BITS
 from mxq_ext.testing import numeric
 from mxq_ext.testing.timing import CYCLE_BYTES, Times, copies, in_turns
 

@@ -28,13 +28,13 @@ from mxq_ext.decoding import Decoder  # noqa: E402
 from mxq_ext.errors import MxqError  # noqa: E402
 from mxq_ext.evaluate import Evaluation, Reference, evaluate, paired  # noqa: E402
 from mxq_ext.fileio import read_json, write_json  # noqa: E402
+from mxq_ext.formats import PAGE  # noqa: E402
 from mxq_ext.hf import demo_model_path, load_model, permute_model  # noqa: E402
 from mxq_ext.kv.attention import replace_attention  # noqa: E402
 from mxq_ext.kv.cache import MxqCache, page_formats  # noqa: E402
 from mxq_ext.nn import replace_linear  # noqa: E402
 from mxq_ext.pipeline import kv_tokens, plan_kv  # noqa: E402
 from mxq_ext.plan import KVPlan, Plan  # noqa: E402
-from mxq_ext.plan.kv import PAGE  # noqa: E402
 from mxq_ext.plan.presets import KV_POLICIES, find_kv  # noqa: E402
 from mxq_ext.progress import Progress  # noqa: E402
 from mxq_ext.testing.timing import in_turns, machine  # noqa: E402

@@ -11,7 +11,7 @@ from . import env
 from .errors import NativeError
 
 _BUILD = "build it with `pip install .` (or `pip install -e .`) in the source folder, then run `mxq doctor`"
-_BUILD_CUDA = "build it where nvcc is found: `pip install '.[cuda-build]'` brings one, then `pip install --no-build-isolation .`; `mxq doctor` tells more"
+_BUILD_CUDA = "compute on the CPU: this version compiles its CUDA kernels in the tests alone"
 
 
 class Missing:

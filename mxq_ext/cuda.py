@@ -18,14 +18,10 @@ import torch
 from . import _native
 from .errors import NativeError, ShapeError
 from .formats import Format
-from .qtensor import QTensor, Rectangle, Sparse
+from .qtensor import TYPES, QTensor, Rectangle, Sparse
 
-#: Types of numbers, as native code counts them (csrc/cuda/params.h, enum Type).
-TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 #: Ways to compute (csrc/cuda/dispatch.h, enum Path). ``big`` is dequant and a matrix product of torch; ``auto`` chooses by the number of rows.
 PATHS = {"auto": 0, "scalar": 1, "mv": 2, "mm": 3, "big": 4}
-_KINDS = {"uniform": 0, "nf": 1, "lut": 2, "float": 3}
-_ZEROS = {"sym": 0, "int": 1, "float": 2}
 
 
 def _struct(name: str, *fields: str) -> type[ctypes.Structure]:
@@ -72,19 +68,20 @@ def _address(t: torch.Tensor | None) -> int:
 
 
 def _rect_desc(r: Rectangle) -> ctypes.Structure:
-    f, t = r.format, r.tensors
-    return RectDesc(r.r0, r.r1, r.c0, r.c1, _KINDS[f.kind], f.bits, _ZEROS[f.zero], int(f.scale_dtype == "bf16"), f.group,
-                    _address(t.get("codes", t.get("values"))), _address(t.get("scales", t.get("table"))), _address(t.get("zeros")))
+    t = r.tensors
+    return RectDesc(r.r0, r.r1, r.c0, r.c1, *r.format.native, _address(t.get("codes", t.get("values"))), _address(t.get("scales", t.get("table"))),
+                    _address(t.get("zeros")))
 
 
 def _weight_desc(q: QTensor) -> tuple[ctypes.Structure, list]:
     """(what native code takes, what must stay alive meanwhile)."""
-    rects = [Rectangle(r.r0, r.r1, r.c0, r.c1, r.format, {n: t.contiguous() for n, t in r.tensors.items()}) for r in q.rectangles]
-    array = (RectDesc * max(1, len(rects)))(*map(_rect_desc, rects))
-    vectors = [None if v is None else v.contiguous() for v in (q.perm_rows, q.perm_cols)]
-    vectors += [None] * 3 if q.sparse is None else [getattr(q.sparse, f).contiguous() for f in ("rowptr", "cols", "values")]
-    desc = WeightDesc(*q.shape, len(rects), 0 if q.sparse is None else q.sparse.values.numel(), ctypes.addressof(array), *map(_address, vectors))
-    return desc, [rects, array, vectors]
+    whole = q.contiguous()
+    array = (RectDesc * max(1, len(whole.rectangles)))(*map(_rect_desc, whole.rectangles))
+    s = whole.sparse
+    sparse = (None,) * 3 if s is None else (s.rowptr, s.cols, s.values)
+    desc = WeightDesc(*q.shape, len(whole.rectangles), 0 if s is None else s.values.numel(), ctypes.addressof(array),
+                      *map(_address, (whole.perm_rows, whole.perm_cols, *sparse)))
+    return desc, [whole, array]
 
 
 class Runtime:

@@ -7,16 +7,23 @@ import inspect
 import torch
 from torch import nn
 
+#: The argument of a forward that takes a cache: its name since transformers 5.24, and before.
+CACHE_NAMES = ("cache", "past_key_values")
+
+
+def cache_name(forward) -> str:
+    """The one of ``CACHE_NAMES`` that a forward takes; the older one if it takes neither."""
+    return CACHE_NAMES[0] if CACHE_NAMES[0] in inspect.signature(forward).parameters else CACHE_NAMES[1]
+
 
 class Decoder:
     """A model with a cache, fed step by step; ``step`` takes ids [B, t] and returns the logits [B, V] of the last position."""
 
     def __init__(self, model: nn.Module):
         self.model = model
-        accepted = inspect.signature(model.forward).parameters
-        self.name = "cache" if "cache" in accepted else "past_key_values"  # renamed in transformers 5
+        self.name = cache_name(model.forward)
         self.cache = None  # the first step makes it: the model knows best which kind it needs
-        self.options = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+        self.options = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
     def step(self, ids: torch.Tensor) -> torch.Tensor:
         out = self.model(ids, use_cache=True, **{self.name: self.cache}, **self.options)

@@ -25,6 +25,7 @@ from .errors import FormatError
 UNIFORM_BITS = (2, 3, 4, 8)
 LUT_BITS = (2, 3, 4)
 GROUPS = (32, 64, 128)
+PAGE = 64  #: tokens of a page of the KV cache, the amount that is quantized at a time
 
 #: The 16 NormalFloat levels (QLoRA, Dettmers et al. 2023, appendix E): quantiles of N(0, 1) scaled to [-1, 1] with an exact zero.
 #: Index = code. Values are float32; the stored scale is the group's absolute maximum.
@@ -122,6 +123,12 @@ class Format:
 
     def __str__(self) -> str:
         return self.name
+
+    @property
+    def native(self) -> tuple[int, int, int, int, int]:
+        """(kind, bits, zero, bf16, group) as native code counts them (csrc/formats.h, struct Format)."""
+        kinds, zeros = ("uniform", "nf", "lut", "float"), ("sym", "int", "float")
+        return kinds.index(self.kind), self.bits, zeros.index(self.zero), int(self.scale_dtype == "bf16"), self.group
 
     @property
     def levels(self) -> int:

@@ -21,15 +21,11 @@ from . import _native, env
 from ._native import set_target  # noqa: F401  (public: ops.set_target)
 from .errors import NativeError, ShapeError
 from .formats import Format
-from .qtensor import QTensor, Rectangle, Sparse
+from .qtensor import TYPES, QTensor, Rectangle, Sparse
 
 #: How a linear reads x: exactly, with float32 products and sums; or rounded to int8 by groups, with exact integer sums (docs/formats.md).
 COMPUTES = ("a16", "a8")
-#: Types of activations and outputs, as native code counts them (csrc/cpu/linear.h, enum Type).
-TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_KINDS = {"uniform": 0, "nf": 1, "lut": 2, "float": 3}  # csrc/formats.h, enum Kind
 _WHICH = "check which layer this weight belongs to"
-_ZEROS = {"sym": 0, "int": 1, "float": 2}
 
 
 class Packed:
@@ -74,11 +70,6 @@ class Packed:
 # ------------------------------------------------------------------------------------------------------------------ prepack
 
 
-def format_tuple(f: Format) -> tuple[int, int, int, int, int]:
-    """A Format as native code takes it: kind, bits, zero, bf16, group."""
-    return _KINDS[f.kind], f.bits, _ZEROS[f.zero], int(f.scale_dtype == "bf16"), f.group
-
-
 def _pointer(t: torch.Tensor | None) -> int:
     return 0 if t is None or t.is_meta else t.data_ptr()
 
@@ -86,15 +77,12 @@ def _pointer(t: torch.Tensor | None) -> int:
 def _rectangle_tuple(r: Rectangle) -> tuple:
     t = r.tensors
     codes, scales = t.get("codes", t.get("values")), t.get("scales", t.get("table"))
-    return r.r0, r.r1, r.c0, r.c1, format_tuple(r.format), _pointer(codes), _pointer(scales), _pointer(t.get("zeros"))
+    return r.r0, r.r1, r.c0, r.c1, r.format.native, _pointer(codes), _pointer(scales), _pointer(t.get("zeros"))
 
 
 def _canonical(q: QTensor) -> tuple[tuple, QTensor]:
     """(what native code takes, a QTensor that keeps the memory behind its pointers alive)."""
-    whole = QTensor(q.shape, [Rectangle(r.r0, r.r1, r.c0, r.c1, r.format, {n: t.contiguous() for n, t in r.tensors.items()})
-                              for r in q.rectangles],
-                    *(None if p is None else p.contiguous() for p in (q.perm_rows, q.perm_cols)),
-                    None if q.sparse is None else Sparse(*(getattr(q.sparse, f).contiguous() for f in ("rowptr", "cols", "values"))))
+    whole = q.contiguous()
     s = whole.sparse
     args = (*whole.shape, [_rectangle_tuple(r) for r in whole.rectangles], _pointer(whole.perm_rows), _pointer(whole.perm_cols),
             *((0, 0, 0, 0) if s is None else (_pointer(s.rowptr), _pointer(s.cols), _pointer(s.values), s.values.numel())))

@@ -14,6 +14,9 @@ from .errors import ShapeError
 from .formats import NF4_LEVELS, Format
 from .pack import pack_codes, unpack_codes
 
+#: Types of activations and outputs, as native code counts them (csrc/cpu/linear.h and csrc/cuda/params.h, enum Type).
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
 
 @dataclass
 class Rectangle:
@@ -194,6 +197,12 @@ class QTensor:
                     Sparse(get("sparse.rowptr"), get("sparse.cols"), get("sparse.values")) if meta["sparse"] else None)
         q.validate(prefix.rstrip("."))
         return q
+
+    def contiguous(self) -> QTensor:
+        """The same weight with every tensor contiguous, as native code reads them; tensors that are so already are shared. Without ``info``."""
+        return QTensor(self.shape, [Rectangle(r.r0, r.r1, r.c0, r.c1, r.format, {n: t.contiguous() for n, t in r.tensors.items()}) for r in self.rectangles],
+                       *(None if p is None else p.contiguous() for p in (self.perm_rows, self.perm_cols)),
+                       None if self.sparse is None else Sparse(*(getattr(self.sparse, f).contiguous() for f in ("rowptr", "cols", "values"))))
 
     def validate(self, name: str = "QTensor") -> None:
         """Checks shapes, dtypes, tiling, permutations and index ranges, so that native code may trust them. Raises ShapeError."""

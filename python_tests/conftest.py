@@ -42,6 +42,18 @@ def make_model(vocab: int = 257, hidden: int = 64, layers: int = 2, intermediate
         return LlamaForCausalLM(config).eval()
 
 
+def make_sharp_model(seed: int = 0):
+    """A tiny model (2 layers, 4 heads over 2 of 16) whose attention and predictions are not flat."""
+    import torch
+
+    model = make_model(seed=seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.dim() == 2:
+                p.mul_(12.0 if "q_proj" in name or "k_proj" in name else 4.0)
+    return model.requires_grad_(False)
+
+
 @pytest.fixture
 def tiny_model():
     return make_model()
@@ -90,6 +102,27 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """bench/run.py as a module; the thread count, the target and sys.path come back."""
+    import importlib.util
+    import sys
+    from pathlib import Path
+
+    import torch
+
+    from mxq_ext import ops
+
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    spec = importlib.util.spec_from_file_location("bench_run", Path(__file__).parents[1] / "bench" / "run.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    before, threads = ops.target(), torch.get_num_threads()
+    yield module
+    ops.set_target(before)
+    torch.set_num_threads(threads)
 
 
 def poison_memory(monkeypatch, module):

@@ -1,7 +1,6 @@
 """bench/run.py: checks before it times, prints tables, keeps numbers with the machine they are from."""
 
 import dataclasses
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -13,19 +12,6 @@ import torch
 from mxq_ext import ops
 
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture
-def bench(monkeypatch):
-    """bench/run.py as a module; the thread count, the target and sys.path come back."""
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    spec = importlib.util.spec_from_file_location("bench_run", ROOT / "bench" / "run.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    before, threads = ops.target(), torch.get_num_threads()
-    yield module
-    ops.set_target(before)
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-from conftest import make_model  # noqa: E402
+from conftest import make_sharp_model  # noqa: E402
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache  # noqa: E402
 from transformers.masking_utils import sdpa_mask  # noqa: E402
 
@@ -23,16 +23,6 @@ from mxq_ext.plan import KVPlan, KVSpec, Plan  # noqa: E402
 from mxq_ext.plan.presets import KV_PRESETS, find_kv  # noqa: E402
 
 LENGTH = 300
-
-
-def sharp(seed=0):
-    """A tiny model (2 layers, 4 heads over 2 of 16) whose attention and predictions are not flat."""
-    model = make_model(seed=seed)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if p.dim() == 2:
-                p.mul_(12.0 if "q_proj" in name or "k_proj" in name else 4.0)
-    return model.requires_grad_(False)
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +79,7 @@ SPECS = [KVSpec(2, 2, residual=0), KVSpec(4, 2, group=32, residual=32, sink=3), 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_equals_dense_attention_over_dequantized_pages(spec, tokens):
     """Were old tokens not read from their pages, or too early or too late, 2 bits would show it."""
-    model = sharp()
+    model = make_sharp_model()
     plain, want = evaluate(model, None, tokens).nll_windows, dense_nll(model, [spec, spec], tokens)
     got = evaluate(replace_attention(model, spec), None, tokens)
     print(spec, "nll", got.nll_windows, "dense", want, "without", plain)
@@ -99,13 +89,13 @@ def test_equals_dense_attention_over_dequantized_pages(spec, tokens):
 
 
 def test_layers_may_differ(tokens):
-    model, kv = sharp(), KVPlan(KVSpec(2, 2, residual=0), {1: KVSpec(8, 4, residual=32)})
+    model, kv = make_sharp_model(), KVPlan(KVSpec(2, 2, residual=0), {1: KVSpec(8, 4, residual=32)})
     want = dense_nll(model, kv.resolve(2), tokens)
     assert evaluate(replace_attention(model, kv), None, tokens).nll_windows == pytest.approx(want, rel=2e-6)
 
 
 def test_equals_one_token_at_a_time(tokens):
-    model = replace_attention(sharp(), KVSpec(2, 2, residual=10))
+    model = replace_attention(make_sharp_model(), KVSpec(2, 2, residual=10))
     got, total, cache = evaluate(model, None, tokens[:1, :200]), 0.0, None
     decoder = Decoder(model)
     for i in range(199):
@@ -116,9 +106,9 @@ def test_equals_one_token_at_a_time(tokens):
 
 
 def test_sixteen_bits_equal_no_cache(tokens):
-    model = sharp()
+    model = make_sharp_model()
     plain = evaluate(model, model, tokens)
-    packed = evaluate(replace_attention(sharp(), KVSpec(16, 16, residual=0)), model, tokens)
+    packed = evaluate(replace_attention(make_sharp_model(), KVSpec(16, 16, residual=0)), model, tokens)
     print(f"KL of 16 bits {packed.kl:.1e}")
     assert plain.kl == 0 and plain.kv is None and "kv" not in plain.to_dict()
     assert packed.nll_windows == pytest.approx(plain.nll_windows, rel=1e-4) and packed.kl < 1e-5
@@ -127,29 +117,29 @@ def test_sixteen_bits_equal_no_cache(tokens):
 
 
 def test_fewer_bits_cost_more(tokens):
-    model, kls = sharp(), []
+    model, kls = make_sharp_model(), []
     for bits in (8, 4, 3, 2):
-        kls.append(evaluate(replace_attention(sharp(), KVSpec(bits, bits, residual=0)), model, tokens).kl)
+        kls.append(evaluate(replace_attention(make_sharp_model(), KVSpec(bits, bits, residual=0)), model, tokens).kl)
     assert kls == sorted(kls) and kls[0] < 0.1 * kls[-1]
 
 
 @pytest.mark.parametrize("step", [1, 7, 64, 300])
 def test_another_cache(step, tokens):
     """transformers' own cache in any steps gives what no cache gives."""
-    model = sharp()
+    model = make_sharp_model()
     got = evaluate(model, None, tokens[:, :130], cache=lambda: DynamicCache(config=model.config), step=step)
     assert got.nll_windows == pytest.approx(evaluate(model, None, tokens[:, :130]).nll_windows, rel=1e-5)
     assert got.kv == "DynamicCache" and got.kv_nbytes is None
 
 
 def test_steps_do_not_matter_to_a_packed_cache(tokens):
-    model = replace_attention(sharp(), KVSpec(2, 2, residual=0))
+    model = replace_attention(make_sharp_model(), KVSpec(2, 2, residual=0))
     whole = evaluate(model, None, tokens[:1])
     assert evaluate(model, None, tokens[:1], cache=lambda: MxqCache(model.config, model.mxq_kv), step=13).nll == pytest.approx(whole.nll, rel=1e-6)
 
 
 def test_a_cache_that_attention_does_not_read_is_an_error(tokens):
-    model = sharp()  # its attention was not replaced
+    model = make_sharp_model()  # its attention was not replaced
     with pytest.raises(ModelError, match="its attention did not read the packed cache"):
         cached_hidden(model, tokens[:1, :64], MxqCache(model.config, KVSpec(4, 4)))
 

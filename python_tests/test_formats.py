@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from mxq_ext import _native
 from mxq_ext.errors import FormatError
 from mxq_ext.formats import GROUPS, NF4_LEVELS, Format
-from mxq_ext.ops import format_tuple
 from mxq_ext.qtensor import QTensor
 from mxq_ext.testing.cases import FORMATS, random_qtensor
 
@@ -37,7 +36,7 @@ def test_there_are_as_many_formats_as_the_grammar_says():
 
 @pytest.mark.parametrize("fmt", ALL, ids=str)
 def test_names_agree_and_parse_back(fmt):
-    assert _native.cpu.format_name(format_tuple(fmt)) == fmt.name
+    assert _native.cpu.format_name(fmt.native) == fmt.name
     assert Format.parse(fmt.name) == fmt and Format.parse(fmt) == fmt
 
 
@@ -48,8 +47,8 @@ def test_canonical_bytes_agree(fmt, rows, cols):
     width = {name: shape[1] * size[dtype] for name, (shape, dtype) in shapes.items()}
     assert all(shape[0] == rows for shape, _ in shapes.values())
     want = (width.get("codes", width.get("values")), width.get("scales", width.get("table", 0)), width.get("zeros", 0))
-    assert _native.cpu.canonical_row_bytes(format_tuple(fmt), cols) == want
-    assert _native.cpu.canonical_nbytes(format_tuple(fmt), rows, cols) == fmt.nbytes(rows, cols) == rows * sum(width.values())
+    assert _native.cpu.canonical_row_bytes(fmt.native, cols) == want
+    assert _native.cpu.canonical_nbytes(fmt.native, rows, cols) == fmt.nbytes(rows, cols) == rows * sum(width.values())
 
 
 @pytest.mark.parametrize("name", FORMATS)

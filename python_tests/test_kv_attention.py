@@ -1,7 +1,6 @@
 """replace_attention: models that generate with packed pages write what they write with transformers' own cache, or are refused."""
 
 import copy
-import inspect
 
 import pytest
 import torch
@@ -10,6 +9,7 @@ from conftest import make_model
 from transformers import DynamicCache
 
 import mxq_ext as mxq
+from mxq_ext.decoding import cache_name
 from mxq_ext.errors import FormatError, ModelError, PlanError
 from mxq_ext.evaluate import greedy
 from mxq_ext.kv import attention as kv_attention
@@ -73,7 +73,7 @@ def padded(batch=3, tokens=90):
 
 
 #: The argument that takes a cache was renamed in transformers 5.24.
-CACHE = "cache" if "cache" in inspect.signature(transformers.LlamaForCausalLM.forward).parameters else "past_key_values"
+CACHE = cache_name(transformers.LlamaForCausalLM.forward)
 
 
 def cache_of(output):

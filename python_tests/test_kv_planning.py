@@ -10,7 +10,7 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-from conftest import make_model  # noqa: E402
+from conftest import make_sharp_model  # noqa: E402
 from transformers import AttentionInterface, AttentionMaskInterface  # noqa: E402
 from transformers.masking_utils import sdpa_mask  # noqa: E402
 
@@ -29,16 +29,6 @@ from mxq_ext.stats.walk import sample_labels, window_uniform  # noqa: E402
 
 LENGTH = 150
 SPEC = KVSpec(group=32, residual=10, sink=3)
-
-
-def sharp(seed=0):
-    """A tiny model (2 layers, 4 heads over 2 of 16) whose attention and predictions are not flat."""
-    model = make_model(seed=seed)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if p.dim() == 2:
-                p.mul_(12.0 if "q_proj" in name or "k_proj" in name else 4.0)
-    return model.requires_grad_(False)
 
 
 def windows(count=1, length=LENGTH, seed=2):
@@ -81,7 +71,7 @@ def explicit(model, tokens, spec, bits, metric):
     attention = Pairs(spec)
     AttentionInterface.register("explicit_pairs", attention)
     AttentionMaskInterface.register("explicit_pairs", sdpa_mask)
-    model = sharp().double()
+    model = make_sharp_model().double()
     model.set_attn_implementation("explicit_pairs")
     logits = model(tokens, use_cache=False).logits[0]
     labels = sample_labels(logits.detach(), window_uniform(0, 0, tokens.shape[1]))
@@ -97,22 +87,22 @@ def explicit(model, tokens, spec, bits, metric):
 
 @pytest.mark.parametrize("metric", ["fisher", "first_order"])
 def test_losses_equal_explicit_pairs(metric):
-    model, tokens, bits = sharp(), windows(), (2, 4)
+    model, tokens, bits = make_sharp_model(), windows(), (2, 4)
     got = sense_kv(model, tokens, bits, trial=CacheTrial(model, SPEC), metric=metric)
     want = explicit(model, tokens, SPEC, bits, metric)
     print(metric, got.loss / want)
     assert (want > 0).all() and got.loss == pytest.approx(want, rel=2e-3)
     assert got.settings == {"group": 32, "residual": 10, "sink": 3, "rotate": False}
-    assert model.config._attn_implementation == sharp().config._attn_implementation
+    assert model.config._attn_implementation == make_sharp_model().config._attn_implementation
 
 
 def test_attention_error_is_that_of_the_layer_output():
-    model, tokens = sharp(), windows()
+    model, tokens = make_sharp_model(), windows()
     got = sense_kv(model, tokens, (2, 16), trial=CacheTrial(model, SPEC), metric="attention")
     seen = Pairs(SPEC)
     AttentionInterface.register("explicit_pairs", seen)
     AttentionMaskInterface.register("explicit_pairs", sdpa_mask)
-    other = sharp().double()
+    other = make_sharp_model().double()
     other.set_attn_implementation("explicit_pairs")
     outs = []
     handles = [layer.self_attn.o_proj.register_forward_pre_hook(lambda m, args: outs.append(args[0].detach())) for layer in other.model.layers]
@@ -142,10 +132,10 @@ def test_attention_error_is_that_of_the_layer_output():
 
 def test_losses_foretell_the_divergence():
     """Nats per token: the sum over layers and sides against the KL of the model with that cache, on the same windows."""
-    model, tokens, spec = sharp(), windows(6, 260), KVSpec(residual=0)
+    model, tokens, spec = make_sharp_model(), windows(6, 260), KVSpec(residual=0)
     table = sense_kv(model, tokens, (3, 4, 8), trial=CacheTrial(model, spec))
     for b, width in enumerate(table.bits):
-        kl = evaluate(replace_attention(sharp(), KVSpec(width, width, residual=0)), model, tokens).kl
+        kl = evaluate(replace_attention(make_sharp_model(), KVSpec(width, width, residual=0)), model, tokens).kl
         print(f"{width} bits: foretold {table.loss[:, b].sum():.2e}, measured {kl:.2e}")
         assert 0.4 < table.loss[:, b].sum() / kl < 2.5
 
@@ -154,11 +144,11 @@ def test_rounding_is_the_cache_s_own():
     """What the trial gives back is what MxqCacheLayer holds, with and without rotation."""
     for rotate in (False, True):
         spec = KVSpec(3, 3, residual=0, sink=5, rotate=rotate)
-        cache = MxqCache(sharp().config, spec)
+        cache = MxqCache(make_sharp_model().config, spec)
         x = torch.randn(1, 2, 5 + 128 + 7, 16, generator=torch.Generator().manual_seed(8)) * 3
         layer = cache.layers[0]
         layer.append(x, x)
-        trial = CacheTrial(sharp(), spec)
+        trial = CacheTrial(make_sharp_model(), spec)
         from mxq_ext.kv import ops
         from mxq_ext.kv.cache import rotated
 
@@ -171,7 +161,7 @@ def test_rounding_is_the_cache_s_own():
 
 @pytest.mark.parametrize("tokens, batch", [(1, 1), (77, 1), (78, 2), (300, 3)])
 def test_bytes_are_those_of_a_cache(tokens, batch):
-    model = sharp()
+    model = make_sharp_model()
     table = sense_kv(model, windows(), (2, 4, 16), trial=CacheTrial(model, SPEC))
     cache = MxqCache(model.config, KVPlan(KVSpec(2, 16, 32, 10, 3), {1: KVSpec(4, 2, 32, 10, 3)}))
     for layer in cache.layers:
@@ -262,7 +252,7 @@ def test_mistakes_in_planning(tmp_path):
         solve_kv(table.kv)
     with pytest.raises(PlanError, match="a cache of 0 tokens"):
         table.kv.nbytes(0)
-    model = sharp()
+    model = make_sharp_model()
     with pytest.raises(PlanError, match=r"windows of 70 tokens: the first page is read from token 78 on"):
         sense_kv(model, windows(1, 70), (2,), trial=CacheTrial(model, SPEC))
     with pytest.raises(PlanError, match=f"choose one of {', '.join(METRICS)}"):
@@ -280,12 +270,12 @@ def test_models_that_cannot_be_watched_are_refused():
     config = transformers.BloomConfig(vocab_size=257, hidden_size=32, n_layer=1, n_head=2)
     model = transformers.BloomForCausalLM(config).eval()
     with pytest.raises(ModelError, match="AttentionInterface"):
-        sense_kv(model, windows(), (2,), trial=CacheTrial(sharp(), SPEC))
+        sense_kv(model, windows(), (2,), trial=CacheTrial(make_sharp_model(), SPEC))
 
 
 @pytest.mark.parametrize("policy", KV_POLICIES)
 def test_policies_choose_what_their_own_loss_says(policy):
-    model, tokens, chosen = sharp(), windows(1, 260), KV_POLICIES[policy]
+    model, tokens, chosen = make_sharp_model(), windows(1, 260), KV_POLICIES[policy]
     got = pipeline.plan_kv(model, tokens, policy, bits=3)
     specs = got.resolve(2)
     assert sum(s.key + s.value for s in specs) / 4 <= 3 and got == KVPlan.parse(got.to_json())
@@ -311,7 +301,7 @@ def test_policies_that_pages_cannot_hold_are_refused():
     with pytest.raises(PlanError, match="'kvtuner': it chooses bits by calibration"):
         find_kv("kvtuner")
     with pytest.raises(PlanError, match="choose one of layerwise, kvtuner, pm_kvq"):
-        pipeline.plan_kv(sharp(), windows(), "kivi", bits=3)
+        pipeline.plan_kv(make_sharp_model(), windows(), "kivi", bits=3)
 
 
 # -- the line -------------------------------------------------------------------------------------------------------------------------

@@ -2,30 +2,17 @@
 
 import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture
-def main(monkeypatch):
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    spec = importlib.util.spec_from_file_location("bench_run", ROOT / "bench" / "run.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    threads = torch.get_num_threads()
-    yield module.main
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
-def test_every_candidate_has_its_numbers(main, tiny_dir, tmp_path, capsys):
+def test_every_candidate_has_its_numbers(bench, tiny_dir, tmp_path, capsys):
     sizes = ["--new", "3", "--prefill", "9", "--rounds", "2"]
-    main(["--op", "decode", "--model", str(tiny_dir), "--plan", "w4g32", *sizes, "--out", str(tmp_path / "d.json")])
+    bench.main(["--op", "decode", "--model", str(tiny_dir), "--plan", "w4g32", *sizes, "--out", str(tmp_path / "d.json")])
     kept = json.loads((tmp_path / "d.json").read_text())
     names = [row["name"] for row in kept["rows"]]
     ours = [f"mxq w4g32 {way} {compute}" for way in ("modules", "layers") for compute in ("a16", "a8")]
@@ -38,7 +25,7 @@ def test_every_candidate_has_its_numbers(main, tiny_dir, tmp_path, capsys):
     assert all(f"| {name} |" in printed for name in names)
 
 
-def test_a_gguf_needs_llama_cpp(main, tiny_dir, monkeypatch):
+def test_a_gguf_needs_llama_cpp(bench, tiny_dir, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None)
     with pytest.raises(SystemExit, match="--gguf needs the package llama-cpp-python"):
-        main(["--op", "decode", "--model", str(tiny_dir), "--plan", "w4g32", "--gguf", "x.gguf", "--out", "none"])
+        bench.main(["--op", "decode", "--model", str(tiny_dir), "--plan", "w4g32", "--gguf", "x.gguf", "--out", "none"])

@@ -1,7 +1,6 @@
 """fuse="layer": a model whose layers run in native code writes what its modules write, says which way a call went, and refuses what it does not know."""
 
 import copy
-import inspect
 import pickle
 import warnings
 
@@ -13,6 +12,7 @@ from torch import nn
 from transformers import DynamicCache, StaticCache
 
 import mxq_ext as mxq
+from mxq_ext.decoding import cache_name
 from mxq_ext.errors import ModelError, MxqWarning, NativeError
 from mxq_ext.evaluate import greedy
 from mxq_ext.kv.cache import MxqCache
@@ -41,7 +41,7 @@ FAMILIES = {
     "mistral_window": ("MistralConfig", {"sliding_window": 70}),
 }
 PLAN = {"default": "w4g32", "units": {"model.layers.1.mlp.up_proj": "w8", "model.layers.0.self_attn.k_proj": "w3g32_asym", "lm_head": "keep"}}
-CACHE = "cache" if "cache" in inspect.signature(transformers.LlamaForCausalLM.forward).parameters else "past_key_values"
+CACHE = cache_name(transformers.LlamaForCausalLM.forward)
 
 
 def build(family, kv=None, dtype=torch.float32, compute="a16", seed=None, fuse=None):

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <utility>
 
+#include "../bitstream.h"
 #include "convert.h"
 #include "parallel.h"
 
@@ -11,19 +12,6 @@ namespace mxq {
 namespace {
 
 // ------------------------------------------------------------------------------------------------------------ single codes
-
-uint32_t get_code(const uint8_t* row, int64_t i, int bits) {  // canonical bit stream
-  const int64_t bit = i * bits;
-  uint32_t two = row[bit / 8];
-  if (bit % 8 + bits > 8) two |= uint32_t(row[bit / 8 + 1]) << 8;
-  return two >> bit % 8 & ((1u << bits) - 1);
-}
-
-void put_code(uint8_t* row, int64_t i, int bits, uint32_t code) {  // into zeroed bytes
-  const int64_t bit = i * bits;
-  row[bit / 8] |= uint8_t(code << bit % 8);
-  if (bit % 8 + bits > 8) row[bit / 8 + 1] |= uint8_t(code >> (8 - bit % 8));
-}
 
 // Where a code of `bits` bits (2, 4, 8; the low two bits of quads 6 and 7 for 3) lies: vector and bit of quad i, byte k (formats.h).
 struct Place {

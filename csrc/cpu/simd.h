@@ -127,7 +127,6 @@ static constexpr bool VNNI = true;
 static constexpr bool VNNI = false;
 #endif
 MXQ_INLINE W ints(int32_t v) { return _mm512_set1_epi32(v); }
-MXQ_INLINE W first_int(int32_t v) { return _mm512_zextsi128_si512(_mm_cvtsi32_si128(v)); }
 MXQ_INLINE W iadd(W a, W b) { return _mm512_add_epi32(a, b); }
 MXQ_INLINE W ixor(W a, W b) { return _mm512_xor_si512(a, b); }
 template <int S>
@@ -277,7 +276,6 @@ MXQ_INLINE V centred(Book book, W w) {
 using Bytes = __m256i;
 static constexpr bool VNNI = false;
 MXQ_INLINE W ints(int32_t v) { const __m256i w = _mm256_set1_epi32(v); return {w, w}; }
-MXQ_INLINE W first_int(int32_t v) { return {_mm256_zextsi128_si256(_mm_cvtsi32_si128(v)), _mm256_setzero_si256()}; }
 MXQ_INLINE W iadd(W x, W y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
 MXQ_INLINE W ixor(W x, W y) { return {_mm256_xor_si256(x.a, y.a), _mm256_xor_si256(x.b, y.b)}; }
 template <int S>
@@ -400,7 +398,6 @@ MXQ_INLINE V centred(const Book&, W w) { return MXQ_EACH(MXQ_F); }  // shifts in
 struct Bytes { int8_t v[16]; };
 static constexpr bool VNNI = false;
 MXQ_INLINE W ints(int32_t v) { const uint32_t w = (uint32_t)v; const U4 u = {w, w, w, w}; return {u, u, u, u}; }
-MXQ_INLINE W first_int(int32_t v) { W w = ints(0); w.a[0] = (uint32_t)v; return w; }
 #define MXQ_F(m) x.m + y.m
 MXQ_INLINE W iadd(W x, W y) { return MXQ_EACH(MXQ_F); }
 #undef MXQ_F

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <vector>
 
+#include "../bitstream.h"
 #include "../cpu/convert.h"
 #include "../cpu/parallel.h"
 
@@ -77,19 +78,6 @@ Layout plan(const WeightDesc& w) {
   return l;
 }
 
-uint32_t get_stream(const uint8_t* row, int64_t i, int bits) {  // canonical bit stream
-  const int64_t bit = i * bits;
-  uint32_t two = row[bit / 8];
-  if (bit % 8 + bits > 8) two |= uint32_t(row[bit / 8 + 1]) << 8;
-  return two >> bit % 8 & ((1u << bits) - 1);
-}
-
-void put_stream(uint8_t* row, int64_t i, int bits, uint32_t code) {  // into zeroed bytes
-  const int64_t bit = i * bits;
-  row[bit / 8] |= uint8_t(code << bit % 8);
-  if (bit % 8 + bits > 8) row[bit / 8 + 1] |= uint8_t(code >> (8 - bit % 8));
-}
-
 // Row `r` of row block `block` of a piece and row `row` of the canonical rectangle: one is written from the other.
 template <bool PACK>
 void move_row(uint8_t* blob, const CudaPiece& p, int64_t block, int r, const RectDesc& c, int64_t row) {
@@ -100,12 +88,12 @@ void move_row(uint8_t* blob, const CudaPiece& p, int64_t block, int r, const Rec
   if (!PACK) std::memset(codes, 0, size_t(code_row_bytes(f, cols)));
   for (int64_t i = 0; i < cols; i++) {
     if (PACK) {
-      const uint32_t code = f.bits == 16 ? load_u16(codes + 2 * i) : get_stream(codes, i, f.bits);
+      const uint32_t code = f.bits == 16 ? load_u16(codes + 2 * i) : get_code(codes, i, f.bits);
       write_code(words, f.bits, quad_order(f), p.tiles, r, i, code);
     } else {
       const uint32_t code = read_code(words, f.bits, quad_order(f), p.tiles, r, i);
       if (f.bits == 16) store_u16(codes + 2 * i, uint16_t(code));
-      else put_stream(codes, i, f.bits, code);
+      else put_code(codes, i, f.bits, code);
     }
   }
   const auto halves = [&](uint8_t* ours, uint8_t* theirs) { PACK ? std::memcpy(ours, theirs, 2) : std::memcpy(theirs, ours, 2); };
@@ -120,8 +108,8 @@ void move_row(uint8_t* blob, const CudaPiece& p, int64_t block, int r, const Rec
   for (int64_t g = 0; g < groups; g++) {
     const int64_t place = g * TILE_ROWS + pair_place(r);
     if (f.zero == FLOATZERO) halves(zeros + 2 * place, stored + 2 * g);
-    else if (PACK) zeros[place] = uint8_t(get_stream(stored, g, f.bits));
-    else put_stream(stored, g, f.bits, zeros[place]);
+    else if (PACK) zeros[place] = uint8_t(get_code(stored, g, f.bits));
+    else put_code(stored, g, f.bits, zeros[place]);
   }
 }
 

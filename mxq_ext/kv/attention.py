@@ -14,13 +14,13 @@ what the cache keeps. So a model is measured with its quantized cache by giving 
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import types
 
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
+from ..decoding import CACHE_NAMES, cache_name
 from ..errors import ModelError
 from ..plan.kv import KVPlan, KVSpec
 from ..plan.schema import Plan
@@ -28,7 +28,6 @@ from ..structure import decoder_blocks
 from .cache import MARK, MxqCache, MxqCacheLayer, as_kv, need_native, page_formats
 
 NAME = "mxq_kv"  #: of the attention function and of its mask, in transformers
-_CACHES = ("cache", "past_key_values")  # the argument's name, before and since transformers 5.24
 _WINDOW, _FULL, _DENSE = "mxq_window", "mxq_full", "mxq_dense"  # what our masks carry
 _KNOWN_LAYERS = ("full_attention", "sliding_attention")
 
@@ -241,14 +240,9 @@ def replace_attention(model: nn.Module, plan: Plan | KVPlan | KVSpec | dict | No
     return model
 
 
-def _cache_name(module: nn.Module) -> str:
-    accepted = inspect.signature(module.forward).parameters
-    return next(name for name in _CACHES if name in accepted)
-
-
 def _given(args, kwargs) -> object:
     """The cache that a call brings, or None."""
-    return next((c for n in _CACHES if (c := kwargs.get(n)) is not None), next((a for a in args if isinstance(a, Cache)), None))
+    return next((c for n in CACHE_NAMES if (c := kwargs.get(n)) is not None), next((a for a in args if isinstance(a, Cache)), None))
 
 
 def _bring_cache(decoder: nn.Module, args: tuple, kwargs: dict):
@@ -260,7 +254,7 @@ def _bring_cache(decoder: nn.Module, args: tuple, kwargs: dict):
         use = kwargs.get("use_cache")
         if not (decoder.config.use_cache if use is None else use) or (decoder.training and getattr(decoder, "gradient_checkpointing", False)):
             return None
-        return args, {n: v for n, v in kwargs.items() if n not in _CACHES} | {_cache_name(decoder): MxqCache(decoder.config, decoder.mxq_kv)}
+        return args, {n: v for n, v in kwargs.items() if n not in CACHE_NAMES} | {cache_name(decoder.forward): MxqCache(decoder.config, decoder.mxq_kv)}
     _need_ours(decoder, cache)
     cache.check_read()
     return None
@@ -288,5 +282,5 @@ def _prepare_cache_for_generation(self, generation_config, model_kwargs: dict, *
             raise ModelError(f"generate with cache_implementation={generation_config.cache_implementation!r}", "the model's plan has a cache of its own",
                              "leave cache_implementation out, or call replace_attention(model, None)")
         generation_config.cache_implementation = None
-        model_kwargs[_cache_name(self)] = MxqCache(self.config, self.mxq_kv)
+        model_kwargs[cache_name(self.forward)] = MxqCache(self.config, self.mxq_kv)
     return type(self)._prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs)

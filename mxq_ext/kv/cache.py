@@ -23,7 +23,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from .. import _native
 from ..errors import FormatError, ModelError, NativeError, PlanError, ShapeError
-from ..plan.kv import PAGE, KVPlan, KVSpec
+from ..formats import PAGE
+from ..plan.kv import KVPlan, KVSpec
 from ..plan.schema import Plan
 from . import ops
 from .shrink import HALF, shrink_page, shrunk

@@ -18,8 +18,9 @@ import torch
 
 from .. import _native
 from ..errors import FormatError, ShapeError
+from ..formats import PAGE
 from ..ops import TYPES
-from ..plan.kv import BITS, PAGE
+from ..plan.kv import BITS
 
 SIDES = ("keys", "values")
 KEY_GROUPS = (32, 64)  #: tokens that share a channel's scale

@@ -7,7 +7,8 @@ import dataclasses
 import torch
 from torch import nn
 
-from ..plan.kv import PAGE, KVSpec
+from ..formats import PAGE
+from ..plan.kv import KVSpec
 from . import ops
 from .cache import need_native, page_formats, rotated
 

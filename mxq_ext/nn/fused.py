@@ -26,10 +26,11 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .. import _native, env
+from ..decoding import CACHE_NAMES
 from ..errors import ModelError, NativeError
+from ..formats import PAGE
 from ..kv.attention import NAME as PACKED_ATTENTION
 from ..kv.cache import MxqCacheLayer
-from ..plan.kv import PAGE
 from ..structure import decoder_blocks
 from .fused_cache import FIELDS, CacheRows, adopt, float_rows
 from .fused_model import Family, recognise
@@ -43,7 +44,6 @@ _STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 _TABLE = 1 << 17  #: positions beyond these get angles of their own, not a table
 #: Reasons for which a call goes through the modules without a warning: nobody expects speed there.
 _EXPECTED = ("training", "a gradient is needed", "no cache", "another device or tensor class")
-_CACHES = ("cache", "past_key_values")  # the argument's name, since and before transformers 5.24
 _CAPTURING = "transformers.utils.output_capturing"  # its hooks stay on modules and do nothing unless a call asks for their output
 
 
@@ -172,7 +172,7 @@ class LayerPath(nn.Module):
         decoder = self.family.decoder
         names = _arguments(type(decoder))
         call = dict(zip(names, args, strict=False)) | kwargs
-        cache = next((c for name in _CACHES if (c := call.pop(name, None)) is not None), None)
+        cache = next((c for name in CACHE_NAMES if (c := call.pop(name, None)) is not None), None)
         ids, embeds, mask, positions = (call.pop(name, None) for name in ("input_ids", "inputs_embeds", "attention_mask", "position_ids"))
         known = cache is not None and self.rows is not None and self.rows[0]() is cache and self.rows[1].unchanged(cache)
         why = self._obstacle(ids, embeds, mask, call, look=not known)
@@ -194,7 +194,7 @@ class LayerPath(nn.Module):
         self.native += 1
         with torch.no_grad():
             self._run(x, cache, past, mask, positions)
-        return BaseModelOutputWithPast(last_hidden_state=x, **{next(n for n in _CACHES if n in names): cache})
+        return BaseModelOutputWithPast(last_hidden_state=x, **{next(n for n in CACHE_NAMES if n in names): cache})
 
     def _note(self, why: str) -> None:
         self.fallbacks[why] += 1

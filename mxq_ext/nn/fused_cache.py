@@ -17,8 +17,9 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from ..errors import ModelError
+from ..formats import PAGE
 from ..kv.cache import MxqCache, MxqCacheLayer
-from ..plan.kv import PAGE, KVSpec
+from ..plan.kv import KVSpec
 
 ROOM = 256  #: tokens of room in a fresh buffer; a full one is replaced by one with room for half as many tokens again
 FIELDS = 20  #: numbers of a ``LayerCache`` (csrc/cpu/layer.h)

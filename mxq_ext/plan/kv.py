@@ -18,7 +18,6 @@ from dataclasses import asdict, dataclass, field, fields
 
 from ..errors import PlanError
 
-PAGE = 64  #: tokens of a page, the amount that is quantized at a time
 BITS = (2, 3, 4, 8, 16)  #: code bits of keys and of values, independently; 16 is float16
 GROUPS = (32, 64, 128)
 KEEP = "keep"  #: the entry of a layer that stays in float

@@ -29,7 +29,9 @@ import torch
 from torch import nn
 
 from ..errors import ModelError, PlanError
+from ..formats import PAGE
 from ..progress import SILENT, Progress
+from ..stats.collect import attention_replaced
 from ..stats.walk import capture_calls, check_tokens, embed, frozen, head_backward, linears_of, run_block, window_uniform
 from ..structure import decoder_blocks
 from .metrics import is_number
@@ -37,7 +39,6 @@ from .table import KVTable
 
 METRICS = ("fisher", "first_order", "attention")
 SIDES = ("keys", "values")
-PAGE = 64  #: tokens of a page, see ``plan/kv.py``
 _NAME = "mxq_kv_sense"
 
 
@@ -109,22 +110,15 @@ def _attention(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value:
 def _probed(model: nn.Module, sink: int, residual: int) -> Iterator[_Probe]:
     """The model with attention that keeps far keys and values apart; the implementation that was set before is restored."""
     global _active
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import eager_mask
-
-    AttentionInterface.register(_NAME, _attention)
-    AttentionMaskInterface.register(_NAME, eager_mask)
-    before, outer = model.config._attn_implementation, _active
-    model.set_attn_implementation(_NAME)
-    if model.config._attn_implementation != _NAME:
-        raise ModelError(f"KV sensitivity of {type(model).__name__}", "its attention does not go through transformers' AttentionInterface",
-                         "plan the weights alone")
-    _active = _Probe(sink, residual)
-    try:
-        yield _active
-    finally:
-        _active = outer
-        model.set_attn_implementation(before)
+    with attention_replaced(model, _NAME, _attention) as replaced:
+        if not replaced:
+            raise ModelError(f"KV sensitivity of {type(model).__name__}", "its attention does not go through transformers' AttentionInterface",
+                             "plan the weights alone")
+        outer, _active = _active, _Probe(sink, residual)
+        try:
+            yield _active
+        finally:
+            _active = outer
 
 
 def sense_kv(model: nn.Module, tokens: torch.Tensor, bits: Sequence[int], *, trial: KVTrial, metric: str = "fisher", seed: int = 0,

@@ -16,7 +16,7 @@ import numpy as np
 
 from ..errors import FormatError, PlanError
 from ..fileio import read_json, write_json, write_text
-from ..formats import Format
+from ..formats import PAGE, Format
 
 VERSION = 1
 KEEP = "keep"  #: a candidate beside the Formats: the unit stays in float
@@ -46,7 +46,6 @@ class KVTable:
     settings: dict
     meta: dict = field(default_factory=dict)
 
-    PAGE = 64  #: tokens, see ``plan/kv.py``
     SETTINGS = ("group", "residual", "sink", "rotate")
 
     def __post_init__(self):
@@ -74,8 +73,8 @@ class KVTable:
         if context < 1 or batch < 1:
             raise PlanError(f"a cache of {context} tokens and {batch} sequences", "both must be at least 1", "pass the longest context that is to be served")
         sink, residual = self.settings["sink"], self.settings["residual"]
-        pages = max(0, (context - sink - residual) // self.PAGE)
-        return batch * (pages * self.page_bytes + (sink + residual + self.PAGE) * self.token_bytes)
+        pages = max(0, (context - sink - residual) // PAGE)
+        return batch * (pages * self.page_bytes + (sink + residual + PAGE) * self.token_bytes)
 
     def to_json(self) -> dict:
         return {"bits": list(self.bits), "loss": self.loss.tolist(), "page_bytes": self.page_bytes.tolist(), "token_bytes": self.token_bytes,

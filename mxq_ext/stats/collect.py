@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
@@ -194,25 +194,40 @@ def _eager_of(module: nn.Module):
 
 
 @contextlib.contextmanager
+def attention_replaced(model: nn.Module, name: str, function: Callable) -> Iterator[bool]:
+    """The model with ``function``, registered under ``name``, as its attention, with dense masks; what was set before comes back at the end.
+
+    Yields False, and changes nothing, for models that do not use transformers' attention interface (Bloom, MPT).
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import eager_mask
+
+    AttentionInterface.register(name, function)
+    AttentionMaskInterface.register(name, eager_mask)
+    before = model.config._attn_implementation
+    model.set_attn_implementation(name)
+    if model.config._attn_implementation != name:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        model.set_attn_implementation(before)
+
+
+@contextlib.contextmanager
 def probed_attention(model: nn.Module) -> Iterator[AttentionProbe | None]:
     """The model with its eager attention under a probe; the implementation that was set before is restored at the end.
 
     Yields None, and changes nothing, for models that do not use transformers' attention interface (Bloom, MPT).
     """
     global _active
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import eager_mask
-
-    AttentionInterface.register(_NAME, _attention)
-    AttentionMaskInterface.register(_NAME, eager_mask)
-    before, outer = model.config._attn_implementation, _active
-    model.set_attn_implementation(_NAME)
-    if model.config._attn_implementation != _NAME:
-        yield None
-        return
-    _active = AttentionProbe()
-    try:
-        yield _active
-    finally:
-        _active = outer
-        model.set_attn_implementation(before)
+    with attention_replaced(model, _NAME, _attention) as replaced:
+        if not replaced:
+            yield None
+            return
+        outer, _active = _active, AttentionProbe()
+        try:
+            yield _active
+        finally:
+            _active = outer
