@@ -32,7 +32,7 @@ class Missing:
         return refuse
 
 
-def _load(module: str, fix: str):
+def _load(module: str = "_cpu", fix: str = _BUILD):
     try:
         return importlib.import_module(f"{__package__}.{module}")
     except ImportError as error:
@@ -48,7 +48,7 @@ def set_target(name: str) -> None:
                           "set MXQ_CPU_TARGET to one of them, or unset it") from None
 
 
-cpu = _load("_cpu", _BUILD)
+cpu = _load()
 cuda = _load("_cuda", _BUILD_CUDA)
 
 
