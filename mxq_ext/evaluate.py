@@ -18,6 +18,7 @@ from torch import nn
 
 from .decoding import Decoder
 from .errors import ModelError, ShapeError
+from .nn.fused import through_modules
 from .progress import SILENT, Progress
 from .stats.store import tokens_hash
 from .stats.walk import check_tokens, final_hidden, frozen, hooked, tail
@@ -154,7 +155,7 @@ def cached_hidden(model: nn.Module, tokens: torch.Tensor, cache, step: int = STE
         out.append(output[0] if isinstance(output, tuple) else output)
         raise _Enough
 
-    with hooked([blocks[-1].register_forward_hook(stop)]):
+    with through_modules(model), hooked([blocks[-1].register_forward_hook(stop)]):
         for piece in check_tokens(tokens).split(step, dim=1):
             with contextlib.suppress(_Enough):
                 model(piece, use_cache=True, **{name: cache})

@@ -12,6 +12,7 @@ from conftest import make_sharp_model  # noqa: E402
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache  # noqa: E402
 from transformers.masking_utils import sdpa_mask  # noqa: E402
 
+import mxq_ext as mxq  # noqa: E402
 from mxq_ext import pipeline  # noqa: E402
 from mxq_ext.decoding import Decoder  # noqa: E402
 from mxq_ext.errors import CheckpointError, ModelError, PlanError  # noqa: E402
@@ -19,6 +20,7 @@ from mxq_ext.evaluate import cached_hidden, evaluate  # noqa: E402
 from mxq_ext.kv import reference as numpy_pages  # noqa: E402
 from mxq_ext.kv.attention import replace_attention  # noqa: E402
 from mxq_ext.kv.cache import MxqCache, page_formats  # noqa: E402
+from mxq_ext.nn import fuse_layers  # noqa: E402
 from mxq_ext.plan import KVPlan, KVSpec, Plan  # noqa: E402
 from mxq_ext.plan.presets import KV_PRESETS, find_kv  # noqa: E402
 
@@ -191,3 +193,12 @@ def test_find_kv(tmp_path):
     with pytest.raises(PlanError, match="key 5: it must be one of 2, 3, 4, 8, 16"):
         find_kv("k5v2")
 
+
+def test_whole_layers_step_aside_while_a_block_is_watched(tokens, monkeypatch):
+    monkeypatch.setenv("MXQ_STRICT", "1")  # a fallback would be an error
+    model = make_sharp_model()
+    mxq.replace_linear(model, Plan(default="w4g32", kv=KVSpec(4, 4, residual=0)), fuse="layer")
+    have, path = evaluate(model, None, tokens), model.model.mxq_layers
+    assert have.kv and not path.native and set(path.fallbacks) <= {"no cache"} and not path.paused
+    fuse_layers(model, None)
+    assert evaluate(model, None, tokens).nll_windows == have.nll_windows

@@ -16,7 +16,7 @@ import functools
 import inspect
 import weakref
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import nn
@@ -80,6 +80,20 @@ def fuse_layers(model: nn.Module, fuse: str | None) -> nn.Module:
     return model
 
 
+@contextlib.contextmanager
+def through_modules(model: nn.Module) -> Iterator[None]:
+    """Meanwhile the layers of ``model`` run module by module, for those who watch modules inside; such calls are not counted."""
+    paths = [m for m in model.modules() if isinstance(m, LayerPath)]
+    before = [p.paused for p in paths]
+    for p in paths:
+        p.paused = True
+    try:
+        yield
+    finally:
+        for p, paused in zip(paths, before, strict=True):
+            p.paused = paused
+
+
 def check_fuse(model: nn.Module, fuse: str | None, planned: Collection[str]) -> None:
     """Raises if ``fuse_layers`` would once the linears ``planned`` are quantized. Changes nothing."""
     _check_mode(fuse)
@@ -125,12 +139,13 @@ class LayerPath(nn.Module):
         family: what was recognised; None where the modules run in any case, for the reason ``refused``.
         native: calls that went to native code.
         fallbacks: reason -> calls that went through the modules.
+        paused: every call goes through the modules, see :func:`through_modules`.
     """
 
     def __init__(self, family: Family | None, refused: str | None = None):
         super().__init__()
         self.__dict__["family"] = family  # not a submodule: the decoder holds this module, not the other way round
-        self.refused, self.native, self.fallbacks = refused, 0, Counter()
+        self.refused, self.native, self.fallbacks, self.paused = refused, 0, Counter(), False
         self._forget()
 
     def _forget(self) -> None:
@@ -167,7 +182,7 @@ class LayerPath(nn.Module):
     # -- a call ---------------------------------------------------------------------------------------------------------------
 
     def forward(self, *args, **kwargs):
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or self.paused:
             return self._plain(*args, **kwargs)
         decoder = self.family.decoder
         names = _arguments(type(decoder))
