@@ -22,12 +22,8 @@ const AttentionKernels& kernels() {
   return scalar::attention_kernels;
 }
 
-// Multiply-adds below which a thread more costs as much as it brings; see linear.cpp.
-constexpr int64_t WORK_PER_THREAD = 100000;
 // Items that any sensible number of threads can share, and chunks that are worth an item of their own.
 constexpr int64_t ITEMS = 64, CHUNKS = 8;
-
-int useful_threads(int64_t work, int threads) { return int(std::max<int64_t>(1, std::min<int64_t>(threads, work / WORK_PER_THREAD))); }
 
 }  // namespace
 

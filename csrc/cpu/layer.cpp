@@ -24,7 +24,7 @@ const LayerKernels& kernels() {
   return scalar::layer_kernels;
 }
 
-// Numbers that a thread goes through while another one is woken; see linear.cpp.
+// Numbers that a thread goes through while another one is woken; see useful_threads().
 constexpr int64_t NUMBERS_PER_THREAD = 32768;
 
 // Calls f(row) for each row, on as many threads as the numbers of them all are worth.

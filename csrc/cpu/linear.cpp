@@ -1,7 +1,5 @@
 // The driver of the linear kernels: scratch, passes over at most MAX_ROWS rows, and the split into chunks for the threads.
-#include "linear.h"
-
-#include <algorithm>
+#include "linear_split.h"
 
 #include "driver.h"
 #include "parallel.h"
@@ -12,10 +10,6 @@ namespace mxq {
 namespace {
 
 thread_local Scratch scratch;
-
-// Multiply-adds below which a thread more costs as much as it brings (waking one takes a few microseconds).
-constexpr int64_t WORK_PER_THREAD = 100000;
-constexpr int64_t CHUNK_BYTES = 64 << 10;
 
 // Asks for the first codes and scales of a weight, so that they come while x is being prepared: a small layer is half over before a stream runs.
 void fetch_first(const uint8_t* blob) {
@@ -42,27 +36,18 @@ void linear(const uint8_t* blob, const void* x, int64_t ldx, int type, int64_t m
   const int64_t size = type == F32 ? 4 : 2;
   const int64_t pass = ceil_div(m, ceil_div(m, MAX_ROWS));  // nearly equal passes: a last one of a few rows would cost a whole one
   const int64_t work = int64_t(h.n) * h.k * std::min<int64_t>(pass, 1 << 20);
-  threads = int(std::max<int64_t>(1, std::min<int64_t>(threads, work / WORK_PER_THREAD)));
+  threads = useful_threads(work, threads);
 
   Job job{};
   job.blob = blob, job.ldx = ldx, job.type = type, job.bias = bias, job.bias_type = bias_type, job.m = pass, job.gemm = uses_gemm(m, a8), job.a8 = a8;
-  const auto aligned = [](int64_t floats) { return round_up(floats, 16); };
-  const int64_t slots = aligned(pass * int64_t(h.slot_floats)), sums = aligned(pass * int64_t(h.slot_sums));
-  const int64_t units = a8 ? aligned(pass * int64_t(h.slot8_scales)) : 0, bytes = a8 ? aligned(ceil_div(pass * int64_t(h.slot8_bytes), 4)) : 0;
+  const InputSizes inputs(h, pass, a8);
   const int64_t per_worker = job.gemm ? aligned(target.gemm_scratch(job)) : 0;
-  job.xs = scratch.get(slots + sums + 2 * units + bytes + per_worker * threads);
-  job.sums = job.xs + slots;
-  job.units = job.sums + sums;
-  job.byte_sums = reinterpret_cast<int32_t*>(job.units + units);
-  job.bytes = reinterpret_cast<int8_t*>(job.units + 2 * units);
-  float* workers = job.units + 2 * units + bytes;
+  float* const memory = scratch.get(inputs.total() + per_worker * threads);
+  inputs.place(job, memory);
+  float* const workers = memory + inputs.total();
 
-  // gemv chunks: small, so that a thread that loses its core holds up little and all end together; one chunk per band when alone.
-  const int64_t tile_bytes = std::max<int64_t>(1, int64_t(h.work) / std::max<int64_t>(1, h.tiles)), few = std::max<int64_t>(1, h.tiles / (4 * threads));
-  const int64_t step = job.gemm ? blocking.gemm_tiles : threads == 1 ? int64_t(h.tiles) : std::min(few, ceil_div(CHUNK_BYTES, tile_bytes));
-  int64_t chunks = 0;
-  const Band* bands = at<Band>(blob, h.off_bands);
-  for (uint32_t i = 0; i < h.bands; i++) chunks += ceil_div(tiles(bands[i].r1 - bands[i].r0), std::max<int64_t>(step, 1));
+  // One chunk per band when alone.
+  const int64_t step = job.gemm ? blocking.gemm_tiles : threads == 1 ? int64_t(h.tiles) : gemv_step(h, h.tiles, threads), chunks = count_chunks(blob, step);
 
   if (!job.gemm) fetch_first(blob);
   for (int64_t m0 = 0; m0 < m; m0 += pass) {
@@ -75,10 +60,8 @@ void linear(const uint8_t* blob, const void* x, int64_t ldx, int type, int64_t m
       parallel_for(job.blocks, threads, [&](int64_t b, int) { target.prepare(job, b); });
     }
     parallel_for(chunks, threads, [&](int64_t i, int worker) {
-      const Band* band = bands;
-      for (; i >= ceil_div(tiles(band->r1 - band->r0), step); band++) i -= ceil_div(tiles(band->r1 - band->r0), step);
-      const int64_t end = band->first_tile + tiles(band->r1 - band->r0), tile0 = band->first_tile + i * step;
-      (job.gemm ? target.gemm : target.gemv)(job, tile0, std::min(tile0 + step, end), workers + per_worker * worker);
+      const TileRange r = chunk_tiles(blob, step, i);
+      (job.gemm ? target.gemm : target.gemv)(job, r.begin, r.end, workers + per_worker * worker);
     });
   }
 }

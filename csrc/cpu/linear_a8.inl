@@ -588,9 +588,11 @@ static void gemm8_piece(const Job& j, const GemmChunk& k, uint32_t index, uint32
           to = {load(unit), zero()};
         }
       }
-      store(late + 16 * t, scales[t].scale);
     }
-    if (a.last && a.how.late) a.late = late;
+    if (a.last && a.how.late) {
+      for (int64_t t = 0; t < k.count; t++) store(late + 16 * t, scales[t].scale);
+      a.late = late;
+    }
     unroll<GEMM8_TILES>([&](auto n) MXQ_LAMBDA {
       constexpr int NV = decltype(n)::value + 1;
       if (k.count != NV) return;

@@ -3,7 +3,15 @@
 
 #include <stdint.h>
 
+#include <algorithm>
+
 namespace mxq {
+
+// How many of `threads` are worth waking (a few microseconds each) for so many multiply-adds.
+static inline int useful_threads(int64_t work, int threads) {
+  constexpr int64_t WORK_PER_THREAD = 100000;
+  return int(std::max<int64_t>(1, std::min<int64_t>(threads, work / WORK_PER_THREAD)));
+}
 
 // Calls fn(context, item, worker) for each item in 0 .. items-1, on at most `threads` threads, the caller among them (worker 0).
 // worker < threads. Each worker has a share of neighbouring items and takes them in ascending order, so that it goes through memory as one
