@@ -1,7 +1,8 @@
-"""Builds ``mxq_ext._cpu``, the torch-free native module; everything else about the package is in pyproject.toml.
+"""Builds the torch-free native modules; everything else about the package is in pyproject.toml.
 
-setuptools knows one set of flags per extension, but each CPU target needs its own, so the compilation is a ninja file written here.
-A binary built on any machine runs on every machine of its architecture: the targets are chosen at run time.
+``mxq_ext._cpu`` is always built. ``mxq_ext._cuda`` is built where nvcc is found, whether or not the machine has a GPU: a compiler decides, a
+device is never asked for. Both are ninja files written here, since setuptools knows one set of flags per extension.
+A binary built on any machine runs on every machine of its architecture: the CPU targets are chosen at run time.
 """
 
 import os
@@ -19,6 +20,13 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 MEMORY_PER_JOB = 1 << 30  # the target files are templates: g++ takes some 0.6 GB for the largest
 MACHINE = platform.machine().lower()
+
+#: What a wheel is for: one binary per capability, and PTX of the newest for what comes later.
+CUDA_ARCHS = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0+PTX")
+CUDA_SOURCES = ("bind_cuda.cpp", "cpu/parallel.cpp", *(f"cuda/{p.name}" for p in sorted((ROOT / "csrc" / "cuda").glob("*.c*")) if p.suffix in (".cu", ".cpp")))
+CUDA_MEMORY_PER_JOB = 2 << 30
+# No --use_fast_math: it flushes subnormals and rounds divisions, so that results would differ from the reference.
+NVCC_FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden", "-cudart=static"]
 
 AVX512 = ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 #: CPU target -> compiler flags of its source file. Only that file may use the instructions, see csrc/formats.h.
@@ -44,7 +52,7 @@ def available_memory() -> int | None:
         return None
 
 
-def job_count() -> tuple[int, str]:
+def job_count(memory_per_job: int = MEMORY_PER_JOB) -> tuple[int, str]:
     """Parallel compilers, and why so many. ``MAX_JOBS`` overrides."""
     if os.environ.get("MAX_JOBS"):
         return max(1, int(os.environ["MAX_JOBS"])), "MAX_JOBS"
@@ -52,7 +60,7 @@ def job_count() -> tuple[int, str]:
     memory = available_memory()
     if memory is None:
         return cores, f"{cores} cores"
-    return max(1, min(cores, memory // MEMORY_PER_JOB)), f"{cores} cores, {memory / 2**30:.1f} GiB free at 1 GiB a compiler"
+    return max(1, min(cores, memory // memory_per_job)), f"{cores} cores, {memory / 2**30:.1f} GiB free at {memory_per_job >> 30} GiB a compiler"
 
 
 def find_compiler() -> str:
@@ -75,9 +83,32 @@ def find_ninja() -> str:
     raise SystemExit("mxq_ext: ninja is missing; run `pip install ninja` (a build requirement, `pip install .` brings it by itself)")
 
 
-def cuda_line() -> str:
-    nvcc = shutil.which("nvcc")
-    return f"nvcc found at {nvcc}" if nvcc else "nvcc not found"
+def find_nvcc() -> tuple[str | None, str]:
+    """(nvcc, where it came from), or (None, why the CUDA module is not built)."""
+    if os.environ.get("MXQ_CUDA") == "0":
+        return None, "not built, MXQ_CUDA=0"
+    if home := os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"):
+        nvcc = Path(home) / "bin" / "nvcc"
+        return (str(nvcc), "CUDA_HOME") if nvcc.exists() else (None, f"not built, there is no {nvcc}, which CUDA_HOME asks for")
+    if nvcc := shutil.which("nvcc"):
+        return nvcc, "PATH"
+    for folder in sys.path:  # the wheels of `pip install mxq_ext[cuda-build]`
+        nvcc = Path(folder) / "nvidia" / "cu13" / "bin" / "nvcc"
+        if nvcc.exists():
+            return str(nvcc), "nvidia-cuda-nvcc"
+    return None, "not built, nvcc is neither in CUDA_HOME nor in PATH nor in site-packages (pip install 'mxq_ext[cuda-build]' brings it)"
+
+
+def cuda_archs(nvcc: str) -> list[str]:
+    """Capabilities to compile for, such as ``["7.5", "9.0", "12.0+PTX"]``: ``MXQ_CUDA_ARCHS``, or all of ours that this nvcc knows."""
+    known = re.findall(r"compute_(\d+)\b", subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout)
+    asked = os.environ.get("MXQ_CUDA_ARCHS")
+    archs = re.split(r"[;, ]+", asked.strip()) if asked else [a for a in CUDA_ARCHS if a.removesuffix("+PTX").replace(".", "") in known]
+    for arch in archs:
+        if not re.fullmatch(r"\d+\.\d(\+PTX)?", arch) or arch.removesuffix("+PTX").replace(".", "") not in known:
+            raise SystemExit(f"mxq_ext: MXQ_CUDA_ARCHS={asked!r} has {arch!r}, which {nvcc} does not know; it knows "
+                             + " ".join(f"{a[:-1]}.{a[-1]}" for a in known) + ", each with +PTX or without")
+    return archs
 
 
 def first_error(output: str) -> str:
@@ -89,34 +120,88 @@ def first_error(output: str) -> str:
     return output[-4000:]
 
 
+def escape(p: object) -> str:
+    return str(p).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
 class NinjaBuild(build_ext):
-    """Compiles the one extension with ninja; ``pip install .``, ``pip install -e .`` and ``build_ext --inplace`` all end here."""
+    """Compiles the extensions with ninja; ``pip install .``, ``pip install -e .`` and ``build_ext --inplace`` all end here."""
 
     def build_extension(self, ext: Extension) -> None:
-        import pybind11
-
-        compiler, (jobs, why) = find_compiler(), job_count()
+        compiler = find_compiler()
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
-        temp = Path(self.build_temp).resolve()
+        temp = Path(self.build_temp).resolve() / ext.name.rpartition(".")[2]
         temp.mkdir(parents=True, exist_ok=True)
         output.parent.mkdir(parents=True, exist_ok=True)
-        includes = [f"-I{p}" for p in (pybind11.get_include(), sysconfig.get_paths()["include"], sysconfig.get_paths()["platinclude"])]
-        self.write_ninja(temp / "build.ninja", compiler, list(dict.fromkeys(includes)), output)
+        if ext.name.endswith("._cuda"):
+            jobs, why = job_count(CUDA_MEMORY_PER_JOB)
+            print(f"mxq_ext: building {output.name} with {NVCC} (from {NVCC_SOURCE}), {jobs} jobs ({why})")
+            archs = cuda_archs(NVCC)
+            print(f"mxq_ext: CUDA capabilities {' '.join(archs)} (MXQ_CUDA_ARCHS chooses others, MXQ_CUDA=0 leaves the module out)", flush=True)
+            self.write_cuda_ninja(temp / "build.ninja", compiler, archs, output)
+        else:
+            jobs, why = job_count()
+            self.write_ninja(temp / "build.ninja", compiler, output)
+            print(f"mxq_ext: building {output.name} with {compiler}, {jobs} jobs ({why})")
+            print(f"mxq_ext: CPU targets {', '.join(TARGETS)}: all there are for {MACHINE}; the fastest that the CPU has is chosen at run time")
+            print(f"mxq_ext: CUDA module {NVCC_SOURCE if NVCC is None else 'follows'}", flush=True)
+        self.run_ninja(temp, jobs)
 
-        print(f"mxq_ext: building {output.name} with {compiler}, {jobs} jobs ({why})")
-        print(f"mxq_ext: CPU targets {', '.join(TARGETS)}: all there are for {MACHINE}; the fastest that the CPU has is chosen at run time")
-        print(f"mxq_ext: CUDA: {cuda_line()}; this version has no CUDA kernels yet, so nothing is built for it", flush=True)
-        run = subprocess.run([find_ninja(), "-C", str(temp), "-j", str(jobs), *(["-v"] if self.verbose > 1 else [])],
-                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    def run_ninja(self, temp: Path, jobs: int) -> None:
+        """Shows each step as it begins; on failure the compiler's first error."""
+        command = [find_ninja(), "-C", str(temp), "-j", str(jobs), *(["-v"] if self.verbose > 1 else [])]
+        lines = []
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace") as run:
+            for line in run.stdout:
+                lines.append(line)
+                if re.match(r"\[\d+/\d+\]|ninja:", line):
+                    sys.stdout.write(line)
+                    sys.stdout.flush()
         if run.returncode:
-            (temp / "build.log").write_text(run.stdout)
-            raise SystemExit(f"mxq_ext: the compiler stopped with\n\n{first_error(run.stdout)}\n\nfull output: {temp / 'build.log'}")
-        sys.stdout.write(run.stdout)
+            (temp / "build.log").write_text("".join(lines))
+            raise SystemExit(f"mxq_ext: the compiler stopped with\n\n{first_error(''.join(lines))}\n\nfull output: {temp / 'build.log'}")
+        sys.stdout.write("".join(line for line in lines if "warning" in line))
 
-    def write_ninja(self, path: Path, compiler: str, includes: list[str], output: Path) -> None:
-        def escape(p: object) -> str:
-            return str(p).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+    @staticmethod
+    def binding_flags() -> str:
+        import pybind11
 
+        includes = (pybind11.get_include(), sysconfig.get_paths()["include"], sysconfig.get_paths()["platinclude"])
+        return " ".join(escape(f"-I{p}") for p in dict.fromkeys(includes))
+
+    def write_cuda_ninja(self, path: Path, compiler: str, archs: list[str], output: Path) -> None:
+        codes = []
+        for arch in archs:
+            number = arch.removesuffix("+PTX").replace(".", "")
+            codes.append(f"-gencode=arch=compute_{number},code=[{f'compute_{number},' if arch.endswith('+PTX') else ''}sm_{number}]")
+        names = " ".join(archs)
+        lines = [
+            "ninja_required_version = 1.5",
+            "rule host",
+            f"  command = {compiler} {' '.join(FLAGS)} $extra -MMD -MF $out.d -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "  description = compile $in",
+            "rule nvcc",
+            f"  command = {escape(NVCC)} -ccbin {compiler} {' '.join(NVCC_FLAGS)} {' '.join(codes)} -MMD -MF $out.d -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            f"  description = compile $in for {names}",
+            "rule link",
+            f"  command = {escape(NVCC)} -ccbin {compiler} -shared -cudart=static -Xcompiler=-pthread $in -o $out",
+            "  description = link $out",
+        ]
+        objects = []
+        # The longest compilation first, so that it does not run alone at the end.
+        for source in sorted(CUDA_SOURCES, key=lambda s: (s != "cuda/mv_mixed.cu", not s.endswith(".cu"))):
+            objects.append(source.replace("/", "_") + ".o")
+            lines.append(f"build {objects[-1]}: {'nvcc' if source.endswith('.cu') else 'host'} {escape(ROOT / 'csrc' / source)}")
+            if source.startswith("bind"):
+                lines.append(f"  extra = {self.binding_flags()} '-DMXQ_CUDA_ARCH_NAMES=\"{names}\"'")
+        lines += [f"build {escape(output)}: link {' '.join(objects)}", f"default {escape(output)}", ""]
+        path.write_text("\n".join(lines))
+
+    def write_ninja(self, path: Path, compiler: str, output: Path) -> None:
         flags = " ".join(FLAGS)
         lines = [
             "ninja_required_version = 1.5",
@@ -131,7 +216,7 @@ class NinjaBuild(build_ext):
         ]
         objects = []
         for source in COMMON:
-            objects.append((source, " ".join(escape(i) for i in includes) if source.startswith("bind") else ""))
+            objects.append((source, self.binding_flags() if source.startswith("bind") else ""))
         objects += [(f"cpu/target_{name}.cpp", " ".join(extra)) for name, extra in TARGETS.items()]
         # The longest compilations first, so that they do not run alone at the end.
         for source, extra in reversed(objects):
@@ -141,4 +226,8 @@ class NinjaBuild(build_ext):
         path.write_text("\n".join(lines))
 
 
-setup(ext_modules=[Extension("mxq_ext._cpu", [f"csrc/{s}" for s in COMMON])], cmdclass={"build_ext": NinjaBuild})
+NVCC, NVCC_SOURCE = find_nvcc()
+EXTENSIONS = [Extension("mxq_ext._cpu", [f"csrc/{s}" for s in COMMON])]
+if NVCC:
+    EXTENSIONS.append(Extension("mxq_ext._cuda", [f"csrc/{s}" for s in CUDA_SOURCES]))
+setup(ext_modules=EXTENSIONS, cmdclass={"build_ext": NinjaBuild})

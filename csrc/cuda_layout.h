@@ -168,7 +168,7 @@ static constexpr uint64_t CUDA_MAGIC = 0x31445543'5851584dull;  // "MXQXCUD1"
 struct CudaPiece {
   uint32_t rect, c0, c1;
   Format format;
-  uint32_t tiles, groups;
+  uint32_t tiles, groups, pad;
   uint64_t codes, scales, zeros;              // offsets in the blob; `scales` is the tables for lut
   uint64_t code_step, scale_step, zero_step;  // bytes per row block
 };
@@ -186,5 +186,8 @@ struct CudaHead {
   uint64_t off_perm_rows, off_row_of, off_perm_cols, off_col_of;  // int32[]; 0: none. perm_*[i]: original place of stored i; *_of: inverse
   uint64_t off_rowptr, off_cols, off_values, nnz;     // CSR in original coordinates; off_rowptr 0: none
 };
+
+// No byte of them is left to chance: equal weights give equal blobs.
+static_assert(sizeof(CudaPiece) == 80 && sizeof(CudaBand) == 16 && sizeof(CudaHead) == 136, "no padding that is not a field");
 
 }  // namespace mxq

@@ -1,4 +1,4 @@
-"""Writes docs/formats.md: the document comments of csrc/formats.h and csrc/kv_formats.h, and tables computed from mxq_ext/formats.py.
+"""Writes docs/formats.md: the document comments of csrc/formats.h, csrc/cuda_layout.h and csrc/kv_formats.h, and tables computed from mxq_ext/formats.py.
 
     python docs/make_formats.py            writes the file
     python docs/make_formats.py --check    exits with 1 if it is not up to date
@@ -13,7 +13,7 @@ sys.path.insert(0, str(ROOT))
 
 from mxq_ext.formats import GROUPS, LUT_BITS, NF4_LEVELS, UNIFORM_BITS, Format  # noqa: E402
 
-HEADERS = (ROOT / "csrc" / "formats.h", ROOT / "csrc" / "kv_formats.h")
+HEADERS = (ROOT / "csrc" / "formats.h", ROOT / "csrc" / "cuda_layout.h", ROOT / "csrc" / "kv_formats.h")
 OUTPUT = ROOT / "docs" / "formats.md"
 
 
@@ -41,7 +41,7 @@ def tables() -> str:
 
 
 def render() -> str:
-    note = "<!-- Generated from csrc/formats.h and csrc/kv_formats.h by docs/make_formats.py; edit those. -->\n\n"
+    note = "<!-- Generated from csrc/formats.h, csrc/cuda_layout.h and csrc/kv_formats.h by docs/make_formats.py; edit those. -->\n\n"
     return note + "\n".join(document(h.read_text(encoding="utf-8")) for h in HEADERS) + "\n" + tables()
 
 

@@ -11,6 +11,7 @@ waits for nothing, and works on the stream that it is given. A :class:`Runtime` 
 from __future__ import annotations
 
 import ctypes
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -53,6 +54,18 @@ class CudaPacked:
     shape: tuple[int, int]
     format_name: str
     meta: dict
+
+    @staticmethod
+    def of(blob: torch.Tensor, head: torch.Tensor, shape: tuple[int, int]) -> CudaPacked:
+        """Around a blob and its head, for launches alone: without what only people and :meth:`Runtime.unpack` read. Raises NativeError for other bytes."""
+        fields = _head_offsets(head) if head.numel() >= 8 * len(_HEAD_FIELDS) else {}
+        if fields.get("magic") != _MAGIC or fields["nbytes"] != blob.numel() or fields["head_nbytes"] != head.numel():
+            raise NativeError(f"packed weight of {blob.numel()} bytes with a head of {head.numel()}",
+                              "these bytes are no weight packed for CUDA by this version", "make them again with Runtime.pack()")
+        n, k = fields["n_k"] & 0xFFFFFFFF, fields["n_k"] >> 32
+        if (n, k) != tuple(shape):
+            raise ShapeError(f"linear of {shape[0]} x {shape[1]}", f"the packed weight is {n} x {k}", "check which layer this weight belongs to")
+        return CudaPacked(blob, head, (n, k), "", {})
 
     @property
     def nbytes(self) -> int:
@@ -212,6 +225,7 @@ class Runtime:
         return out
 
 
+_MAGIC = 0x314455435851584D  # csrc/cuda_layout.h, CUDA_MAGIC
 _HEAD_FIELDS = ("magic", "nbytes", "head_nbytes", "n_k", "bands_pieces", "rects", "bands", "pieces", "off_rects", "perm_rows", "row_of", "perm_cols", "col_of",
                 "rowptr", "cols", "values", "nnz")
 
@@ -221,7 +235,24 @@ def _head_offsets(head: torch.Tensor) -> dict[str, int]:
     return dict(zip(_HEAD_FIELDS, head[: 8 * len(_HEAD_FIELDS)].view(torch.int64).tolist(), strict=True))
 
 
+@functools.cache
 def runtime(device: torch.device) -> Runtime:
     """The runtime of a CUDA device. Raises NativeError if the CUDA kernels were not built."""
+    if isinstance(_native.cuda, _native.Missing):
+        _native.cuda.linear()  # raises, with the reason
     properties = torch.cuda.get_device_properties(device)
     return Runtime(_native.cuda, 10 * properties.major + properties.minor, properties.multi_processor_count)
+
+
+def linear(x: torch.Tensor, p: CudaPacked, bias: torch.Tensor | None) -> torch.Tensor:
+    """``x W^T + bias`` of x [..., K] on the current stream of its device: [..., N] of x's dtype."""
+    with torch.cuda.device(x.device):
+        return linear_on(runtime(x.device), x, p, bias, torch.cuda.current_stream().cuda_stream)
+
+
+def linear_on(r: Runtime, x: torch.Tensor, p: CudaPacked, bias: torch.Tensor | None, stream: int) -> torch.Tensor:
+    """:func:`linear` on a given runtime and stream."""
+    rows = x.reshape(-1, x.shape[-1])
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    (y,) = r.linear(rows, [(p, None if bias is None else bias.contiguous())], stream=stream)
+    return y.reshape(*x.shape[:-1], p.shape[0])

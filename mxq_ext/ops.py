@@ -17,7 +17,7 @@ import sys
 
 import torch
 
-from . import _native, env
+from . import _native, cuda, env
 from ._native import set_target  # noqa: F401  (public: ops.set_target)
 from .errors import NativeError, ShapeError
 from .formats import Format
@@ -155,14 +155,16 @@ def check_compute(compute: str) -> None:
         raise NativeError(f"compute mode {compute!r}", f"there are {' and '.join(COMPUTES)}", "choose one of them")
 
 
-def check_linear(x: torch.Tensor, n: int, k: int, bias: torch.Tensor | None) -> None:
-    """Rules of :func:`linear` for x [..., K], a weight [N, K] and bias [N]. Raises ShapeError."""
+def check_linear(x: torch.Tensor, n: int, k: int, bias: torch.Tensor | None, device: str = "cpu") -> None:
+    """Rules of :func:`linear` for x [..., K], a weight [N, K] that is packed for a type of device, and bias [N]. Raises ShapeError."""
     # All rules at once first: this runs before every call of a kernel that may take ten microseconds.
-    if (x.is_cpu or x.is_meta) and x.dtype in TYPES and x.dim() and x.shape[-1] == k and _is_bias(bias, x, n):
+    here = (x.is_cpu if device == "cpu" else x.is_cuda) or x.is_meta
+    if here and x.dtype in TYPES and x.dim() and x.shape[-1] == k and _is_bias(bias, x, n):
         return
     asked = f"linear of x {tuple(x.shape)} {str(x.dtype)[6:]} by a weight of {n} x {k}"
-    if not (x.is_cpu or x.is_meta):
-        raise ShapeError(asked, f"the kernels run on the CPU, x is on {x.device}", "move x and the module to the CPU")
+    if not here:
+        where = "the kernels run on the CPU" if device == "cpu" else f"the weight is packed for {device}"
+        raise ShapeError(asked, f"{where}, x is on {x.device}", "move x and the module to the " + ("CPU" if device == "cpu" else "same device"))
     if x.dtype not in TYPES:
         raise ShapeError(asked, f"x must be float32, bfloat16 or float16, it is {str(x.dtype)[6:]}", "convert it")
     if not x.dim() or x.shape[-1] != k:
@@ -213,12 +215,12 @@ def _linear(x: torch.Tensor, blob: torch.Tensor, n: int, k: int, bias: torch.Ten
     return y
 
 
-def linear(x: torch.Tensor, p: Packed, bias: torch.Tensor | None = None, compute: str = "a16") -> torch.Tensor:
+def linear(x: torch.Tensor, p: Packed | cuda.CudaPacked, bias: torch.Tensor | None = None, compute: str = "a16") -> torch.Tensor:
     """``x W^T + bias`` in float32 accumulation.
 
     Args:
         x: [..., K], float32, bfloat16 or float16, any strides (rows of unit stride are not copied).
-        p: weight [N, K].
+        p: weight [N, K]; packed for CUDA (``cuda.Runtime.pack``) if x is on a GPU, where ``compute`` must be ``"a16"`` and nothing may need a gradient.
         bias: [N] of any of these types, added in float32.
         compute: ``"a16"`` multiplies x as it is. ``"a8"`` rounds x to int8 by groups of columns first (docs/formats.md), several times
             faster; the result then differs by 0.5 to 2 % of its norm, the more the more single channels stand out.
@@ -229,12 +231,27 @@ def linear(x: torch.Tensor, p: Packed, bias: torch.Tensor | None = None, compute
 
     Gradients flow to x (through the dequantized weight) and to bias. Raises ShapeError, and NativeError without the extension.
     """
+    if isinstance(p, cuda.CudaPacked):
+        return _cuda_linear(x, p, bias, compute)
     differentiate = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
     if differentiate or torch.compiler.is_compiling() or x.is_meta:
         return torch.ops.mxq_ext.linear(x, p.blob, p.shape[0], bias, compute)
     check_compute(compute)
     n, k = p.shape
     return _linear(x, p.blob, n, k, bias, compute, p.format_name)
+
+
+def _cuda_linear(x: torch.Tensor, p: cuda.CudaPacked, bias: torch.Tensor | None, compute: str) -> torch.Tensor:
+    if compute != "a16":
+        check_compute(compute)
+        raise NativeError(f"compute mode {compute!r} on a GPU", "the CUDA kernels read x as it is", "use compute=\"a16\"")
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        raise NativeError("gradients through a weight that is packed for CUDA", "the CUDA kernels compute forward only",
+                          "run under torch.no_grad(), or keep the layer on the CPU, whose kernels have a backward")
+    if torch.compiler.is_compiling() or x.is_meta:
+        return torch.ops.mxq_ext.linear_cuda(x, p.blob, p.head, p.shape[0], bias)
+    check_linear(x, *p.shape, bias, "cuda")
+    return cuda.linear(x, p, bias)
 
 
 def linear_ref(x: torch.Tensor, p: Packed | QTensor, bias: torch.Tensor | None = None, compute: str = "a16") -> torch.Tensor:
@@ -351,6 +368,7 @@ def _print_config(blob: torch.Tensor, n: int, k: int, rows: int, name: str | Non
 
 _library = torch.library.Library("mxq_ext", "DEF")
 _library.define("linear(Tensor x, Tensor blob, int n, Tensor? bias, str compute='a16') -> Tensor")
+_library.define("linear_cuda(Tensor x, Tensor blob, Tensor head, int n, Tensor? bias) -> Tensor")
 _library.define("embedding(Tensor ids, Tensor blob, int n, int k, ScalarType dtype) -> Tensor")
 
 
@@ -377,6 +395,16 @@ def _op_linear(x, blob, n, bias, compute="a16"):
 def _fake_linear(x, blob, n, bias, compute="a16"):
     check_compute(compute)
     check_linear(x, n, x.shape[-1] if x.dim() else -1, bias)
+    return x.new_empty(*x.shape[:-1], n)
+
+
+def _op_linear_cuda(x, blob, head, n, bias):
+    check_linear(x, n, x.shape[-1] if x.dim() else -1, bias, "cuda")
+    return cuda.linear(x, cuda.CudaPacked.of(blob, head, (n, x.shape[-1])), bias)
+
+
+def _fake_linear_cuda(x, blob, head, n, bias):
+    check_linear(x, n, x.shape[-1] if x.dim() else -1, bias, "cuda")
     return x.new_empty(*x.shape[:-1], n)
 
 
@@ -410,7 +438,9 @@ def _linear_backward(ctx, grad):
 
 
 _library.impl("linear", _op_linear, "CPU")
+_library.impl("linear_cuda", _op_linear_cuda, "CUDA")
 _library.impl("embedding", _op_embedding, "CPU")
 torch.library.register_fake("mxq_ext::linear", _fake_linear, lib=_library)
+torch.library.register_fake("mxq_ext::linear_cuda", _fake_linear_cuda, lib=_library)
 torch.library.register_fake("mxq_ext::embedding", _fake_embedding, lib=_library)
 torch.library.register_autograd("mxq_ext::linear", _linear_backward, setup_context=_linear_setup, lib=_library)

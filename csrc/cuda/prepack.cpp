@@ -46,7 +46,7 @@ Layout plan(const WeightDesc& w) {
       if (rect.r0 > b.r0 || rect.r1 < b.r1) continue;
       const Format f = rect.format;
       const int64_t cols = rect.c1 - rect.c0;
-      l.pieces.push_back({r, rect.c0, rect.c1, f, uint32_t(cuda_tiles(cols)), uint32_t(cuda_groups(f, cols)), 0, 0, 0,
+      l.pieces.push_back({r, rect.c0, rect.c1, f, uint32_t(cuda_tiles(cols)), uint32_t(cuda_groups(f, cols)), 0, 0, 0, 0,
                           uint64_t(cuda_code_bytes(f, cols)), uint64_t(cuda_scale_bytes(f, cols)), uint64_t(cuda_zero_bytes(f, cols))});
       b.pieces++;
     }
