@@ -119,7 +119,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("targets", usable_targets);
   m.def("target", [] { return std::string(current_target().name); });
   m.def("set_target", set_target);
-  m.def("uses_gemm", uses_gemm);
+  m.def("uses_gemm", [](uintptr_t blob, int64_t m, bool a8) { return uses_gemm(reinterpret_cast<const uint8_t*>(blob), m, a8); });
 
   m.def("blob_nbytes", [](const py::tuple& w) { return blob_nbytes(weight_of(w)); });
   m.def("prepack", [](const py::tuple& t, uintptr_t blob, int threads) {

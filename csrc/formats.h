@@ -150,8 +150,9 @@ The 16 lanes are 16 rows. Rows are padded to a multiple of 16 and columns to a m
     scales   [tile][groups]    16 x fp16 or bf16
     zeros    [tile][groups]    _asym: 16 x int8, z - 2^(bits-1);  _fz: 16 x fp16 or bf16
 
-Uniform codes are stored centred: `q - 2^(bits-1)` in two's complement, which is `q` with its top bit flipped. So symmetric formats need no
-correction at all in the float kernels. Padding is: code 0, scale 0, zero 0; the padded inputs are zero too.
+Uniform codes of 2, 3 and 4 bits are stored centred: `q - 2^(bits-1)` in two's complement, which is `q` with its top bit flipped. So symmetric
+formats need no correction at all in the float kernels. Those of 8 bits are stored as they are: the integer kernels multiply unsigned bytes, and
+read these straight from memory. Padding is: code 0, scale 0, zero 0; the padded inputs are zero too.
 
 ### Column lanes: lut
 

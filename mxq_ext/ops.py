@@ -335,22 +335,22 @@ def target() -> str:
     return _native.cpu.target()
 
 
-def kernel_name(format_name: str, rows: int, compute: str = "a16") -> str:
-    """``<op>_<format>_<compute>__<target>``, for example ``gemv_w4g64_a16__avx512``. fp16 is always a16: there is nothing to multiply in integers."""
+def _kernel_name(blob: torch.Tensor, format_name: str, rows: int, compute: str) -> str:
+    # fp16 is always a16: there is nothing to multiply in integers.
     if format_name.removesuffix("+sparse") == "fp16":
         compute = "a16"
-    return f"{'gemm' if _native.cpu.uses_gemm(rows, compute == 'a8') else 'gemv'}_{format_name}_{compute}__{target()}"
+    return f"{'gemm' if _native.cpu.uses_gemm(blob.data_ptr(), rows, compute == 'a8') else 'gemv'}_{format_name}_{compute}__{target()}"
 
 
 def explain(p: Packed, m: int, dtype: torch.dtype = torch.float32, compute: str = "a16") -> str:
-    """Name of the kernel that computes ``m`` rows of x; see :func:`kernel_name`.
+    """Name of the kernel that computes ``m`` rows of x: ``<op>_<format>_<compute>__<target>``, for example ``gemv_w4g64_a16__avx512``.
 
     ``dtype`` is x's; all float types share one kernel (they are converted to float32 once per call), so that it must only be one of them.
     """
     if dtype not in TYPES:
         raise ShapeError(f"kernel for x of {str(dtype)[6:]}", "x must be float32, bfloat16 or float16", "choose one of those")
     check_compute(compute)
-    return kernel_name(p.format_name, m, compute)
+    return _kernel_name(p.blob, p.format_name, m, compute)
 
 
 _PRINT = env.flag("MXQ_PRINT_CONFIG")
@@ -361,7 +361,7 @@ def _print_config(blob: torch.Tensor, n: int, k: int, rows: int, name: str | Non
     name = name or _describe(blob)["format_name"]
     if (key := (n, k, rows, name, compute)) not in _printed:
         _printed.add(key)
-        print(f"mxq_ext: linear M={rows} N={n} K={k}: {kernel_name(name, rows, compute)}", file=sys.stderr)
+        print(f"mxq_ext: linear M={rows} N={n} K={k}: {_kernel_name(blob, name, rows, compute)}", file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------------------------------ torch.library

@@ -463,6 +463,8 @@ def test_explain_names_the_kernel(target):
     assert ops.explain(half, 9, compute="a8") == ops.explain(half, 9) == f"gemv_fp16_a16__{target}"
     assert torch.equal(ops.linear(torch.ones(12, 8), half, None, "a8"), torch.full((12, 4), 8.0))
     assert ops.explain(p, 8, compute="a8") == f"gemv_w4g64_a8__{target}" and ops.explain(p, 9, compute="a8") == f"gemm_w4g64_a8__{target}"
+    w8, first = ops.prepack(cases.random_qtensor("w8", 16, 64)), 3 if target == "avx512vnni" else 9  # only VNNI multiplies unsigned bytes
+    assert ops.explain(w8, first - 1, compute="a8") == f"gemv_w8_a8__{target}" and ops.explain(w8, first, compute="a8") == f"gemm_w8_a8__{target}"
 
 
 def test_targets_are_listed_slowest_first():

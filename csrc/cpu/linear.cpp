@@ -26,7 +26,13 @@ void fetch_first(const uint8_t* blob) {
 
 }  // namespace
 
-bool uses_gemm(int64_t m, bool a8) { return m > (a8 ? GEMV8_ROWS : GEMV_ROWS); }
+bool uses_gemm(const uint8_t* blob, int64_t m, bool a8) {
+  const Header& h = header(blob);
+  if (!a8 || !h.slots8) return m > GEMV_ROWS;
+  const Piece* pieces = at<Piece>(blob, h.off_pieces);
+  const bool bytes = std::all_of(pieces, pieces + h.pieces, [](const Piece& p) { return p.format.kind == UNIFORM && p.format.bits == 8; });
+  return m > (bytes && current_target().direct8 ? DIRECT8_ROWS : GEMV8_ROWS);
+}
 
 void linear(const uint8_t* blob, const void* x, int64_t ldx, int type, int64_t m, void* y, const void* bias, int bias_type, bool a8, int threads) {
   const Header& h = header(blob);
@@ -39,7 +45,7 @@ void linear(const uint8_t* blob, const void* x, int64_t ldx, int type, int64_t m
   threads = useful_threads(work, threads);
 
   Job job{};
-  job.blob = blob, job.ldx = ldx, job.type = type, job.bias = bias, job.bias_type = bias_type, job.m = pass, job.gemm = uses_gemm(m, a8), job.a8 = a8;
+  job.blob = blob, job.ldx = ldx, job.type = type, job.bias = bias, job.bias_type = bias_type, job.m = pass, job.gemm = uses_gemm(blob, m, a8), job.a8 = a8;
   const InputSizes inputs(h, pass, a8);
   const int64_t per_worker = job.gemm ? aligned(target.gemm_scratch(job)) : 0;
   float* const memory = scratch.get(inputs.total() + per_worker * threads);

@@ -259,6 +259,7 @@ static void gemm(const Job& j, int64_t tile0, int64_t tile1, float* scratch) {
 }  // namespace MXQ_TARGET
 
 extern const Target MXQ_TARGET_TABLE = {MXQ_TARGET_NAME, {MXQ_TARGET::GEMV_BLOCK, MXQ_TARGET::GEMM_BLOCK, MXQ_TARGET::GEMM_TILES},
-                                        {MXQ_TARGET::GEMV8_BLOCK, MXQ_TARGET::GEMM8_BLOCK, MXQ_TARGET::GEMM8_TILES}, MXQ_TARGET::prepare, MXQ_TARGET::gemv, MXQ_TARGET::gemm, MXQ_TARGET::gemm_scratch};
+                                        {MXQ_TARGET::GEMV8_BLOCK, MXQ_TARGET::GEMM8_BLOCK, MXQ_TARGET::GEMM8_TILES}, MXQ_TARGET::VNNI,
+                                        MXQ_TARGET::prepare, MXQ_TARGET::gemv, MXQ_TARGET::gemm, MXQ_TARGET::gemm_scratch};
 
 }  // namespace mxq

@@ -60,6 +60,16 @@ struct Words<3, SIGNED> {  // 3 bits: a whole stripe, because quads 6 and 7 lie 
   }
 };
 
+struct Codes8 {  // 8 bits, not centred in memory
+  static constexpr int STEP = 4, BYTES = 64;
+  static constexpr bool SCALED = true;
+  template <class F>
+  MXQ_INLINE void step(const uint8_t* p, const Book& book, F&& f) {
+    const W w = field<0xffffffffu, 0x80808080u>(load_words(p));
+    unroll<4>([&](auto i) MXQ_LAMBDA { f(i, centred<8, 8 * decltype(i)::value>(book, w)); });
+  }
+};
+
 struct Halves {  // fp16
   static constexpr int STEP = 8, BYTES = 256;
   static constexpr bool SCALED = false;
@@ -120,10 +130,10 @@ MXQ_INLINE V sum_of(const V* v) {
 // 4096 x 4096 w4g128 a8 M = 1 takes 0.23 ms without it or 2 KB ahead, 0.22 at 4 KB, 0.19 from 8 KB on; w2g128 0.14, 0.12, 0.10, and 0.085 at 16 KB.
 static constexpr int AHEAD = 16384;
 // Nothing from `stop` on, where another thread's tiles or another layer's bytes begin.
-template <int BYTES>
+template <int BYTES, int LEVEL = 3>  // 3: into L1, 2: into L2
 MXQ_INLINE void prefetch(const uint8_t* codes, const uint8_t* stop) {
   if (codes + AHEAD >= stop) return;
-  unroll<BYTES / 64>([&](auto i) MXQ_LAMBDA { __builtin_prefetch(codes + AHEAD + 64 * decltype(i)::value); });
+  unroll<BYTES / 64>([&](auto i) MXQ_LAMBDA { __builtin_prefetch(codes + AHEAD + 64 * decltype(i)::value, 0, LEVEL); });
 }
 
 // acc[m][16 rows] += x[m] . tile for MR rows of x, interleaved. With one-hot x the result is the dequantized weight to the last bit:
@@ -260,7 +270,7 @@ static void gemv_piece(const Job& j, const Piece& p, int64_t tile, int64_t end, 
     case 2: return gemv_tile<Words<2, true>, MR>(t, book, x, sums, acc);
     case 3: return gemv_tile<Words<3, true>, MR>(t, book, x, sums, acc);
     case 4: return gemv_tile<Words<4, true>, MR>(t, book, x, sums, acc);
-    case 8: return gemv_tile<Words<8, true>, MR>(t, book, x, sums, acc);
+    case 8: return gemv_tile<Codes8, MR>(t, book, x, sums, acc);
     default: return gemv_tile<Halves, MR>(t, book, x, sums, acc);
   }
 }
@@ -322,7 +332,7 @@ static void decode_panel(const Job& j, const Piece& p, int64_t tile, int64_t row
     case 2: return decode_tile<Words<2, true>>(t, book, c0, c1, panel);
     case 3: return decode_tile<Words<3, true>>(t, book, c0, c1, panel);
     case 4: return decode_tile<Words<4, true>>(t, book, c0, c1, panel);
-    case 8: return decode_tile<Words<8, true>>(t, book, c0, c1, panel);
+    case 8: return decode_tile<Codes8>(t, book, c0, c1, panel);
     default: return decode_tile<Halves>(t, book, c0, c1, panel);
   }
 }

@@ -75,7 +75,7 @@ struct Quads<8, IN_PLACE> {
   template <class F>
   MXQ_INLINE void step(const uint8_t* p, const Bytes&, F&& f) {
     unroll<8>([&](auto v) MXQ_LAMBDA {
-      f(v, Int<0>{}, field<0xffffffffu, BIAS * 0x01010101u>(load_words(p + 64 * decltype(v)::value)));
+      f(v, Int<0>{}, field<0xffffffffu, (128 - BIAS) * 0x01010101u>(load_words(p + 64 * decltype(v)::value)));
     });
   }
 };
@@ -293,7 +293,7 @@ static void gemv8_row(const uint8_t* p, const uint8_t* row, const Input8& in, co
   };
   int64_t left = in.stride / SLICE;
   for (; left >= 8; left -= 8, x += 8 * SLICE, units += 4 * in.step, p += D::BYTES) {
-    prefetch<D::BYTES>(p, stop);
+    prefetch<D::BYTES, 2>(p, stop);  // every row reads all of x: L1 has no room for codes that come later
     D::step(table, p, [&](auto q, W u) MXQ_LAMBDA {
       constexpr int Q = decltype(q)::value;
       if constexpr (Q % 2 == 0) begin();
@@ -357,7 +357,8 @@ static void gemv8_piece(const Job& j, const Piece& p, int64_t pieces, int64_t ti
 
 // ------------------------------------------------------------------------------------------------------------------------ gemm8
 
-// Panel: DEPTH8 columns of GEMM8_TILES row tiles as bytes, [tile][column/4][row][4]. 256 x 64 bytes are 16 KB: it stays in L1 beside the block of
+// Panel: DEPTH8 columns of GEMM8_TILES row tiles as bytes, [tile][column/4][row][4].
+// Codes of 8 bits lie like that in memory already, and are read from there (direct8). 256 x 64 bytes are 16 KB: it stays in L1 beside the block of
 // x and the sums of one block, while all rows of x pass by it.
 static constexpr int DEPTH8 = 256;
 static constexpr int TILE8 = DEPTH8 * 16;                 // bytes of a tile in the panel
@@ -456,9 +457,9 @@ static Reading reading(Format f, bool late) {
 // acc[m][lda] += one group, or = if it is the `first`: `quads` quads of NV tiles times MR rows of x, `stride` bytes apart. Meanwhile the codes at `next` and `other`,
 // if not null, are prefetched, 64 bytes of each a quad: as one burst while unpacking they would overrun the queue of outstanding loads, and the
 // next panel would wait for memory.
-template <int NV, int MR, bool SMALL>
-static void gemm8_block(const uint8_t* panel, const int8_t* x, int64_t stride, int64_t quads, Reading how, const GroupScale* scales, const float* units,
-                        const int32_t* sums, bool first, float* acc, int64_t lda, const uint8_t* next, const uint8_t* other) {
+template <int NV, int MR, bool SMALL, bool ALONE>
+static void gemm8_block(const uint8_t* panel, int64_t tile_step, const int8_t* x, int64_t stride, int64_t quads, Reading how, const GroupScale* scales, const float* units,
+                        const int32_t* sums, bool first, float* acc, int64_t lda, const uint8_t* next, const uint8_t* other, int64_t third) {
   W d[MR * NV];
   unroll<MR>([&](auto m) MXQ_LAMBDA {
     const W start = ints(-how.offset * sums[decltype(m)::value]);
@@ -470,13 +471,17 @@ static void gemm8_block(const uint8_t* panel, const int8_t* x, int64_t stride, i
       unroll<4>([&](auto i) MXQ_LAMBDA {
         __builtin_prefetch(next + 64 * decltype(i)::value, 0, 2);
         __builtin_prefetch(other + 64 * decltype(i)::value, 0, 2);
+        if constexpr (ALONE) {
+          __builtin_prefetch(next + third + 64 * decltype(i)::value, 0, 2);
+          __builtin_prefetch(other + third + 64 * decltype(i)::value, 0, 2);
+        }
       });
       next += 256, other += 256;
     }
     unroll<4>([&](auto i) MXQ_LAMBDA {
       constexpr int I = decltype(i)::value;
       W u[NV];
-      unroll<NV>([&](auto v) MXQ_LAMBDA { u[decltype(v)::value] = load_words(panel + TILE8 * decltype(v)::value + 64 * I); });
+      unroll<NV>([&](auto v) MXQ_LAMBDA { u[decltype(v)::value] = load_words(panel + tile_step * decltype(v)::value + 64 * I); });
       unroll<MR>([&](auto m) MXQ_LAMBDA {
         constexpr int M = decltype(m)::value;
         W b = four_bytes(x + M * stride + 4 * I);
@@ -520,6 +525,7 @@ static void gemm8_block(const uint8_t* panel, const int8_t* x, int64_t stride, i
 // All blocks of x times the panel of columns c0 .. c1.
 struct PanelJob {
   const uint8_t* panel;
+  int64_t tile_step;  // bytes from tile to tile
   const int8_t* x;
   int64_t c0, c1;
   Reading how;
@@ -551,7 +557,13 @@ static void gemm8_all_blocks(const Job& j, const GemmChunk& k, const PanelJob& a
       const uint8_t* next = tile < NV ? a.next[tile] + fetched : nullptr;  // two tiles at a time
       const uint8_t* other = tile + 1 < NV ? a.next[tile + 1] + fetched : next;
       unroll<GEMM8_BLOCK>([&](auto m) MXQ_LAMBDA {
-        if (mr == decltype(m)::value + 1) gemm8_block<NV, decltype(m)::value + 1, SMALL>(panel, x, full, width / 4, a.how, scales, units, sums, begin, acc, k.lda, next, other);
+        constexpr int MR = decltype(m)::value + 1;
+        if (mr != MR) return;
+        if constexpr (NV == 4) {
+          if (next && j.blocks == 1)
+            return gemm8_block<NV, MR, SMALL, true>(panel, a.tile_step, x, full, width / 4, a.how, scales, units, sums, begin, acc, k.lda, next, other, a.next[2] - a.next[0]);
+        }
+        gemm8_block<NV, MR, SMALL, false>(panel, a.tile_step, x, full, width / 4, a.how, scales, units, sums, begin, acc, k.lda, next, other, 0);
       });
       units += in.step, sums += in.step, scales += GEMM8_TILES;
       fetched += width / 4 * 64;
@@ -569,15 +581,17 @@ static void gemm8_piece(const Job& j, const GemmChunk& k, uint32_t index, uint32
   GroupScale scales[DEPTH8 / 32 * GEMM8_TILES];
   float late[16 * GEMM8_TILES];
   const int64_t next_bytes = column_lanes(p.format) ? 0 : DEPTH8 * 16 * p.format.bits / 8;  // the rows of a lut tile lie apart: see unpack_rows
-  PanelJob a{panel, in.bytes, 0, 0, reading(p.format, scales_late(j, p.format, pieces)), in, scales, {}, next_bytes, false, false, nullptr};
+  const bool direct = VNNI && p.format.kind == UNIFORM && p.format.bits == 8;  // lie in memory as in a panel
+  PanelJob a{panel, direct ? (int64_t)p.code_step : TILE8, in.bytes, 0, 0, reading(p.format, scales_late(j, p.format, pieces)), in, scales, {}, next_bytes, false, false, nullptr};
   for (int64_t c0 = 0; c0 < padded; c0 += DEPTH8) {
     const int64_t c1 = c0 + DEPTH8 < padded ? c0 + DEPTH8 : padded;
     a.c0 = c0, a.c1 = c1, a.first = index == 0 && c0 == 0, a.last = index + 1 == pieces && c1 == padded;
+    if (direct) a.panel = j.blob + p.codes + k.first * p.code_step + 16 * c0;
     for (int64_t t = 0; t < k.count; t++) {
       const int64_t tile = k.first + t, tile_rows = k.rows - 16 * t < 16 ? k.rows - 16 * t : 16;
       a.next[t] = next_codes(j, p, tile, c0);
       fetch_scales(j, p, tile, c1 < padded ? c1 : -1);
-      unpack_panel(j, p, tile, tile_rows, in.group, c0, c1, panel + TILE8 * t);
+      if (!direct) unpack_panel(j, p, tile, tile_rows, in.group, c0, c1, panel + TILE8 * t);
       for (int64_t c = c0, i = 0; c < c1; c += in.group, i++) {
         GroupScale& to = scales[i * GEMM8_TILES + t];
         if (p.format.kind != LUT) {

@@ -33,7 +33,7 @@ void linear_group(const GroupItem* items, int count, const void* x, int64_t ldx,
   for (const GroupItem* i = items; i < items + count; i++) {
     const Header& h = header(i->blob);
     work += int64_t(h.n) * h.k * m, tiles_of_all += h.tiles;
-    gemm = gemm || uses_gemm(m, in_integers(*i));
+    gemm = gemm || uses_gemm(i->blob, m, in_integers(*i));
   }
   threads = useful_threads(work, threads);
   // Alone, one after the other is as fast and has each weight's first bytes fetched early; many rows have enough work for a section each.

@@ -202,15 +202,16 @@ struct RowView {
     const int bits = p.format.bits;
     if (bits == 16) return load_u16(codes + (c * LANES + lane) * 2);
     if (column_lanes(p.format)) return stripe_get(codes + c / 512 * bits * 64, slice_code(c), int(c % SLICE / 4), bits);
-    const uint32_t flip = p.format.kind == UNIFORM ? 1u << (bits - 1) : 0;
-    return stripe_get(codes + c / STRIPE * bits * 64, int(c % STRIPE), lane, bits) ^ flip;
+    return stripe_get(codes + c / STRIPE * bits * 64, int(c % STRIPE), lane, bits) ^ flip();
   }
   void put(int64_t c, uint32_t code) const {
     const int bits = p.format.bits;
     if (bits == 16) store_u16(codes + (c * LANES + lane) * 2, uint16_t(code));
     else if (column_lanes(p.format)) stripe_put(codes + c / 512 * bits * 64, slice_code(c), int(c % SLICE / 4), bits, code);
-    else stripe_put(codes + c / STRIPE * bits * 64, int(c % STRIPE), lane, bits, code ^ (p.format.kind == UNIFORM ? 1u << (bits - 1) : 0));
+    else stripe_put(codes + c / STRIPE * bits * 64, int(c % STRIPE), lane, bits, code ^ flip());
   }
+  // Uniform codes lie centred, as two's complement; those of 8 bits as they are, since vpdpbusd reads them from there as unsigned bytes.
+  uint32_t flip() const { return p.format.kind == UNIFORM && p.format.bits < 8 ? 1u << (p.format.bits - 1) : 0; }
   static int slice_code(int64_t c) { return int(c / SLICE % 8 * 4 + c % 4); }
   uint8_t* half(uint8_t* base, int64_t i) const { return base + (i * LANES + lane) * 2; }
 };
