@@ -6,7 +6,7 @@
 Candidates take turns, round after round, in one process: transformers in bfloat16, torch's dynamic int8, this package module by module and layers at
 once (a16 and a8), and llama.cpp where ``llama_cpp`` can be imported: on the files given with ``--gguf``, and for the demo's model on its own GGUF and
 what llama.cpp makes of it. Each has three numbers, the best and the median of the rounds: ``generate`` is ``model.generate`` as people call it, ``step`` a
-bare loop of forward and argmax, ``prefill`` the prompt. llama.cpp has the last two. Weights are quantized to nearest: only their bytes matter here.
+bare loop of forward and argmax (``mxq generate`` is one), ``prefill`` the prompt. llama.cpp has the last two. Weights are quantized to nearest: only their bytes matter here.
 """
 
 from __future__ import annotations

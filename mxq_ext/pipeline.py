@@ -19,6 +19,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from torch import nn
 
 from . import checkpoint
 from . import text as texts
+from .decoding import end_tokens, greedy
 from .errors import BudgetError, CheckpointError, ModelError, MxqError, PlanError, QuantizationError
 from .fileio import load_tensors, save_tensors
 from .formats import Format
@@ -427,11 +429,17 @@ def evaluate_checkpoint(path, *, reference=None, text=None, windows: int = 12, l
 
 @torch.inference_mode()
 def generate_text(path, prompt: str, *, max_new_tokens: int = 64) -> dict:
-    """``mxq generate``: continues ``prompt`` greedily."""
+    """``mxq generate``: continues ``prompt`` with the most probable token each time, up to one that ends a text (the last one of the result then).
+
+    Of the model's generation config only these end tokens count: no penalties, no sampling.
+    """
     model, tokenizer = load(path)
     ids = need_tokenizer(tokenizer, path)(prompt, return_tensors="pt")["input_ids"]
     if ids.shape[1] == 0:
         raise MxqError("generating", "the prompt has no tokens", "pass a prompt that is not empty")
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False,
-                         pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id)
-    return {"model": str(path), "text": tokenizer.decode(out[0], skip_special_tokens=True), "new_tokens": out.shape[1] - ids.shape[1]}
+    written, ends = [], end_tokens(model)
+    for token in islice(greedy(model, ids), max_new_tokens):
+        written.append(token)
+        if token in ends:
+            break
+    return {"model": str(path), "text": tokenizer.decode([*ids[0].tolist(), *written], skip_special_tokens=True), "new_tokens": len(written)}

@@ -7,12 +7,15 @@ import subprocess
 import sys
 import textwrap
 import time
+from itertools import islice
 
 import pytest
 import torch
 from conftest import make_model, make_tokenizer
 
 from mxq_ext import checkpoint, pipeline, trials
+from mxq_ext.checkpoint import load
+from mxq_ext.decoding import end_tokens, greedy
 from mxq_ext.errors import BudgetError, CheckpointError, MxqError, PlanError
 from mxq_ext.nn import QuantEmbedding, QuantLinear
 from mxq_ext.plan import Plan
@@ -136,12 +139,21 @@ def test_sense_refuses_statistics_of_another_model(source, tmp_path):
         pipeline.sense_model(source / "model", tmp_path / "stats", tmp_path / "cost.json", candidates=CANDIDATES)
 
 
-def test_evaluate_and_generate_on_paths(source, tmp_path):
+def test_evaluate_and_generate_on_paths(source, tmp_path, monkeypatch):
     run(source, tmp_path / "q", bits=8)
     (tmp_path / "held.txt").write_text(TEXT[::-1])
     report = pipeline.evaluate_checkpoint(tmp_path / "q", reference=source / "model", text=tmp_path / "held.txt", windows=2, length=64)
     assert report["perplexity"] > 1 and 0 <= report["kl"] < 1
-    assert pipeline.generate_text(tmp_path / "q", "hello", max_new_tokens=4)["new_tokens"] <= 4
+    model, tokenizer = load(tmp_path / "q"), make_tokenizer()
+    ids = tokenizer("hello", return_tensors="pt")["input_ids"]
+    expected = model.generate(ids, max_new_tokens=6, min_new_tokens=6, do_sample=False)[0, ids.shape[1]:].tolist()
+    assert list(islice(greedy(model, ids), 6)) == expected
+    for tokens, ends in ((None, ()), (7, (7,)), ([7, 3], (3, 7))):
+        model.generation_config.eos_token_id = tokens
+        assert sorted(end_tokens(model)) == list(ends)
+    monkeypatch.setattr(pipeline, "end_tokens", lambda model: {expected[3]})
+    assert pipeline.generate_text(tmp_path / "q", "hello", max_new_tokens=6)["new_tokens"] == expected.index(expected[3]) + 1
+    assert pipeline.generate_text(tmp_path / "q", "hello", max_new_tokens=1)["new_tokens"] == 1
     with pytest.raises(MxqError, match="prompt"):
         pipeline.generate_text(tmp_path / "q", "")
 
