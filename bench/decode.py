@@ -5,8 +5,9 @@
 
 Candidates take turns, round after round, in one process: transformers in bfloat16, torch's dynamic int8, this package module by module and layers at
 once (a16 and a8), and llama.cpp where ``llama_cpp`` can be imported: on the files given with ``--gguf``, and for the demo's model on its own GGUF and
-what llama.cpp makes of it. Each has three numbers, the best and the median of the rounds: ``generate`` is ``model.generate`` as people call it, ``step`` a
-bare loop of forward and argmax (``mxq generate`` is one), ``prefill`` the prompt. llama.cpp has the last two. Weights are quantized to nearest: only their bytes matter here.
+what llama.cpp makes of it. Each has three numbers, the best and the median of the rounds: ``generate`` is ``model.generate`` as people call it, ``step``
+a bare loop of forward and argmax (``mxq generate`` is one), ``prefill`` the prompt. llama.cpp has the last two. Weights are quantized to nearest: only
+their bytes matter here.
 """
 
 from __future__ import annotations
@@ -60,6 +61,19 @@ def arguments(parser) -> None:
     parser.add_argument("--rounds", type=int, default=5)
 
 
+class Clock:
+    """A streamer for ``model.generate`` that notes when the prompt and each token are handed over."""
+
+    def __init__(self):
+        self.times: list[float] = []
+
+    def put(self, value) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Nothing is left to do."""
+
+
 def of_model(name: str, nbytes: int, model: nn.Module, use: Callable[[], None] = lambda: None) -> Candidate:
     """A candidate that is a model of transformers."""
 
@@ -83,9 +97,10 @@ def of_model(name: str, nbytes: int, model: nn.Module, use: Callable[[], None] =
 
     def generate(ids: torch.Tensor, new: int) -> float:
         options = {"attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": 0}
-        # the prompt's time is taken off by a call that writes one token
-        return timed(lambda: model.generate(ids, max_new_tokens=new + 1, min_new_tokens=new + 1, **options)) - timed(
-            lambda: model.generate(ids, max_new_tokens=1, **options))
+        clock = Clock()
+        with frozen(model), torch.inference_mode():
+            model.generate(ids, max_new_tokens=new + 1, min_new_tokens=new + 1, streamer=clock, **options)
+        return clock.times[-1] - clock.times[1]  # from the first token on: the prompt, which is handed over first, is another number
 
     return Candidate(name, nbytes, use, steps, lambda ids: timed(lambda: Decoder(model).step(ids)), generate)
 

@@ -35,8 +35,8 @@ class Decoder:
 def greedy(model: nn.Module, ids: torch.Tensor) -> Iterator[int]:
     """Without end the most probable next token, after the prompt ``ids`` [1, T] and those before it.
 
-    One forward and one argmax a token. What ``model.generate`` does beside (masks, processors, criteria) takes 1.6 ms a token, the layers and the head of
-    a model of 135M parameters in 4 bits 4.5 (bench/results/decode-cpu.md).
+    One forward and one argmax a token. What ``model.generate`` does beside (masks, processors, criteria) takes 1.4 ms a token, the layers and the head of
+    a model of 135M parameters in 4 bits 5 (bench/results/decode-cpu.md).
     """
     decoder = Decoder(model)
     while True:
