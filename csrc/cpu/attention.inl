@@ -24,7 +24,7 @@ struct PageView {
   Book book;
   const uint8_t* codes;
   const uint16_t* params;
-  int64_t codes_ahead, params_ahead;  // bytes from here to what is due in some 300 ns, see AHEAD; 0: nothing
+  int64_t codes_ahead, params_ahead;  // bytes from here to what is due in some 300 ns, see ahead_of; 0: nothing
 };
 
 MXQ_INLINE void prefetch_lines(const void* p, int64_t ahead, int64_t bytes) {
@@ -435,7 +435,7 @@ static void attend_run(const Attend& a, int64_t item, float* scratch) {
   const int64_t sinks = sink_chunks(a), first_tail = sinks + a.page_count, chunks = a.chunk1 - a.chunk0;
   const int64_t begin = a.chunk0 + part_start(chunks, a.runs, run), end = a.chunk0 + part_start(chunks, a.runs, run + 1);
   PageView key{a.key, {}, nullptr, nullptr, 0, 0}, value{a.value, {}, nullptr, nullptr, 0, 0};
-  const int64_t ahead = ceil_div(AHEAD, page_bytes(a.key) + page_bytes(a.value)), pairs = a.batch * a.kv_heads;
+  const int64_t ahead = ceil_div(ahead_of<0>(), page_bytes(a.key) + page_bytes(a.value)), pairs = a.batch * a.kv_heads;
   const int64_t first_page = begin > sinks ? begin - sinks : 0, last_page = end < first_tail ? end - sinks : a.page_count;
   // The page that is due `ahead` pages later; behind the run's last one come those of the next head, which is the next item. The same page: nothing.
   const auto later_page = [&](int64_t page) {

@@ -134,7 +134,7 @@ static void add_sparse(const Job& j, int64_t tile, int64_t m0, int64_t mr, float
   if (mr == 1) {
     V sum = load(acc);
     for (; step < end; step++) {
-      __builtin_prefetch(step + 32);
+      __builtin_prefetch(step + 32), __builtin_prefetch((const char*)(step + 32) + 64);  // a step takes a line and a half
       sum = fma(load_half(step->value), gather(x, step->column), sum);
     }
     store(acc, sum);
@@ -202,6 +202,16 @@ MXQ_INLINE void fetch_ends(const Job& j, int64_t row0) {
   else if (j.bias) __builtin_prefetch((const char*)j.bias + (row0 + ROWS) * (j.bias_type == F32 ? 4 : 2));
 }
 
+// Scales, zeros and tables about as far ahead as prefetch() is with codes: short runs, a tile apart, that the hardware does not follow.
+MXQ_INLINE void fetch_scales_ahead(const Job& j, const Piece& p, int64_t tile, int64_t end) {
+  const int64_t steps = column_lanes(p.format) ? 16 : 1;  // to a tile
+  tile += 1 + ahead_of<0>() / (steps * (int64_t)p.code_step + 1);
+  if (tile >= end) return;
+  const uint8_t* scales = j.blob + p.scales + tile * steps * p.scale_step;
+  for (int64_t i = 0; i < steps * (int64_t)p.scale_step; i += 64) __builtin_prefetch(scales + i, 0, 2);
+  for (int64_t i = 0; i < (int64_t)p.zero_step; i += 64) __builtin_prefetch(j.blob + p.zeros + tile * p.zero_step + i, 0, 2);
+}
+
 static void gemv(const Job& j, int64_t tile0, int64_t tile1, float*) {
   const TileRun run = find_tiles(j.blob, tile0, tile1);
   const int64_t end = tiles(run.band->r1 - run.band->r0);  // prefetching goes on beyond tile1: the next chunk is mostly this thread's as well
@@ -209,6 +219,7 @@ static void gemv(const Job& j, int64_t tile0, int64_t tile1, float*) {
   for (int64_t tile = run.first; tile < run.first + run.count; tile++) {
     const int64_t row0 = run.band->r0 + tile * 16, left = run.band->r1 - row0, rows = left < 16 ? left : 16;
     fetch_ends(j, row0);
+    for (uint32_t i = 0; i < run.band->pieces; i++) fetch_scales_ahead(j, pieces[i], tile, end);
     for (int64_t b = 0; b < j.blocks; b++) {
       const int64_t m0 = block_start(j, b), mr = block_start(j, b + 1) - m0;
       float acc[GEMV_BLOCK * 16] = {0};

@@ -127,13 +127,17 @@ MXQ_INLINE V sum_of(const V* v) {
 }
 
 // Asks for the codes that are due in some 300 ns. The hardware follows a stream by itself, but not across 4 KB pages and not deep enough: at
-// 4096 x 4096 w4g128 a8 M = 1 takes 0.23 ms without it or 2 KB ahead, 0.22 at 4 KB, 0.19 from 8 KB on; w2g128 0.14, 0.12, 0.10, and 0.085 at 16 KB.
-static constexpr int AHEAD = 16384;
+// 4096 x 4096 on Zen 5 w4g128 a8 M = 1 takes 0.23 ms without it or 2 KB ahead, 0.22 at 4 KB, 0.19 from 8 KB on; w2g128 0.14, 0.12, 0.10, and 0.085 at 16 KB.
+// Into L2: an L1 of 32 KB has no room for them beside x and the codes at hand. On Zen 4 w2g128 takes 0.8, column bands with a sparse part 0.65 of the
+// time that they take with the same distance into L1; wide codes take 0.93 to 0.97 at half the distance.
+template <int BYTES>
+static constexpr int ahead_of() { return BYTES < 256 ? 16384 : 8192; }
 // Nothing from `stop` on, where another thread's tiles or another layer's bytes begin.
-template <int BYTES, int LEVEL = 3>  // 3: into L1, 2: into L2
+template <int BYTES>
 MXQ_INLINE void prefetch(const uint8_t* codes, const uint8_t* stop) {
+  constexpr int AHEAD = ahead_of<BYTES>();
   if (codes + AHEAD >= stop) return;
-  unroll<BYTES / 64>([&](auto i) MXQ_LAMBDA { __builtin_prefetch(codes + AHEAD + 64 * decltype(i)::value, 0, LEVEL); });
+  unroll<BYTES / 64>([&](auto i) MXQ_LAMBDA { __builtin_prefetch(codes + AHEAD + 64 * decltype(i)::value, 0, 2); });
 }
 
 // acc[m][16 rows] += x[m] . tile for MR rows of x, interleaved. With one-hot x the result is the dequantized weight to the last bit:

@@ -293,7 +293,7 @@ static void gemv8_row(const uint8_t* p, const uint8_t* row, const Input8& in, co
   };
   int64_t left = in.stride / SLICE;
   for (; left >= 8; left -= 8, x += 8 * SLICE, units += 4 * in.step, p += D::BYTES) {
-    prefetch<D::BYTES, 2>(p, stop);  // every row reads all of x: L1 has no room for codes that come later
+    prefetch<D::BYTES>(p, stop);
     D::step(table, p, [&](auto q, W u) MXQ_LAMBDA {
       constexpr int Q = decltype(q)::value;
       if constexpr (Q % 2 == 0) begin();
