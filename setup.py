@@ -171,6 +171,7 @@ class NinjaBuild(build_ext):
         return " ".join(escape(f"-I{p}") for p in dict.fromkeys(includes))
 
     def write_cuda_ninja(self, path: Path, compiler: str, archs: list[str], output: Path) -> None:
+        static = Path(NVCC).resolve().parents[1] / "lib"  # where the wheels keep the runtime, and their nvcc does not look by itself
         codes = []
         for arch in archs:
             number = arch.removesuffix("+PTX").replace(".", "")
@@ -189,8 +190,7 @@ class NinjaBuild(build_ext):
             "  deps = gcc",
             f"  description = compile $in for {names}",
             "rule link",
-            # The wheels keep the static runtime in lib, where their nvcc does not look by itself.
-            f"  command = {escape(NVCC)} -ccbin {compiler} -shared -cudart=static -L{escape(Path(NVCC).resolve().parents[1] / 'lib')} -Xcompiler=-pthread $in -o $out",
+            f"  command = {escape(NVCC)} -ccbin {compiler} -shared -cudart=static -L{escape(static)} -Xcompiler=-pthread $in -o $out",
             "  description = link $out",
         ]
         objects = []

@@ -106,7 +106,7 @@ def install_torch(python: str, requirement: str, index: str) -> None:
 
 
 def install_cuda_compiler(python: str) -> None:
-    """The compiler wheels of the extra [cuda-build], unless there is a CUDA toolkit: then the build that follows makes mxq_ext._cuda. No failure ends the run."""
+    """The compiler wheels of the extra [cuda-build] for the build that follows, unless there is a CUDA toolkit. No failure ends the run."""
     if os.environ.get("MXQ_CUDA") == "0":
         return say("MXQ_CUDA=0: mxq_ext._cuda is not built, its tests are skipped")
     for name in ("CUDA_HOME", "CUDA_PATH"):

