@@ -251,8 +251,8 @@ class Runtime:
         """Rows ``ids`` (int64 [count]) of the weight: [count, K], the bits of :meth:`dequantize`. NaN for an id out of range, which the host cannot see."""
         out = torch.empty(ids.numel(), p.shape[1], dtype=dtype, device=p.blob.device)
         if out.numel():
-            address = p.head.data_ptr(), p.blob.data_ptr()
-            self.run(self.library.embedding(*address, ids.data_ptr(), ids.numel(), out.data_ptr(), TYPES[dtype], stream), f"embedding of {ids.numel()} ids in {p}")
+            address = p.head.data_ptr(), p.blob.data_ptr(), ids.data_ptr()
+            self.run(self.library.embedding(*address, ids.numel(), out.data_ptr(), TYPES[dtype], stream), f"embedding of {ids.numel()} ids in {p}")
         return out
 
 
