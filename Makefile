@@ -20,6 +20,9 @@ INPUTS := pyproject.toml setup.py .ci/venv.py $(wildcard third_party/*.txt) $(sh
 demo: $(READY)
 	$(VENV)/bin/mxq demo $(DEMO_ARGS)
 
+# One capability is built for the tests, which need the module and not its speed; + PTX, so that a GPU of another kind can run them too.
+test: export MXQ_CUDA_ARCHS ?= 8.0+PTX
+test: VENV_ARGS = --cuda-compiler
 # The linter's verdict counts, but pytest runs in any case and has the last word.
 test: $(READY)
 	@$(VENV)/bin/ruff check .; lint=$$?; \
@@ -36,7 +39,7 @@ venv: $(READY)
 
 # A run that was cut short leaves no stamp, so the next one resumes it.
 $(READY): $(INPUTS)
-	$(PYTHON) .ci/venv.py $(VENV) --torch "$(TORCH)" --torch-index "$(TORCH_INDEX)"
+	$(PYTHON) .ci/venv.py $(VENV) --torch "$(TORCH)" --torch-index "$(TORCH_INDEX)" $(VENV_ARGS)
 	@touch $@
 
 clean:

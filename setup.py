@@ -92,11 +92,12 @@ def find_nvcc() -> tuple[str | None, str]:
         return (str(nvcc), "CUDA_HOME") if nvcc.exists() else (None, f"not built, there is no {nvcc}, which CUDA_HOME asks for")
     if nvcc := shutil.which("nvcc"):
         return nvcc, "PATH"
-    for folder in sys.path:  # the wheels of `pip install mxq_ext[cuda-build]`
+    # The wheels of the extra [cuda-build]. A build that pip isolates does not have the environment's own packages in sys.path.
+    for folder in (*sys.path, sysconfig.get_paths()["purelib"]):
         nvcc = Path(folder) / "nvidia" / "cu13" / "bin" / "nvcc"
         if nvcc.exists():
             return str(nvcc), "nvidia-cuda-nvcc"
-    return None, "not built, nvcc is neither in CUDA_HOME nor in PATH nor in site-packages (pip install 'mxq_ext[cuda-build]' brings it)"
+    return None, "not built, nvcc is neither in CUDA_HOME nor in PATH nor in site-packages (pip install '.[cuda-build]' brings it)"
 
 
 def cuda_archs(nvcc: str) -> list[str]:
@@ -170,6 +171,7 @@ class NinjaBuild(build_ext):
         return " ".join(escape(f"-I{p}") for p in dict.fromkeys(includes))
 
     def write_cuda_ninja(self, path: Path, compiler: str, archs: list[str], output: Path) -> None:
+        static = Path(NVCC).resolve().parents[1] / "lib"  # where the wheels keep the runtime, and their nvcc does not look by itself
         codes = []
         for arch in archs:
             number = arch.removesuffix("+PTX").replace(".", "")
@@ -188,7 +190,7 @@ class NinjaBuild(build_ext):
             "  deps = gcc",
             f"  description = compile $in for {names}",
             "rule link",
-            f"  command = {escape(NVCC)} -ccbin {compiler} -shared -cudart=static -Xcompiler=-pthread $in -o $out",
+            f"  command = {escape(NVCC)} -ccbin {compiler} -shared -cudart=static -L{escape(static)} -Xcompiler=-pthread $in -o $out",
             "  description = link $out",
         ]
         objects = []

@@ -105,15 +105,38 @@ def install_torch(python: str, requirement: str, index: str) -> None:
         pip(python, requirement)
 
 
+def install_cuda_compiler(python: str) -> None:
+    """The compiler wheels of the extra [cuda-build] for the build that follows, unless there is a CUDA toolkit. No failure ends the run."""
+    if os.environ.get("MXQ_CUDA") == "0":
+        return say("MXQ_CUDA=0: mxq_ext._cuda is not built, its tests are skipped")
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        if os.environ.get(name):
+            return say(f"nvcc comes from {name}")
+    if shutil.which("nvcc"):
+        return say(f"nvcc is there already: {shutil.which('nvcc')}")
+    import tomllib  # not at the top: an old Python gets its sentence from check_machine()
+
+    with open("pyproject.toml", "rb") as f:
+        wheels = tomllib.load(f)["project"]["optional-dependencies"]["cuda-build"]
+    command = [python, "-m", "pip", "--disable-pip-version-check", "--no-input", "install", "--quiet", "--retries", "1", *wheels]
+    say("pip install " + " ".join(wheels))
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    if done.returncode:
+        say(f"WARNING: these wheels cannot be installed, so mxq_ext._cuda is NOT built and its tests are skipped. pip said: {done.stdout.strip()[-300:]}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder")
     parser.add_argument("--torch", required=True, help="requirement, for example torch==2.13.0")
     parser.add_argument("--torch-index", default="", help="package index that holds CPU builds of torch")
+    parser.add_argument("--cuda-compiler", action="store_true", help="install the compiler of mxq_ext._cuda where there is no CUDA toolkit")
     args = parser.parse_args()
     check_machine()
     python = make_environment(args.folder)
     install_torch(python, args.torch, args.torch_index)
+    if args.cuda_compiler:
+        install_cuda_compiler(python)
     pip(python, "-e", ".[dev,plot]")
     pip(python, "--no-deps", "-r", "third_party/demo-data.txt")
     say("ready")

@@ -8,7 +8,6 @@ Blocks per SM are what registers and threads allow (64 Ki registers and 64 warps
 
 import argparse
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -17,6 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # the checkout wins over an installed package
+
+from mxq_ext.doctor import find_nvcc  # noqa: E402
+
 DOCUMENT = ROOT / "docs" / "cuda.md"
 ARCHS = ("sm_80", "sm_90")
 FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "--expt-relaxed-constexpr", "--threads", "0"]
@@ -56,7 +59,7 @@ def compile_one(source: Path) -> list[Usage]:
     """Raises RuntimeError with the compiler's words; a warning is an error."""
     codes = [f"-gencode=arch=compute_{a[3:]},code={a}" for a in ARCHS]
     with tempfile.TemporaryDirectory() as folder:
-        command = [shutil.which("nvcc"), *FLAGS, *codes, "-Xptxas", "-v", "-c", str(source), "-o", f"{folder}/x.o"]
+        command = [find_nvcc(), *FLAGS, *codes, "-Xptxas", "-v", "-c", str(source), "-o", f"{folder}/x.o"]
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode or "warning" in done.stdout:
         raise RuntimeError(f"{source.name}:\n{done.stdout[-4000:]}")
@@ -98,8 +101,8 @@ if __name__ == "__main__":
     parser.add_argument("--write", action="store_true", help="update docs/cuda.md")
     parser.add_argument("--jobs", type=int, default=2)
     arguments = parser.parse_args()
-    if not shutil.which("nvcc"):
-        sys.exit("cuda_budget: nvcc is not in PATH; `pip install '.[cuda-build]'` brings one")
+    if not find_nvcc():
+        sys.exit("cuda_budget: nvcc is not found; `pip install '.[cuda-build]'` brings one")
     result = table(examine(jobs=arguments.jobs))
     print(result, end="")
     if arguments.write:

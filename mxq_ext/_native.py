@@ -11,7 +11,8 @@ from . import env
 from .errors import NativeError
 
 _BUILD = "build it with `pip install .` (or `pip install -e .`) in the source folder, then run `mxq doctor`"
-_BUILD_CUDA = "compute on the CPU: this version compiles its CUDA kernels in the tests alone"
+_BUILD_CUDA = ("compute on the CPU, or build it: `pip install '.[cuda-build]'` in the source folder brings a compiler where there is no CUDA toolkit, "
+               "`pip install --force-reinstall --no-deps .` then builds with it")
 
 
 class Missing:

@@ -3,6 +3,7 @@
     pack(QTensor, device) -> CudaPacked      once: the canonical tensors in the order in which the kernels read them (csrc/cuda_layout.h)
     linear(x, [(packed, bias), ...])         x W^T + bias of one weight, or of several that read the same x (q, k and v) in one launch
     dequantize(packed, dtype)                W itself
+    embedding(ids, packed, dtype)            rows of W
 
 The native library takes addresses of plain structs (csrc/cuda/prepack.h, csrc/cuda/launch.h), which are mirrored here for ctypes. It allocates nothing,
 waits for nothing, and works on the stream that it is given. A :class:`Runtime` is such a library with a device; tests make one whose device is the CPU.
@@ -10,8 +11,10 @@ waits for nothing, and works on the stream that it is given. A :class:`Runtime` 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +23,9 @@ from . import _native
 from .errors import NativeError, ShapeError
 from .formats import Format
 from .qtensor import TYPES, QTensor, Rectangle, Sparse
+
+#: Most bytes of the dequantized piece of a weight on the path ``big``: enough for torch's product to fill a device, little beside a model.
+BIG_BYTES = 64 << 20
 
 #: Ways to compute (csrc/cuda/dispatch.h, enum Path). ``big`` is dequant and a matrix product of torch; ``auto`` chooses by the number of rows.
 PATHS = {"auto": 0, "scalar": 1, "mv": 2, "mm": 3, "big": 4}
@@ -194,8 +200,7 @@ class Runtime:
             raise NativeError(f"linear of x {tuple(x.shape)} on the path {path!r}", text, "choose another path, or \"auto\"")
         if taken == PATHS["big"]:
             for y, (p, bias) in zip(out, weights, strict=True):
-                w = self.dequantize(p, x.dtype, stream)
-                y.copy_(torch.nn.functional.linear(x, w, None if bias is None else bias.to(x.dtype)))
+                self._big(x, p, bias, y, stream)
             return out
         # From torch's allocator, which keeps it for this stream until the kernels are done, also in a captured graph.
         workspace = torch.empty(self.library.workspace_nbytes(address), dtype=torch.uint8, device=x.device)
@@ -203,6 +208,19 @@ class Runtime:
         self.run(self.library.linear(address), f"linear of x {tuple(x.shape)}")
         del keep
         return out
+
+    def _big(self, x: torch.Tensor, p: CudaPacked, bias: torch.Tensor | None, y: torch.Tensor, stream: int) -> None:
+        """y = x W^T + bias by torch's matrix product with one piece of W after the other, so that no weight is whole in the type of x."""
+        n, k = p.shape
+        rows = min(n, max(16, BIG_BYTES // max(1, k * x.element_size()) // 16 * 16))
+        at = _head_offsets(p.head)["perm_rows"]
+        order = p.blob[at : at + 4 * n].view(torch.int32).long() if at and rows < n else None  # of stored rows; all at once come in original order
+        room = torch.empty(rows, k, dtype=x.dtype, device=x.device)
+        for begin in range(0, n, rows):
+            w = room[: min(rows, n - begin)]
+            self._dequantize(p, w, begin, stream)
+            place = slice(begin, begin + w.shape[0]) if order is None else order[begin : begin + w.shape[0]]
+            y[:, place] = torch.nn.functional.linear(x, w, None if bias is None else bias[place].to(x.dtype)).to(y.dtype)
 
     def explain(self, x: torch.Tensor, weights: list, path: str = "auto") -> tuple[str, str]:
         """(name of the kernel of the first weight, all decisions in a line); the name is empty where there is no kernel, and the line says why."""
@@ -220,8 +238,21 @@ class Runtime:
     def dequantize(self, p: CudaPacked, dtype: torch.dtype = torch.float32, stream: int = 0) -> torch.Tensor:
         """The weight [N, K] in original order: the bits of ``QTensor.dequantize()``, rounded once more for 16-bit types."""
         out = torch.empty(p.shape, dtype=dtype, device=p.blob.device)
+        self._dequantize(p, out, 0, stream)
+        return out
+
+    def _dequantize(self, p: CudaPacked, out: torch.Tensor, begin: int, stream: int) -> None:
+        """Stored rows from ``begin`` on into out [rows, K], which are in stored order, or in original order if they are all."""
         if out.numel():
-            self.run(self.library.dequantize(p.head.data_ptr(), p.blob.data_ptr(), out.data_ptr(), TYPES[dtype], stream), f"dequantizing {p}")
+            self.run(self.library.dequantize(p.head.data_ptr(), p.blob.data_ptr(), out.data_ptr(), TYPES[out.dtype], begin, out.shape[0], stream),
+                     f"dequantizing {p}")
+
+    def embedding(self, ids: torch.Tensor, p: CudaPacked, dtype: torch.dtype = torch.float32, stream: int = 0) -> torch.Tensor:
+        """Rows ``ids`` (int64 [count]) of the weight: [count, K], the bits of :meth:`dequantize`. NaN for an id out of range, which the host cannot see."""
+        out = torch.empty(ids.numel(), p.shape[1], dtype=dtype, device=p.blob.device)
+        if out.numel():
+            address = p.head.data_ptr(), p.blob.data_ptr(), ids.data_ptr()
+            self.run(self.library.embedding(*address, ids.numel(), out.data_ptr(), TYPES[dtype], stream), f"embedding of {ids.numel()} ids in {p}")
         return out
 
 
@@ -235,24 +266,71 @@ def _head_offsets(head: torch.Tensor) -> dict[str, int]:
     return dict(zip(_HEAD_FIELDS, head[: 8 * len(_HEAD_FIELDS)].view(torch.int64).tolist(), strict=True))
 
 
+def without_kernels(archs: str, capability: tuple[int, int]) -> str | None:
+    """Why a device of that compute capability has no kernels in a build for ``archs`` (``"8.0 9.0+PTX"``); None if it has.
+
+    Binaries run on devices of the same major number and a minor one that is not less; PTX is compiled by the driver for whatever is newer.
+    """
+    for arch in archs.split():
+        major, minor = map(int, arch.removesuffix("+PTX").split("."))
+        if (major == capability[0] and minor <= capability[1]) or (arch.endswith("+PTX") and (major, minor) <= capability):
+            return None
+    return f"the device has compute capability {capability[0]}.{capability[1]}, and the kernels were built for {archs}"
+
+
 @functools.cache
 def runtime(device: torch.device) -> Runtime:
-    """The runtime of a CUDA device. Raises NativeError if the CUDA kernels were not built."""
+    """The runtime of a CUDA device. Raises NativeError if the CUDA kernels were not built, or not for this device."""
     if isinstance(_native.cuda, _native.Missing):
         _native.cuda.linear()  # raises, with the reason
     properties = torch.cuda.get_device_properties(device)
-    return Runtime(_native.cuda, 10 * properties.major + properties.minor, properties.multi_processor_count)
+    capability = properties.major, properties.minor
+    if reason := without_kernels(_native.cuda.archs, capability):
+        fix = "keep the model on the CPU: there are kernels for compute capability 7.5 and later"
+        if capability >= (7, 5):
+            fix = f"build them for it: MXQ_CUDA_ARCHS={capability[0]}.{capability[1]} pip install ."
+        raise NativeError(f"CUDA kernels on {device} ({properties.name})", reason, fix)
+    return Runtime(_native.cuda, 10 * capability[0] + capability[1], properties.multi_processor_count)
+
+
+@contextlib.contextmanager
+def _on(device: torch.device) -> Iterator[tuple[Runtime, int]]:
+    """(runtime, current stream) of a device, which is the current one meanwhile, as launches need it."""
+    with torch.cuda.device(device):
+        yield runtime(device), torch.cuda.current_stream().cuda_stream
+
+
+def pack(q: QTensor, device: torch.device) -> CudaPacked:
+    """:meth:`Runtime.pack` for a CUDA device. Raises NativeError if there are no kernels for it."""
+    return runtime(device).pack(q, device)
+
+
+def unpack(p: CudaPacked) -> QTensor:
+    """:meth:`Runtime.unpack`."""
+    return runtime(p.blob.device).unpack(p)
 
 
 def linear(x: torch.Tensor, p: CudaPacked, bias: torch.Tensor | None) -> torch.Tensor:
     """``x W^T + bias`` of x [..., K] on the current stream of its device: [..., N] of x's dtype."""
-    with torch.cuda.device(x.device):
-        return linear_on(runtime(x.device), x, p, bias, torch.cuda.current_stream().cuda_stream)
-
-
-def linear_on(r: Runtime, x: torch.Tensor, p: CudaPacked, bias: torch.Tensor | None, stream: int) -> torch.Tensor:
-    """:func:`linear` on a given runtime and stream."""
     rows = x.reshape(-1, x.shape[-1])
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
-    (y,) = r.linear(rows, [(p, None if bias is None else bias.contiguous())], stream=stream)
+    with _on(x.device) as (r, stream):
+        (y,) = r.linear(rows, [(p, None if bias is None else bias.contiguous())], stream=stream)
     return y.reshape(*x.shape[:-1], p.shape[0])
+
+
+def dequantize(p: CudaPacked, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """W [N, K] on the current stream of its device."""
+    with _on(p.blob.device) as (r, stream):
+        return r.dequantize(p, dtype, stream)
+
+
+def embedding(ids: torch.Tensor, p: CudaPacked, dtype: torch.dtype) -> torch.Tensor:
+    """Rows ``ids`` [...] of W on the current stream of its device: [..., K] of ``dtype``; NaN for an id out of range."""
+    with _on(p.blob.device) as (r, stream):
+        return r.embedding(ids.to(torch.int64).reshape(-1).contiguous(), p, dtype, stream).reshape(*ids.shape, p.shape[1])
+
+
+def explain(p: CudaPacked, m: int, dtype: torch.dtype) -> tuple[str, str]:
+    """:meth:`Runtime.explain` for ``m`` rows of x of ``dtype``."""
+    return runtime(p.blob.device).explain(torch.empty(m, p.shape[1], dtype=dtype, device="meta"), [(p, None)])

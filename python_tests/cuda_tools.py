@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 from pathlib import Path
 
 import pytest
@@ -20,11 +21,12 @@ HOST = [ROOT / "csrc" / "cuda" / f"{name}.cpp" for name in ("api", "dispatch", "
 
 
 @functools.cache
-def library(mode: str = "plain") -> simt.Library:
-    """All sources of the CUDA module, compiled for the CPU."""
+def library(mode: str = os.environ.get("SIMT_MODE", "plain"), only: tuple[str, ...] = ()) -> simt.Library:
+    """The sources of the CUDA module, compiled for the CPU; all, or of the kernels only those files."""
     if reason := simt.missing_tool("g++"):
         pytest.skip(reason)
-    return simt.Library([*KERNELS, *HOST], mode)
+    stubs = [ROOT / "python_tests" / "cuda_stubs.cpp"] * bool(only)
+    return simt.Library([*(p for p in KERNELS if not only or p.stem in only), *HOST, *stubs], mode)
 
 
 class Functions:
@@ -64,6 +66,9 @@ class Functions:
     def dequantize(self, *args):
         return self._call("dequantize", *args)
 
+    def embedding(self, *args):
+        return self._call("embedding", *args)
+
     def explain(self, call):
         text = ctypes.create_string_buffer(1024)
         return self._call("explain", call, text, len(text)), text.value.decode()
@@ -88,6 +93,9 @@ class Bench:
 
     def dequantize(self, p, dtype):
         return self.runtime.dequantize(p, dtype).cpu()
+
+    def embedding(self, ids, p, dtype):
+        return poisoned(self.runtime.embedding, ids.to(self.device), p, dtype).cpu()
 
     def linear(self, x, weights, dtype=None, path="auto", **forced):
         """As ``Runtime.linear``; every output lies in a larger tensor of NaN, which must stay NaN around it."""

@@ -5,13 +5,15 @@ that are powers of two give exact sums; random inputs stay within 1e-3 (fp16) an
 float32.
 """
 
+from types import SimpleNamespace
+
 import cuda_tools
 import numpy as np
 import pytest
 import torch
 from cuda_tools import error
 
-from mxq_ext import reference
+from mxq_ext import cuda, reference
 from mxq_ext.errors import NativeError
 from mxq_ext.formats import NF4_LEVELS, Format
 from mxq_ext.qtensor import QTensor, Rectangle
@@ -177,6 +179,41 @@ def test_big_is_dequant_and_a_product_of_torch(bench):
     x = cases.random_x(300, 96, torch.bfloat16)
     (y,) = bench.linear(x, [(p, None)])
     assert error(y, x.double() @ w.double().T) <= BOUND[torch.bfloat16] and bench.runtime.explain(x, [(p, None)])[0].startswith("big_")
+
+
+@pytest.mark.parametrize("layout", (cases.Layout("plain", (50, 100), ((0, 50, 0, 100, "w4g32"),)), *cases.LAYOUTS), ids=lambda layout: layout.name)
+@pytest.mark.parametrize("rows", (16, 32, 1000))
+def test_big_holds_only_a_piece_of_the_weight(bench, monkeypatch, layout, rows):
+    """Pieces of 16 and 32 stored rows, across bands and under every permutation, and all at once. The product must not depend on them but by rounding."""
+    q = layout.make(1)
+    p, (n, k) = bench.pack(q), q.shape
+    monkeypatch.setattr(cuda, "BIG_BYTES", rows * k * 4)
+    pieces, dequantize = [], bench.runtime.library.dequantize
+    monkeypatch.setattr(bench.runtime, "library", SimpleNamespace(**{name: getattr(bench.runtime.library, name) for name in ("explain", "error_text")},
+                                                                  dequantize=lambda *a: pieces.append(a[4:6]) or dequantize(*a)))
+    for m, bias in ((3, None), (2, torch.randn(n, generator=torch.Generator().manual_seed(2)))):
+        x = cases.random_x(m, k, torch.float32, seed=m)
+        (y,) = bench.linear(x, [(p, bias)], path="big")
+        assert error(y, x.double() @ q.dequantize().double().T + (0 if bias is None else bias.double())) <= 1e-5
+    assert pieces == 2 * [(begin, min(rows, n - begin)) for begin in range(0, n, rows)]
+
+
+@pytest.mark.parametrize("layout", cases.LAYOUTS, ids=lambda layout: layout.name)
+def test_rows_by_id_are_bit_equal(bench, layout):
+    q = layout.make(9)
+    p, w, n = bench.pack(q), q.dequantize(), q.shape[0]
+    ids = torch.randint(0, n, (7,), generator=torch.Generator().manual_seed(0))
+    for dtype in (torch.float32, *HALVES):
+        assert torch.equal(bench.embedding(ids, p, dtype), w[ids].to(dtype)), dtype
+    outside = bench.embedding(torch.tensor([-1, n, 0]), p, torch.float32)
+    assert outside[:2].isnan().all() and torch.equal(outside[2], w[0])
+
+
+@pytest.mark.parametrize("fmt", KERNELS)
+def test_rows_by_id_of_every_format(bench, fmt):
+    q = cases.random_qtensor(fmt, 18, 300, 4)
+    ids = torch.tensor([17, 0, 5, 5])
+    assert torch.equal(bench.embedding(ids, bench.pack(q), torch.float32), q.dequantize()[ids])
 
 
 # ----------------------------------------------------------------------------------------------- layouts, parts and splits

@@ -107,5 +107,22 @@ def test_dequant(modules, layout):
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         blob, out = raw(p.blob), raw(torch.full(q.shape, float("nan"), dtype=dtype))
         sources = ["plain"] * (1 + (q.sparse is not None))
-        execute(modules, "sm_80", sources, "flat_dequantize", blob, out, TYPES[dtype], memory=[blob, out])
+        execute(modules, "sm_80", sources, "flat_dequantize", blob, out, TYPES[dtype], 0, q.shape[0], memory=[blob, out])
         assert torch.equal(torch.from_numpy(out).view(dtype).reshape(q.shape), q.dequantize().to(dtype)), dtype
+
+
+def test_dequant_of_a_piece_of_the_rows(modules):
+    """Stored rows 20 to 40 of a weight in two bands, whose rows are permuted: what the path "big" multiplies with."""
+    q = cases.LAYOUTS[0].make(2)
+    blob, out = raw(cuda_tools.bench("cpu").pack(q).blob), raw(torch.full((20, 100), float("nan")))
+    execute(modules, "sm_80", ["plain"], "flat_dequantize", blob, out, 0, 20, 20, memory=[blob, out])
+    assert torch.equal(torch.from_numpy(out).view(torch.float32).reshape(20, 100), q.dequantize()[q.perm_rows[20:40].long()])
+
+
+def test_rows_by_id(modules):
+    q = cases.LAYOUTS[4].make(2)
+    ids = torch.tensor([47, -1, 0, 48, 20])
+    blob, out, places = raw(cuda_tools.bench("cpu").pack(q).blob), raw(torch.zeros(5, 90)), ids.numpy()
+    execute(modules, "sm_80", ["plain", "plain"], "flat_embedding", blob, places, 5, out, 0, memory=[blob, places, out])
+    rows = torch.from_numpy(out).view(torch.float32).reshape(5, 90)
+    assert torch.equal(rows[[0, 2, 4]], q.dequantize()[ids[[0, 2, 4]]]) and rows[[1, 3]].isnan().all()

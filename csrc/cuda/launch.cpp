@@ -161,11 +161,21 @@ int linear(const LinearCall& c) {
   return 0;
 }
 
-int dequantize(const uint8_t* head, const uint8_t* blob, void* out, int type, void* stream) {
+int dequantize(const uint8_t* head, const uint8_t* blob, void* out, int type, int64_t begin, int64_t count, void* stream) {
   const CudaHead& h = head_of(head);
-  int64_t blocks = 0;
-  for (uint32_t b = 0; b < h.bands; b++) blocks += row_blocks(at<CudaBand>(head, h.off_bands)[b]);
-  return launch_dequant(h, blocks, blob, out, type, stream);
+  int64_t blocks = 0, first = -1, last = 0;  // row blocks so far, that of row `begin`, the one behind the last row
+  for (uint32_t b = 0; b < h.bands; b++) {
+    const CudaBand& band = at<CudaBand>(head, h.off_bands)[b];
+    const auto block_of = [&](int64_t row) { return blocks + (row - band.r0) / TILE_ROWS; };
+    if (begin >= band.r0 && begin < band.r1) first = block_of(begin);
+    if (begin + count > band.r0 && begin + count <= band.r1) last = block_of(begin + count - 1) + 1;
+    blocks += row_blocks(band);
+  }
+  return launch_dequant(h, first, last - first, begin, count, blob, out, type, stream);
+}
+
+int embedding(const uint8_t* head, const uint8_t* blob, const int64_t* ids, int64_t count, void* out, int type, void* stream) {
+  return launch_lookup(head_of(head), blob, ids, count, out, type, stream);
 }
 
 }  // namespace mxq::cuda

@@ -29,8 +29,11 @@ Desc desc_of(const LinearCall& c);
 Config config_of(const LinearCall& c);
 int64_t workspace_nbytes(const LinearCall& c);
 int linear(const LinearCall& c);
-// The weight in original order, [n, k] of `type`.
-int dequantize(const uint8_t* head, const uint8_t* blob, void* out, int type, void* stream);
+// `count` stored rows of the weight from `begin` on, [count, k] of `type`: the columns in original order, the rows in stored order, but in original
+// order if they are all rows.
+int dequantize(const uint8_t* head, const uint8_t* blob, void* out, int type, int64_t begin, int64_t count, void* stream);
+// Rows ids[0..count) (int64, device memory) in original order, [count, k] of `type`; NaN for an id that is no row.
+int embedding(const uint8_t* head, const uint8_t* blob, const int64_t* ids, int64_t count, void* out, int type, void* stream);
 
 // mv_<format>.cu; grid: (blocks, splits).
 using MvLaunch = int (*)(const Params& p, int tiles, unsigned ctas, int smem, void* stream);
@@ -60,7 +63,8 @@ int mm_mixed(const Params&, void*);
 int launch_stage(const Params& p, uint16_t* staged, float* unscale, void* stream);
 
 // plain.cu and reduce.cu
-int launch_dequant(const CudaHead& head, int64_t row_blocks, const uint8_t* blob, void* out, int type, void* stream);
+int launch_dequant(const CudaHead& head, int64_t first_block, int64_t blocks, int64_t begin, int64_t count, const uint8_t* blob, void* out, int type, void* stream);
+int launch_lookup(const CudaHead& head, const uint8_t* blob, const int64_t* ids, int64_t count, void* out, int type, void* stream);
 int launch_scalar(const CudaHead& head, const LinearCall& c, const Output& o, void* stream);
 int launch_reduce(const Params& p, int rows, void* stream);
 

@@ -1,4 +1,7 @@
-// The kernels for any shape and type: dequant (the weight itself, for large M and as an oracle) and scalar (one thread per output).
+// The kernels for any shape and type: dequant (the weight itself, for large M and as an oracle), lookup (single rows of it) and scalar (one thread per
+// output).
+#include <math.h>
+
 #include "launch.h"
 #include "simt.hpp"
 #include "weight.cuh"
@@ -15,8 +18,8 @@ struct Constant {
 
 // One tile: each lane decodes its 32 codes, whose places are constants here, and stores runs of 8 columns.
 template <int BITS, bool QUADS>
-__device__ __forceinline__ void dequant_tile(const uint8_t* blob, const CudaPiece& p, uint64_t block, unsigned tile, int rows, const int32_t* row_map, unsigned row0,
-                                             const int32_t* perm_cols, void* out, int64_t k, int type) {
+__device__ __forceinline__ void dequant_tile(const uint8_t* blob, const CudaPiece& p, uint64_t block, unsigned tile, int rows, const int32_t* row_map, int row0,
+                                             int count, const int32_t* perm_cols, void* out, int64_t k, int type) {
   const int lane = int(threadIdx.x) % WARP, g = lane / 4, t = lane % 4;
   const uint32_t* words = blob_at<uint32_t>(blob, p.codes + block * p.code_step);
   uint32_t w[BITS];
@@ -26,8 +29,8 @@ __device__ __forceinline__ void dequant_tile(const uint8_t* blob, const CudaPiec
 #pragma unroll
   for (int second = 0; second < 2; second++) {
     const int r = g + 8 * second;
-    if (r >= rows) continue;
-    const int64_t to = int64_t(row_map ? __ldg(row_map + r) : int(row0) + r) * k;
+    if (r >= rows || unsigned(row0 + r) >= unsigned(count)) continue;
+    const int64_t to = int64_t(row_map ? __ldg(row_map + r) : row0 + r) * k;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       const int first = int(tile) * TILE_COLS + 32 * half + 8 * t;
@@ -45,22 +48,28 @@ __device__ __forceinline__ void dequant_tile(const uint8_t* blob, const CudaPiec
   }
 }
 
-// grid: row blocks of all bands. out[N, K] in original order.
-__global__ void __launch_bounds__(DEQUANT_WARPS* WARP) dequant(const uint8_t* blob, void* out, int type) {
+// Rows of the weight: all of them in original order, or a piece of `count` stored rows from `begin` on, in stored order (a product with them is put into
+// the original order by its caller).
+struct Rows {
+  int begin, count, original;
+};
+
+// grid: row blocks of all bands from `first_block` on. out[rows.count, K].
+__global__ void __launch_bounds__(DEQUANT_WARPS* WARP) dequant(const uint8_t* blob, void* out, int type, unsigned first_block, Rows of) {
   const CudaHead& h = blob_head(blob);
   const CudaBand* band = blob_at<CudaBand>(blob, h.off_bands);
-  unsigned first = 0, count;
-  while (blockIdx.x >= first + (count = (band->r1 - band->r0 + TILE_ROWS - 1) / TILE_ROWS)) first += count, band++;
-  const unsigned block = blockIdx.x - first, row0 = band->r0 + block * TILE_ROWS;
-  const int rows = min(int(band->r1 - row0), TILE_ROWS);
-  const int32_t* row_map = h.off_perm_rows ? blob_at<int32_t>(blob, h.off_perm_rows) + row0 : nullptr;
+  unsigned first = 0, blocks;
+  while (first_block + blockIdx.x >= first + (blocks = (band->r1 - band->r0 + TILE_ROWS - 1) / TILE_ROWS)) first += blocks, band++;
+  const unsigned block = first_block + blockIdx.x - first, stored = band->r0 + block * TILE_ROWS;
+  const int rows = min(int(band->r1 - stored), TILE_ROWS), row0 = int(stored) - of.begin;
+  const int32_t* row_map = of.original && h.off_perm_rows ? blob_at<int32_t>(blob, h.off_perm_rows) + stored : nullptr;
   const int32_t* perm_cols = h.off_perm_cols ? blob_at<int32_t>(blob, h.off_perm_cols) : nullptr;
   for (unsigned i = 0; i < band->pieces; i++) {
     const CudaPiece& p = blob_at<CudaPiece>(blob, h.off_pieces)[band->first_piece + i];
     const bool quads = quad_order(p.format);
     for (unsigned tile = threadIdx.x / WARP; tile < p.tiles; tile += DEQUANT_WARPS) {
       const auto go = [&](auto bits, auto order) {
-        dequant_tile<decltype(bits)::value, decltype(order)::value>(blob, p, block, tile, rows, row_map, row0, perm_cols, out, h.k, type);
+        dequant_tile<decltype(bits)::value, decltype(order)::value>(blob, p, block, tile, rows, row_map, row0, of.count, perm_cols, out, h.k, type);
       };
       switch (p.format.bits) {
         case 2: quads ? go(Constant<2>(), Constant<1>()) : go(Constant<2>(), Constant<0>()); break;
@@ -73,8 +82,17 @@ __global__ void __launch_bounds__(DEQUANT_WARPS* WARP) dequant(const uint8_t* bl
   }
 }
 
-// One thread per value of the sparse part: the weight it is added to, anew in float32, plus the value. Runs behind dequant.
-__global__ void __launch_bounds__(256) add_values(const uint8_t* blob, void* out, int type) {
+// Value `e` of the sparse part, in original column `col` of the row that `band`, `block` and `r` say, plus the weight that it is added to, anew in float32.
+__device__ __forceinline__ float with_value(const uint8_t* blob, const CudaBand& band, uint64_t block, int r, int col, int64_t e) {
+  const CudaHead& h = blob_head(blob);
+  const unsigned stored = h.off_col_of ? unsigned(__ldg(blob_at<int32_t>(blob, h.off_col_of) + col)) : unsigned(col);
+  const CudaPiece* p = blob_at<CudaPiece>(blob, h.off_pieces) + band.first_piece;
+  while (stored < p->c0 || stored >= p->c1) p++;
+  return __fadd_rn(weight_at(blob, *p, block, r, stored - p->c0), ptx::half_to_float(__ldg(blob_at<uint16_t>(blob, h.off_values) + e)));
+}
+
+// One thread per value of the sparse part. Runs behind dequant.
+__global__ void __launch_bounds__(256) add_values(const uint8_t* blob, void* out, int type, Rows of) {
   const CudaHead& h = blob_head(blob);
   const int64_t e = int64_t(blockIdx.x) * 256 + threadIdx.x;
   if (e >= int64_t(h.nnz)) return;
@@ -84,16 +102,47 @@ __global__ void __launch_bounds__(256) add_values(const uint8_t* blob, void* out
     const int middle = (row + above) / 2;
     (__ldg(rowptr + middle) <= e ? row : above) = middle;
   }
+  const int stored = h.off_row_of ? __ldg(blob_at<int32_t>(blob, h.off_row_of) + row) : row, piece_row = stored - of.begin;
+  if (unsigned(piece_row) >= unsigned(of.count)) return;
   const int col = __ldg(blob_at<int32_t>(blob, h.off_cols) + e);
-  const unsigned stored_row = h.off_row_of ? unsigned(__ldg(blob_at<int32_t>(blob, h.off_row_of) + row)) : unsigned(row);
-  const unsigned stored_col = h.off_col_of ? unsigned(__ldg(blob_at<int32_t>(blob, h.off_col_of) + col)) : unsigned(col);
   uint64_t block;
   int r;
-  const CudaBand& band = band_of(blob, stored_row, block, r);
-  const CudaPiece* p = blob_at<CudaPiece>(blob, h.off_pieces) + band.first_piece;
-  while (stored_col < p->c0 || stored_col >= p->c1) p++;
-  const float w = weight_at(blob, *p, block, r, stored_col - p->c0);
-  store_number(out, int64_t(row) * h.k + col, type, __fadd_rn(w, ptx::half_to_float(__ldg(blob_at<uint16_t>(blob, h.off_values) + e))));
+  const CudaBand& band = band_of(blob, unsigned(stored), block, r);
+  store_number(out, int64_t(of.original ? row : piece_row) * h.k + col, type, with_value(blob, band, block, r, col, e));
+}
+
+// grid: one block per id. out[i, K] = row ids[i] without the sparse part, columns in original order; NaN where there is no such row: the host does not
+// know the ids, and would have to wait for them.
+__global__ void __launch_bounds__(256) lookup(const uint8_t* blob, const int64_t* ids, void* out, int type) {
+  const CudaHead& h = blob_head(blob);
+  const int64_t row = __ldg(ids + blockIdx.x), to = int64_t(blockIdx.x) * h.k;
+  if (row < 0 || row >= int64_t(h.n)) {
+    for (unsigned c = threadIdx.x; c < h.k; c += 256) store_number(out, to + c, type, NAN);
+    return;
+  }
+  const unsigned stored = h.off_row_of ? unsigned(__ldg(blob_at<int32_t>(blob, h.off_row_of) + row)) : unsigned(row);
+  const int32_t* perm_cols = h.off_perm_cols ? blob_at<int32_t>(blob, h.off_perm_cols) : nullptr;
+  uint64_t block;
+  int r;
+  const CudaBand& band = band_of(blob, stored, block, r);
+  for (unsigned i = 0; i < band.pieces; i++) {
+    const CudaPiece& p = blob_at<CudaPiece>(blob, h.off_pieces)[band.first_piece + i];
+    for (unsigned c = p.c0 + threadIdx.x; c < p.c1; c += 256) store_number(out, to + (perm_cols ? __ldg(perm_cols + c) : int(c)), type, weight_at(blob, p, block, r, c - p.c0));
+  }
+}
+
+// The same grid, behind lookup: the values of the sparse part. A kernel of its own, since two places that decode a weight made lookup spill.
+__global__ void __launch_bounds__(256) lookup_values(const uint8_t* blob, const int64_t* ids, void* out, int type) {
+  const CudaHead& h = blob_head(blob);
+  const int64_t row = __ldg(ids + blockIdx.x), to = int64_t(blockIdx.x) * h.k;
+  if (row < 0 || row >= int64_t(h.n)) return;
+  const unsigned stored = h.off_row_of ? unsigned(__ldg(blob_at<int32_t>(blob, h.off_row_of) + row)) : unsigned(row);
+  uint64_t block;
+  int r;
+  const CudaBand& band = band_of(blob, stored, block, r);
+  const int32_t *rowptr = blob_at<int32_t>(blob, h.off_rowptr), *cols = blob_at<int32_t>(blob, h.off_cols);
+  for (int e = __ldg(rowptr + row) + int(threadIdx.x); e < __ldg(rowptr + row + 1); e += 256)
+    store_number(out, to + __ldg(cols + e), type, with_value(blob, band, block, r, __ldg(cols + e), e));
 }
 
 // One thread per stored row and, in grid.y, row of x: float32 products and sums, pieces and columns in order. Any type of x and y.
@@ -126,9 +175,15 @@ __global__ void __launch_bounds__(256) scalar(const uint8_t* blob, const void* x
 
 }  // namespace
 
-int launch_dequant(const CudaHead& head, int64_t row_blocks, const uint8_t* blob, void* out, int type, void* stream) {
-  if (const int error = MXQ_LAUNCH(dequant, dim3(unsigned(row_blocks)), dim3(DEQUANT_WARPS * WARP), 0, stream, blob, out, type)) return error;
-  return head.nnz ? MXQ_LAUNCH(add_values, dim3(unsigned((head.nnz + 255) / 256)), dim3(256), 0, stream, blob, out, type) : 0;
+int launch_dequant(const CudaHead& head, int64_t first_block, int64_t blocks, int64_t begin, int64_t count, const uint8_t* blob, void* out, int type, void* stream) {
+  const Rows of{int(begin), int(count), count == int64_t(head.n)};
+  if (const int error = MXQ_LAUNCH(dequant, dim3(unsigned(blocks)), dim3(DEQUANT_WARPS * WARP), 0, stream, blob, out, type, unsigned(first_block), of)) return error;
+  return head.nnz ? MXQ_LAUNCH(add_values, dim3(unsigned((head.nnz + 255) / 256)), dim3(256), 0, stream, blob, out, type, of) : 0;
+}
+
+int launch_lookup(const CudaHead& head, const uint8_t* blob, const int64_t* ids, int64_t count, void* out, int type, void* stream) {
+  if (const int error = MXQ_LAUNCH(lookup, dim3(unsigned(count)), dim3(256), 0, stream, blob, ids, out, type)) return error;
+  return head.nnz ? MXQ_LAUNCH(lookup_values, dim3(unsigned(count)), dim3(256), 0, stream, blob, ids, out, type) : 0;
 }
 
 int launch_scalar(const CudaHead& head, const LinearCall& c, const Output& o, void* stream) {

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from .. import ops
+from ..cuda import CudaPacked
 from ..errors import CheckpointError, MxqError, NativeError, ShapeError
 from ..formats import Format
 from ..qtensor import QTensor
@@ -53,14 +54,16 @@ class Held:
     """One packed weight, shared by all modules that are tied to it.
 
     Attributes:
-        packed: the kernel's layout of the weight, or None on a model that waits for its tensors.
+        packed: the layout that the kernels of ``device`` read, or None on a model that waits for its tensors.
+        device: for which weights are packed here.
         meta: ``QTensor.meta()``.
         nbytes: bytes on disk (0 while waiting). The packed blob may be larger: kernels pad it.
         info: what the quantizer reported.
     """
 
     def __init__(self, meta: dict):
-        self.packed: ops.Packed | None = None
+        self.packed: ops.Packed | CudaPacked | None = None
+        self.device = torch.device("cpu")
         self.meta = meta
         self.nbytes = 0
         self.info: dict = {}
@@ -85,10 +88,18 @@ class Held:
             raise ShapeError(f"loading {name} of {self.shape[0]} x {self.shape[1]}, {self.format_name}",
                              f"the tensors are {q.shape[0]} x {q.shape[1]}, {q.format_name}",
                              "build the model with the plan that the tensors were made with")
-        self.packed, self.meta, self.nbytes, self.info = ops.prepack(q), q.meta(), q.nbytes(), dict(q.info)
+        self.packed, self.meta, self.nbytes, self.info = ops.pack(q, self.device), q.meta(), q.nbytes(), dict(q.info)
         note_change()
 
-    def loaded(self) -> ops.Packed:
+    def move(self, device: torch.device) -> None:
+        """Packs the weight anew, from its canonical tensors, for another device; those of both layouts exist meanwhile. NativeError: no kernels there."""
+        if device != self.device:
+            if self.packed is not None:
+                self.packed = ops.pack(ops.unpack(self.packed), device)
+            self.device = device
+            note_change()
+
+    def loaded(self) -> ops.Packed | CudaPacked:
         """``packed``. Raises NativeError while it is None."""
         if self.packed is None:
             raise NativeError(f"weight of {self.shape[0]} x {self.shape[1]}, {self.format_name}",
@@ -107,7 +118,8 @@ class QuantModule(nn.Module):
     """What QuantLinear and QuantEmbedding share: the weight, its state dict, and how it survives ``.to()``.
 
     ``blob`` is a non-persistent uint8 buffer, the very tensor of ``packed``: memory accounting sees it, the state dict holds the
-    canonical tensors instead. It never changes dtype or value with ``.to()``, ``.half()`` or ``.to_empty()``.
+    canonical tensors instead. It never changes dtype with ``.to()``, ``.half()`` or ``.to_empty()``; on its way to a device with other kernels
+    it is unpacked to the canonical tensors and packed in their layout (:meth:`Held.move`), and on its way back likewise, without loss.
     """
 
     mxq_kind = ""
@@ -124,7 +136,7 @@ class QuantModule(nn.Module):
         self._buffers["blob"] = None if self.held.packed is None else self.held.packed.blob
 
     @property
-    def packed(self) -> ops.Packed:
+    def packed(self) -> ops.Packed | CudaPacked:
         """The weight as the kernels read it. Raises NativeError while its tensors have not been loaded."""
         return self.held.loaded()
 
@@ -154,17 +166,24 @@ class QuantModule(nn.Module):
         return super().__getattr__(name)
 
     def _apply(self, fn, recurse=True):
-        blob = self._buffers["blob"]
-        if blob is not None and (moved := fn(blob)).device != blob.device:
-            raise NativeError(f"moving {type(self).__name__} to {moved.device}",
-                              f"its weight is packed for {blob.device}, and there is no kernel elsewhere",
-                              "keep the model on the CPU")
+        packed = self.held.packed
+        place = fn(torch.empty(0, dtype=torch.uint8, device=self.held.device) if packed is None else packed.blob[:0]).device
+        if place != self.held.device and (packed is not None or place.type in ("cpu", "cuda")):
+            self._move(place)
+        elif packed is not None:
+            fn(packed.blob)  # which may share its memory, but makes no other tensor of it
         self._buffers["blob"] = None
         note_change()
         try:
             return super()._apply(fn, recurse)
         finally:
-            self._buffers["blob"] = blob
+            self.refresh()
+
+    def _move(self, device: torch.device) -> None:
+        try:
+            self.held.move(device)
+        except NativeError as e:
+            raise NativeError(f"moving {type(self).__name__} to {device}: {e.asked}", e.rule, e.fix) from e
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -275,5 +294,6 @@ class QuantLinear(QuantModule):
         bias = self._buffers["bias"]
         text = f"in_features={self.in_features}, out_features={self.out_features}, bias={bias is not None}, {self._describe()}"
         if self.held.packed is not None:
-            text += f", kernel={ops.explain(self.held.packed, 1, torch.float32 if bias is None else bias.dtype, self.compute)}"
+            usual = torch.float32 if self.held.device.type == "cpu" else torch.float16
+            text += f", kernel={ops.explain(self.held.packed, 1, usual if bias is None else bias.dtype, self.compute)}"
         return text

@@ -4,6 +4,8 @@ from pathlib import Path
 
 from simt.build import ROOT, cached
 
+from mxq_ext.doctor import find_nvcc
+
 FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-lineinfo"]
 
 
@@ -15,5 +17,5 @@ def compile_ptx(source, arch="sm_80", include=(), defines=()) -> str:
     """
     source = Path(source).resolve()
     paths = [f"-I{Path(p).resolve()}" for p in (*include, ROOT / "csrc" / "cuda", ROOT / "csrc")]
-    command = ["nvcc", *FLAGS, f"-arch={arch}", *paths, *(f"-D{d}" for d in defines), "-ptx", str(source)]
+    command = [find_nvcc(), *FLAGS, f"-arch={arch}", *paths, *(f"-D{d}" for d in defines), "-ptx", str(source)]
     return cached(command, source, "x.ptx").read_text()

@@ -10,6 +10,8 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from mxq_ext.doctor import find_nvcc
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 CACHE = ROOT / "build" / "simt"
@@ -31,7 +33,7 @@ LINK = {"asan": ["-fsanitize=address,undefined"], "tsan": ["-fsanitize=thread"],
 
 def missing_tool(name: str) -> str | None:
     """Why a test that needs ``g++``, ``nvcc`` or ``gcov`` cannot run here; None if it can."""
-    return None if shutil.which(name) else f"{name} is not in PATH"
+    return None if (find_nvcc() if name == "nvcc" else shutil.which(name)) else f"{name} is not in PATH"
 
 
 def digest(path: Path) -> str:
