@@ -1,0 +1,198 @@
+// Operand A of attention's products, in registers, exactly: 16 rows (a tile) by 32 columns (a stripe) of a packed page, or of keys and values in floating point.
+//
+// Lane 4 * g + t owns rows 2g and 2g + 1 of the tile and columns 8t .. 8t + 7 of the stripe: two of the page's quads, and two products m16n8k16. Which row of the
+// page is which row of the product, and which column which, is ours to choose, so a lane's codes are words that the layout has side by side (rows 2g and 2g + 1 are
+// 8 bytes), and nothing is exchanged. A quad's columns go by pairs (0, 2) and (1, 3), which are bytes 0, 2 and 1, 3 of its word.
+#pragma once
+
+#include "attention.h"
+#include "ptx.cuh"
+
+namespace mxq::cuda {
+
+// a[u]: quad 2t + u, in the registers of one product: row 2g columns (0, 2), row 2g + 1 the same, row 2g columns (1, 3), row 2g + 1 the same.
+struct Tile {
+  uint32_t a[2][4];
+};
+
+__device__ constexpr uint32_t both(uint32_t half) { return half << 16 | half; }
+
+// Two codes of `BITS` bits at bits P and P + 16 of a word -> fp16 numbers 0 .. 2^BITS - 1. Codes are stored centred; the XOR gives 1024 + code * 2^P.
+template <int BITS, int P>
+__device__ __forceinline__ uint32_t two_codes(uint32_t word) {
+  const uint32_t raised = (word & both(((1u << BITS) - 1) << P)) ^ both(0x6400u | 1u << (BITS - 1 + P));
+  if (P == 0) return ptx::hsub2(raised, both(0x6400));
+  return ptx::hfma2(raised, both(uint32_t(15 - P) << 10), both(0x8000u | uint32_t(25 - P) << 10));  // times 2^-P, minus 1024 / 2^P
+}
+
+// The codes of a lane as they are loaded, apart from the decoding so that several tiles are under way at once.
+// `stripe`: its first byte, 64 * BITS bytes of which belong to this tile.
+template <int BITS>
+struct Codes {
+  static constexpr int WORDS = BITS == 3 ? 3 : BITS == 8 ? 2 : 1;
+  uint2 w[WORDS];  // x: row 2g, y: row 2g + 1
+
+  __device__ __forceinline__ void load(const uint8_t* stripe, int lane, bool) {
+    const int g = lane / 4, t = lane % 4;
+#pragma unroll
+    for (int i = 0; i < WORDS; i++) {
+      const int word = BITS == 2 ? t / 2 : BITS == 3 ? i : BITS == 4 ? t : 2 * t + i;
+      w[i] = ptx::ld_global_nc_8(stripe + 64 * word + 8 * g);
+    }
+  }
+
+  // Quad 2t from bit 0 and quad 2t + 1 from bit BITS of each byte; 8 bits: a quad is a word.
+  static __device__ __forceinline__ uint32_t quads(uint32_t w0, uint32_t w1, uint32_t w2, int t) {
+    if (BITS == 2) return w0 >> 4 * (t % 2);
+    if (BITS == 4) return w0;
+    // 3 bits: quads 6 and 7 are in what the others leave of the three words.
+    const uint32_t last = (w0 >> 6 & 0x03030303u) | (w1 >> 4 & 0x04040404u) | (w2 >> 3 & 0x18181818u) | (w1 >> 2 & 0x20202020u);
+    return t == 0 ? w0 : t == 1 ? w1 : t == 2 ? w2 : last;
+  }
+
+  __device__ __forceinline__ void decode(Tile& tile, int lane) const {
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      const auto row = [&](int i) { return r ? w[i].y : w[i].x; };
+      if constexpr (BITS == 8) {
+#pragma unroll
+        for (int u = 0; u < 2; u++) {
+          tile.a[u][r] = two_codes<8, 0>(row(u));
+          tile.a[u][2 + r] = two_codes<8, 0>(row(u) >> 8);
+        }
+      } else {
+        const uint32_t both_quads = quads(row(0), row(BITS == 3 ? 1 : 0), row(BITS == 3 ? 2 : 0), lane % 4);
+        tile.a[0][r] = two_codes<BITS, 0>(both_quads), tile.a[0][2 + r] = two_codes<BITS, 0>(both_quads >> 8);
+        tile.a[1][r] = two_codes<BITS, BITS>(both_quads), tile.a[1][2 + r] = two_codes<BITS, BITS>(both_quads >> 8);
+      }
+    }
+  }
+};
+
+// Words that hold rows 2g and 2g + 1 of one column each -> the tile.
+__device__ __forceinline__ void tile_of_columns(const uint32_t (&c)[8], Tile& tile) {
+#pragma unroll
+  for (int u = 0; u < 2; u++) {
+    tile.a[u][0] = ptx::prmt(c[4 * u], c[4 * u + 2], 0x5410), tile.a[u][1] = ptx::prmt(c[4 * u], c[4 * u + 2], 0x7632);
+    tile.a[u][2] = ptx::prmt(c[4 * u + 1], c[4 * u + 3], 0x5410), tile.a[u][3] = ptx::prmt(c[4 * u + 1], c[4 * u + 3], 0x7632);
+  }
+}
+
+// fp16 numbers, 32 bytes a column. `inside`: whether the lane's columns are there at all, since 16-bit pages are not padded.
+template <>
+struct Codes<16> {
+  uint32_t c[8];
+
+  __device__ __forceinline__ void load(const uint8_t* stripe, int lane, bool inside) {
+#pragma unroll
+    for (int i = 0; i < 8; i++) c[i] = inside ? ptx::ld_global_nc_4(stripe + 32 * (8 * (lane % 4) + i) + 4 * (lane / 4)) : 0;
+  }
+  __device__ __forceinline__ void decode(Tile& tile, int) const { tile_of_columns(c, tile); }
+};
+
+// ------------------------------------------------------------------------------------------------------------------ numbers as operand B
+
+// Operand B of the two products of a stripe: column g of the product is row g / 2 of the vectors, its leading half for even g and what that rounds off for odd g. So
+// 8 columns hold 4 rows to 22 bits, and lane 4 * g + t of the result has both parts of row t.
+struct Vectors {
+  uint32_t b[2][2];
+};
+__device__ __forceinline__ Vectors vectors_of(const float (&x)[8], int lane) {
+  Vectors v;
+  const bool rest = lane / 4 % 2;
+#pragma unroll
+  for (int u = 0; u < 2; u++)
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      const float first = x[4 * u + i], second = x[4 * u + i + 2];
+      uint32_t h = ptx::floats_to_half2(first, second);
+      const float2 f = ptx::half2_to_floats(h);
+      if (rest) h = ptx::floats_to_half2(first - f.x, second - f.y);
+      v.b[u][i] = h;
+    }
+  return v;
+}
+
+__device__ __forceinline__ void load8(const float* p, float (&x)[8]) {  // 16-byte aligned
+  const float4 a = *reinterpret_cast<const float4*>(p), b = *reinterpret_cast<const float4*>(p + 4);
+  x[0] = a.x, x[1] = a.y, x[2] = a.z, x[3] = a.w, x[4] = b.x, x[5] = b.y, x[6] = b.z, x[7] = b.w;
+}
+
+// ------------------------------------------------------------------------------------------------------------------ keys and values in floating point
+
+// 2^exponent, for exponents of normal numbers.
+__device__ __forceinline__ float power_of_2(int exponent) { return __uint_as_float(uint32_t(exponent + 127) << 23); }
+
+// The exponent of the power of two that brings a float32 number, given by its bits, into [2^13, 2^14) where that is not out of range.
+__device__ __forceinline__ int raise_to_2_14(uint32_t bits) { return min(max(140 - int(bits >> 23), -126), 126); }
+
+// Two neighbouring numbers at element i, which is even.
+template <int TYPE>
+__device__ __forceinline__ float2 two_numbers(const void* p, int64_t i) {
+  if (TYPE == F32) return __ldg(reinterpret_cast<const float2*>(static_cast<const float*>(p) + i));
+  const uint32_t w = __ldg(reinterpret_cast<const uint32_t*>(static_cast<const uint16_t*>(p) + i));
+  return TYPE == BF16 ? ptx::bf162_to_floats(w) : ptx::half2_to_floats(w);
+}
+
+// The same as two fp16, times `factor`; with `rest` what the first rounding leaves. fp16 numbers go as they are.
+template <int TYPE>
+__device__ __forceinline__ uint32_t two_halves(const void* p, int64_t i, float factor, bool rest) {
+  if (TYPE == F16) return __ldg(reinterpret_cast<const uint32_t*>(static_cast<const uint16_t*>(p) + i));
+  float2 f = two_numbers<TYPE>(p, i);
+  f.x *= factor, f.y *= factor;
+  const uint32_t h = ptx::floats_to_half2(f.x, f.y);
+  if (!rest) return h;
+  const float2 rounded = ptx::half2_to_floats(h);
+  return ptx::floats_to_half2(f.x - rounded.x, f.y - rounded.y);
+}
+
+// Tokens in floating point: n rows of D numbers, `stride` elements apart.
+template <int TYPE>
+struct Tokens {
+  const void* data;
+  int64_t first, stride;  // elements
+  int n;
+  float factor, undo;  // its inverse
+
+  // Tile `tile` of keys: its rows are tokens, the stripe's columns channels.
+  __device__ __forceinline__ void keys(int tile, int channel, bool inside, bool rest, int lane, Tile& to) const {
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      const int token = 16 * tile + 2 * (lane / 4) + r;
+      const bool there = inside && token < n;
+      uint32_t w[4];
+#pragma unroll
+      for (int i = 0; i < 4; i++) w[i] = there ? two_halves<TYPE>(data, first + token * stride + channel + 2 * i, factor, rest) : 0;
+#pragma unroll
+      for (int u = 0; u < 2; u++)
+        to.a[u][r] = ptx::prmt(w[2 * u], w[2 * u + 1], 0x5410), to.a[u][2 + r] = ptx::prmt(w[2 * u], w[2 * u + 1], 0x7632);
+    }
+  }
+
+  // Tile `tile` of values: its rows are channels, the stripe's columns tokens.
+  __device__ __forceinline__ void values(int tile, int stripe, bool rest, int lane, Tile& to) const {
+    const int channel = 16 * tile + 2 * (lane / 4), token = 32 * stripe + 8 * (lane % 4);
+    uint32_t c[8];
+#pragma unroll
+    for (int i = 0; i < 8; i++) c[i] = token + i < n ? two_halves<TYPE>(data, first + (token + i) * stride + channel, factor, rest) : 0;
+    tile_of_columns(c, to);
+  }
+
+  // A power of two that brings the largest finite number near 2^14: bfloat16 becomes fp16 exactly down to 2^-31 of it, float32 in two parts.
+  __device__ __forceinline__ void scale(int head, int lane) {
+    if (TYPE == F16) return;
+    uint32_t most = 0;
+    for (int i = lane; i < n * (head / 2); i += WARP) {
+      const float2 f = two_numbers<TYPE>(data, first + i / (head / 2) * stride + i % (head / 2) * 2);
+      const uint32_t x = __float_as_uint(f.x) & 0x7fffffffu, y = __float_as_uint(f.y) & 0x7fffffffu;
+      if (x < 0x7f800000u) most = max(most, x);
+      if (y < 0x7f800000u) most = max(most, y);
+    }
+#pragma unroll
+    for (int m = WARP / 2; m; m /= 2) most = max(most, __shfl_xor_sync(~0u, most, m));
+    const int exponent = raise_to_2_14(most);
+    factor = power_of_2(exponent), undo = power_of_2(-exponent);
+  }
+};
+
+}  // namespace mxq::cuda
