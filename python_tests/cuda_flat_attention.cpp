@@ -22,7 +22,8 @@ int flat_attend(const void* q, void* out, const void* sink_k, const void* sink_v
     table[i] = {k_codes + i * kv_heads * page_bytes(key), k_params + i * kv_heads * page_params(key), v_codes + i * kv_heads * page_bytes(value),
                 v_params + i * kv_heads * page_params(value)};
   c.pages = table, c.page_count = pages, c.total = sink + pages * int64_t(PAGE) + tail;
-  c.scale = 0.125, c.cap = cap, c.causal = 1, c.window = window, c.mask = mask, c.workspace = workspace, c.splits = splits;
+  c.scale = 0.125, c.cap = cap, c.causal = 1, c.window = window, c.mask = mask, c.mask_query = c.total;
+  c.workspace = workspace, c.splits = splits;
   if (attend_workspace_nbytes(c) > workspace_bytes) return -2;
   return attend(c);
 }

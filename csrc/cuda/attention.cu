@@ -161,11 +161,11 @@ __device__ __forceinline__ void page_scores(const Warp<NT>& w, const uint8_t* co
 }
 
 template <int NT>
-__device__ __forceinline__ void add_to_sums(const Warp<NT>& w, int m, int tile, const float (&c)[4], float undo, float zeros) {
+__device__ __forceinline__ void add_to_sums(const Warp<NT>& w, int m, int tile, const float (&c)[4], float undo, float zeros, float keep) {
   float2& sum = w.sums[(m * (w.head / LANES) + tile) * WARP + w.lane];
   float2 s = sum;
-  s.x = fmaf(s.x, w.keep[m], fmaf(c[0] + c[1], undo, zeros));
-  s.y = fmaf(s.y, w.keep[m], fmaf(c[2] + c[3], undo, zeros));
+  s.x = fmaf(s.x, keep, fmaf(c[0] + c[1], undo, zeros));
+  s.y = fmaf(s.y, keep, fmaf(c[2] + c[3], undo, zeros));
   sum = s;
 }
 
@@ -205,7 +205,7 @@ __device__ __forceinline__ void page_sums(const Warp<NT>& w, const uint8_t* code
         for (int m = 0; m < NT; m++) multiply(c[m], a, v[stripe][m]);
       }
 #pragma unroll
-      for (int m = 0; m < NT; m++) add_to_sums(w, m, tile, c[m], BITS == 16 ? 1.0f : scales.undo, zeros[m]);
+      for (int m = 0; m < NT; m++) add_to_sums(w, m, tile, c[m], BITS == 16 ? 1.0f : scales.undo, zeros[m], w.keep[m]);
     }
   }
 }
@@ -214,6 +214,7 @@ __device__ __forceinline__ void page_sums(const Warp<NT>& w, const uint8_t* code
 
 template <int TYPE, int NT>
 __device__ __forceinline__ void token_scores(const Warp<NT>& w, Tokens<TYPE> k, Scores (&score)[NT]) {
+  constexpr int PARTS = Tokens<TYPE>::PARTS;
   k.scale(w.head, w.lane);
   float c[4][NT][4] = {};
 #pragma unroll 1
@@ -225,13 +226,13 @@ __device__ __forceinline__ void token_scores(const Warp<NT>& w, Tokens<TYPE> k, 
     for (int m = 0; m < NT; m++) v[m] = inside ? plain(w.q + (w.lane / 8 + 4 * m) * w.head, col, w.lane) : nothing();
 #pragma unroll
     for (int i = 0; i < 4; i++) {
+      if (LANES * i >= k.n) break;
+      Tile tiles[PARTS];
+      k.keys(i, col, inside, w.lane, tiles);
 #pragma unroll
-      for (int rest = 0; rest < (TYPE == F32 ? 2 : 1); rest++) {
-        Tile tile;
-        k.keys(i, col, inside, rest, w.lane, tile);
+      for (int part = 0; part < PARTS; part++)
 #pragma unroll
-        for (int m = 0; m < NT; m++) multiply(c[i][m], tile, v[m]);
-      }
+        for (int m = 0; m < NT; m++) multiply(c[i][m], tiles[part], v[m]);
     }
   }
 #pragma unroll
@@ -244,26 +245,25 @@ __device__ __forceinline__ void token_scores(const Warp<NT>& w, Tokens<TYPE> k, 
 
 template <int TYPE, int NT>
 __device__ __forceinline__ void token_sums(const Warp<NT>& w, Tokens<TYPE> values) {
+  constexpr int PARTS = Tokens<TYPE>::PARTS;
   values.scale(w.head, w.lane);
-  Vectors v[2][NT];
-#pragma unroll
-  for (int stripe = 0; stripe < 2; stripe++)
-#pragma unroll
-    for (int m = 0; m < NT; m++) v[stripe][m] = plain(w.p + (w.lane / 8 + 4 * m) * SCORE_STRIDE, stripe * STRIPE + 8 * (w.lane % 4), w.lane);
 #pragma unroll 1
-  for (int tile = 0; tile < w.head / LANES; tile++) {
-    float c[NT][4] = {};
+  for (int stripe = 0; stripe * STRIPE < values.n; stripe++) {
+    Vectors v[NT];
 #pragma unroll
-    for (int stripe = 0; stripe < 2; stripe++)
+    for (int m = 0; m < NT; m++) v[m] = plain(w.p + (w.lane / 8 + 4 * m) * SCORE_STRIDE, stripe * STRIPE + 8 * (w.lane % 4), w.lane);
+#pragma unroll 1
+    for (int tile = 0; tile < w.head / LANES; tile++) {
+      float c[NT][4] = {};
+      Tile tiles[PARTS];
+      values.values(tile, stripe, w.lane, tiles);
 #pragma unroll
-      for (int rest = 0; rest < (TYPE == F32 ? 2 : 1); rest++) {
-        Tile a;
-        values.values(tile, stripe, rest, w.lane, a);
+      for (int part = 0; part < PARTS; part++)
 #pragma unroll
-        for (int m = 0; m < NT; m++) multiply(c[m], a, v[stripe][m]);
-      }
+        for (int m = 0; m < NT; m++) multiply(c[m], tiles[part], v[m]);
 #pragma unroll
-    for (int m = 0; m < NT; m++) add_to_sums(w, m, tile, c[m], values.undo, 0.0f);
+      for (int m = 0; m < NT; m++) add_to_sums(w, m, tile, c[m], values.undo, 0.0f, stripe ? 1.0f : w.keep[m]);
+    }
   }
 }
 
@@ -301,7 +301,8 @@ __device__ __forceinline__ int64_t row_index(const AttendParams& p, const RowsVi
 
 template <int TYPE>
 __device__ __forceinline__ Tokens<TYPE> tokens_of(const AttendParams& p, const RowsView& r, int pair, int token, int n) {
-  return {r.data, pair / p.kv_heads * r.batch + pair % p.kv_heads * r.head + token * r.token, r.token, n, 1.0f, 1.0f};
+  const int64_t first = pair / p.kv_heads * r.batch + pair % p.kv_heads * r.head + token * r.token;
+  return {static_cast<const uint8_t*>(r.data) + first * Tokens<TYPE>::SIZE, r.token * Tokens<TYPE>::SIZE, n, 1.0f, 1.0f};
 }
 
 // ------------------------------------------------------------------------------------------------------------------ the kernels
@@ -446,8 +447,8 @@ __device__ __forceinline__ void attend(const AttendParams& p) {
   }
 }
 
-__global__ void __launch_bounds__(ATTEND_THREADS) attend_four(const __grid_constant__ AttendParams p) { attend<1>(p); }
-__global__ void __launch_bounds__(ATTEND_THREADS) attend_eight(const __grid_constant__ AttendParams p) { attend<2>(p); }
+__global__ void __launch_bounds__(ATTEND_THREADS, 4) attend_four(const __grid_constant__ AttendParams p) { attend<1>(p); }
+__global__ void __launch_bounds__(ATTEND_THREADS, 3) attend_eight(const __grid_constant__ AttendParams p) { attend<2>(p); }
 
 // grid: rows of all pairs. One block a row: the splits in order.
 __global__ void __launch_bounds__(ATTEND_THREADS) attend_merge(const __grid_constant__ AttendParams p) {

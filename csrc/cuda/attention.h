@@ -9,8 +9,8 @@
 
 namespace mxq::cuda {
 
-// Rows of `head` numbers in device memory: (b, h, t, d) of a tensor [B, H, tokens, D] is element b * batch + h * head + t * token + d. `data` is a multiple of 16
-// bytes, and so are all strides; null where there are no tokens.
+// Rows of `head` numbers in device memory: (b, h, t, d) of a tensor [B, H, tokens, D] is element b * batch + h * head + t * token + d. `data` is null where there are
+// no tokens. Sinks and tails are read by 16 bytes: their addresses and strides are multiples of that.
 struct Rows {
   const void* data;
   int64_t type;  // Type

@@ -126,67 +126,97 @@ __device__ __forceinline__ float power_of_2(int exponent) { return __uint_as_flo
 // The exponent of the power of two that brings a float32 number, given by its bits, into [2^13, 2^14) where that is not out of range.
 __device__ __forceinline__ int raise_to_2_14(uint32_t bits) { return min(max(140 - int(bits >> 23), -126), 126); }
 
-// Two neighbouring numbers at element i, which is even.
-template <int TYPE>
-__device__ __forceinline__ float2 two_numbers(const void* p, int64_t i) {
-  if (TYPE == F32) return __ldg(reinterpret_cast<const float2*>(static_cast<const float*>(p) + i));
-  const uint32_t w = __ldg(reinterpret_cast<const uint32_t*>(static_cast<const uint16_t*>(p) + i));
-  return TYPE == BF16 ? ptx::bf162_to_floats(w) : ptx::half2_to_floats(w);
-}
-
-// The same as two fp16, times `factor`; with `rest` what the first rounding leaves. fp16 numbers go as they are.
-template <int TYPE>
-__device__ __forceinline__ uint32_t two_halves(const void* p, int64_t i, float factor, bool rest) {
-  if (TYPE == F16) return __ldg(reinterpret_cast<const uint32_t*>(static_cast<const uint16_t*>(p) + i));
-  float2 f = two_numbers<TYPE>(p, i);
-  f.x *= factor, f.y *= factor;
-  const uint32_t h = ptx::floats_to_half2(f.x, f.y);
-  if (!rest) return h;
-  const float2 rounded = ptx::half2_to_floats(h);
-  return ptx::floats_to_half2(f.x - rounded.x, f.y - rounded.y);
-}
-
-// Tokens in floating point: n rows of D numbers, `stride` elements apart.
+// Tokens in floating point: n rows of D numbers, `stride` bytes apart, all aligned to 16 bytes. They become fp16 times `factor`; of float32 a second tile has what
+// that rounds off. fp16 numbers go as they are.
 template <int TYPE>
 struct Tokens {
-  const void* data;
-  int64_t first, stride;  // elements
+  static constexpr int SIZE = TYPE == F32 ? 4 : 2, PARTS = TYPE == F32 ? 2 : 1;
+  const uint8_t* data;
+  int64_t stride;
   int n;
   float factor, undo;  // its inverse
 
-  // Tile `tile` of keys: its rows are tokens, the stripe's columns channels.
-  __device__ __forceinline__ void keys(int tile, int channel, bool inside, bool rest, int lane, Tile& to) const {
+  __device__ __forceinline__ void round(float x, float y, uint32_t& h, uint32_t& rest) const {
+    x *= factor, y *= factor;
+    h = ptx::floats_to_half2(x, y);
+    if (TYPE != F32) return;
+    const float2 f = ptx::half2_to_floats(h);
+    rest = ptx::floats_to_half2(x - f.x, y - f.y);
+  }
+
+  // Tile `tile` of keys: its rows are tokens, the stripe's columns channels. `inside`: whether the lane's channels, from `channel` on, are there at all.
+  __device__ __forceinline__ void keys(int tile, int channel, bool inside, int lane, Tile (&to)[PARTS]) const {
 #pragma unroll
     for (int r = 0; r < 2; r++) {
       const int token = 16 * tile + 2 * (lane / 4) + r;
-      const bool there = inside && token < n;
-      uint32_t w[4];
+      uint32_t h[4] = {}, rest[4] = {};
+      if (inside && token < n) {
+        const uint8_t* p = data + token * stride + channel * SIZE;
+        const uint4 v = ptx::ld_global_nc_16(p);
+        const uint32_t w[4] = {v.x, v.y, v.z, v.w};
+        if constexpr (TYPE == F32) {
+          const uint4 next = ptx::ld_global_nc_16(p + 16);
+          const uint32_t more[4] = {next.x, next.y, next.z, next.w};
 #pragma unroll
-      for (int i = 0; i < 4; i++) w[i] = there ? two_halves<TYPE>(data, first + token * stride + channel + 2 * i, factor, rest) : 0;
+          for (int i = 0; i < 2; i++) {
+            round(__uint_as_float(w[2 * i]), __uint_as_float(w[2 * i + 1]), h[i], rest[i]);
+            round(__uint_as_float(more[2 * i]), __uint_as_float(more[2 * i + 1]), h[2 + i], rest[2 + i]);
+          }
+        } else {
 #pragma unroll
-      for (int u = 0; u < 2; u++)
-        to.a[u][r] = ptx::prmt(w[2 * u], w[2 * u + 1], 0x5410), to.a[u][2 + r] = ptx::prmt(w[2 * u], w[2 * u + 1], 0x7632);
+          for (int i = 0; i < 4; i++) {
+            const float2 f = ptx::bf162_to_floats(w[i]);
+            if (TYPE == BF16) round(f.x, f.y, h[i], rest[i]);
+            else h[i] = w[i];
+          }
+        }
+      }
+#pragma unroll
+      for (int part = 0; part < PARTS; part++) {
+        const uint32_t(&w)[4] = part ? rest : h;
+#pragma unroll
+        for (int u = 0; u < 2; u++)
+          to[part].a[u][r] = ptx::prmt(w[2 * u], w[2 * u + 1], 0x5410), to[part].a[u][2 + r] = ptx::prmt(w[2 * u], w[2 * u + 1], 0x7632);
+      }
     }
   }
 
   // Tile `tile` of values: its rows are channels, the stripe's columns tokens.
-  __device__ __forceinline__ void values(int tile, int stripe, bool rest, int lane, Tile& to) const {
-    const int channel = 16 * tile + 2 * (lane / 4), token = 32 * stripe + 8 * (lane % 4);
-    uint32_t c[8];
+  __device__ __forceinline__ void values(int tile, int stripe, int lane, Tile (&to)[PARTS]) const {
+    const int token = STRIPE * stripe + 8 * (lane % 4);
+    const uint8_t* p = data + token * stride + (16 * tile + 2 * (lane / 4)) * SIZE;
+    uint32_t h[8] = {}, rest[8] = {};
 #pragma unroll
-    for (int i = 0; i < 8; i++) c[i] = token + i < n ? two_halves<TYPE>(data, first + (token + i) * stride + channel, factor, rest) : 0;
-    tile_of_columns(c, to);
+    for (int i = 0; i < 8; i++, p += stride) {
+      if (token + i >= n) continue;
+      if constexpr (TYPE == F32) {
+        const uint2 w = ptx::ld_global_nc_8(p);
+        round(__uint_as_float(w.x), __uint_as_float(w.y), h[i], rest[i]);
+      } else {
+        h[i] = ptx::ld_global_nc_4(p);
+        const float2 f = ptx::bf162_to_floats(h[i]);
+        if (TYPE == BF16) round(f.x, f.y, h[i], rest[i]);
+      }
+    }
+    tile_of_columns(h, to[0]);
+    if constexpr (PARTS == 2) tile_of_columns(rest, to[1]);
   }
 
-  // A power of two that brings the largest finite number near 2^14: bfloat16 becomes fp16 exactly down to 2^-31 of it, float32 in two parts.
+  // Sets the power of two that brings the largest finite number near 2^14: bfloat16 becomes fp16 exactly down to 2^-31 of it, float32 in two parts.
   __device__ __forceinline__ void scale(int head, int lane) {
+    factor = undo = 1.0f;
     if (TYPE == F16) return;
+    const int row = head * SIZE / 16;  // loads
     uint32_t most = 0;
-    for (int i = lane; i < n * (head / 2); i += WARP) {
-      const float2 f = two_numbers<TYPE>(data, first + i / (head / 2) * stride + i % (head / 2) * 2);
-      const uint32_t x = __float_as_uint(f.x) & 0x7fffffffu, y = __float_as_uint(f.y) & 0x7fffffffu;
-      if (x < 0x7f800000u) most = max(most, x);
-      if (y < 0x7f800000u) most = max(most, y);
+    for (int i = lane; i < n * row; i += WARP) {
+      const uint4 v = ptx::ld_global_nc_16(data + i / row * stride + i % row * 16);
+      const uint32_t w[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+      for (int j = 0; j < 4; j++) {
+        const uint32_t x = (TYPE == F32 ? w[j] : w[j] << 16) & 0x7fffffffu, y = w[j] & 0x7fffffffu;  // of bfloat16, y has bits of its neighbour far below its own
+        if (x < 0x7f800000u) most = max(most, x);
+        if (y < 0x7f800000u) most = max(most, y);
+      }
     }
 #pragma unroll
     for (int m = WARP / 2; m; m /= 2) most = max(most, __shfl_xor_sync(~0u, most, m));

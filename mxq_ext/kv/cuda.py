@@ -81,9 +81,9 @@ def _pages_of(key: PageFormat, value: PageFormat, heads: int, device: torch.devi
     return table
 
 
-def _in_pairs(t: torch.Tensor | None) -> torch.Tensor | None:
-    """``t`` if the kernels can read its channels two at a time, else a copy."""
-    if t is None or (t.stride(3) == 1 and t.data_ptr() % (2 * t.element_size()) == 0 and not any(s % 2 for s, n in zip(t.stride()[:3], t.shape, strict=False) if n > 1)):
+def _aligned(t: torch.Tensor | None) -> torch.Tensor | None:
+    """``t`` if the kernels can read its channels 16 bytes at a time, else a copy."""
+    if t is None or (t.stride(3) == 1 and not any(at % 16 for at in (t.data_ptr(), *(s * t.element_size() for s, n in zip(t.stride()[:3], t.shape, strict=False) if n > 1)))):
         return t
     return t.clone(memory_format=torch.contiguous_format)
 
@@ -118,7 +118,7 @@ class Kernels:
         if out is None:
             out = q.new_empty(batch, queries, heads, d).transpose(1, 2)
         q = q if q.stride(3) == 1 else q.contiguous()
-        parts = {name: _in_pairs(t) for name, t in parts.items()}
+        parts = {name: _aligned(t) for name, t in parts.items()}
         mask = mask if mask is None or mask.stride(-1) == 1 else mask.contiguous()
         call = AttendCall(key=PageDesc(*pages.key.native), value=PageDesc(*pages.value.native), batch=batch, q_heads=heads, kv_heads=pages.heads // batch, queries=queries,
                           q=Rows(*ops._rows(q)), out=Rows(out.data_ptr(), TYPES[out.dtype], queries, *out.stride()[:3]),
