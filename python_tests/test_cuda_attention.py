@@ -15,7 +15,7 @@ import pytest
 import simt
 import torch
 
-from mxq_ext import cuda
+from mxq_ext import _native, cuda
 from mxq_ext.errors import FormatError, NativeError, ShapeError
 from mxq_ext.kv import cuda as kv_cuda
 from mxq_ext.kv import ops, reference
@@ -194,7 +194,7 @@ def test_types_and_strides(bench):
         (table, *_), k, v = cache(key, value, 3, 0, 1, 0, batch=2, seed=i)
         parts = [wide[:, :n, j : j + 3, 3 * j : 3 * j + 80].transpose(1, 2).to(part_type) for j, n in enumerate((5, 5, 9, 9), start=i % 2)]
         parts[0] = torch.cat([parts[0][..., :1], parts[0]], 3)[..., 1:]  # odd strides
-        q = wide[:, 3:6, :, 100:180].transpose(1, 2).to(q_type)
+        q = wide[:, 3:6, :6, 100:180].transpose(1, 2).to(q_type)
         k, v = (np.concatenate([parts[j].double().numpy(), x, parts[2 + j].double().numpy()], 2) for j, x in enumerate((k, v)))
         numeric.check(bench.attend(q, (table, *parts)), reference.attend(q.double().numpy(), k, v), LIMIT + (q_type != torch.float32) * numeric.ROUNDING[q_type],
                       f"{q_type} {part_type}")
@@ -328,6 +328,20 @@ def test_refusals():
         kv_cuda.CudaPages(Codebook("keys", 2, 64, 64), formats(2, 2, 64)[1], 1, "cpu")
     with pytest.raises(FormatError, match="2-bit keys with a codebook on a GPU"):
         old.pack_page(numbers(1, 1, 64, 64), Codebook("keys", 2, 64, 64), *formats(2, 2, 64)[0].empty_page(1))
+
+
+@pytest.mark.skipif(not hasattr(_native.cuda, "kv_attend") or isinstance(_native.cuda, _native.Missing), reason="mxq_ext._cuda is not built")
+def test_the_built_module():
+    """Its host code is the code that the tests above ran."""
+    args, *_ = cache(*formats(4, 2, 64), 2, 0, 9, 3)
+    q, table = numbers(1, 4, 1, 64), kv_cuda.CudaPages.of(args[0], "cpu")
+    mine, built = (kv_cuda.Kernels(cuda.Runtime(f, 80, 108), 2e12).explain(q, table, *args[1:]) for f in (cuda_tools.Functions(cuda_tools.library()), _native.cuda))
+    assert built == mine and mine[0]
+
+
+def test_a_module_without_these_kernels_is_refused():
+    with pytest.raises(NativeError, match="the compiled CUDA extension has no kernels for it"):
+        kv_cuda.Kernels(cuda.Runtime(object()))
 
 
 def test_failed_launches_are_errors_with_the_reason():

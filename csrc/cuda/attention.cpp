@@ -9,8 +9,7 @@
 namespace mxq::cuda {
 namespace {
 
-constexpr int DEFAULT_SMS = 108;   // of a device that is not known
-constexpr int BLOCKS_PER_SM = 4;   // resident at once: 16 warps hide the latency of what each has under way
+constexpr int DEFAULT_SMS = 108;  // of a device that is not known
 
 RowsView view_of(const Rows& r) { return {r.data, r.batch, r.head, r.token, int32_t(r.type), int32_t(r.tokens)}; }
 
@@ -50,7 +49,7 @@ AttendConfig choose(const AttendDesc& d) {
   c.tiles = d.rows > TILE_QUERIES && d.head <= WIDE_HEAD ? 2 : 1;
   c.blocks = ceil_div(d.rows, TILE_QUERIES * c.tiles);
   // Turns of the whole device times the chunks that a warp reads in each; the fewest splits that come within 15 % of the best, since each costs a merge.
-  const int64_t slots = BLOCKS_PER_SM * (d.device.sms > 0 ? d.device.sms : DEFAULT_SMS), base = d.pairs * c.blocks;
+  const int64_t slots = (c.tiles == 1 ? NARROW_BLOCKS : WIDE_BLOCKS) * (d.device.sms > 0 ? d.device.sms : DEFAULT_SMS), base = d.pairs * c.blocks;
   const int64_t most = std::clamp<int64_t>(ceil_div(d.chunks, ATTEND_WARPS), 1, MAX_SPLITS);
   const auto time = [&](int64_t splits) { return ceil_div(base * splits, slots) * ceil_div(ceil_div(d.chunks, splits), ATTEND_WARPS); };
   int64_t best = time(1);

@@ -8,10 +8,12 @@
 //   score[t] = sum over d of (q[d] s[d]) code[t][d] + sum over d of q[d] z[d]
 //   out[d]   = sum over t of (p[t] s[t]) code[t][d] + sum over t of p[t] z[t]
 //
+// Codes are centred, as they are stored, which keeps the two sums from cancelling each other more than they must; z stands for the zero and 2^(bits-1) scales.
+//
 // Rounding. Codes are exact. Vectors are float32 until they become operand B, in two fp16 of 11 bits each, in neighbouring columns of one product: 4 rows fill its 8
 // columns. Powers of two keep them away from both ends of fp16's range: queries reach 2^14, scales of a page 2^0, probabilities 2^13. Products are summed in float32.
 //
-// Sums live in shared memory, where each lane has its own: D is then a number like any other, and 32 loads and stores a page are few beside its 1000 instructions.
+// Sums live in shared memory, where each lane has its own, so that D is a number like any other: they are read and written once for 64 keys.
 #include "attention_tiles.cuh"
 #include "numbers.cuh"
 #include "simt.hpp"
@@ -42,9 +44,10 @@ __device__ __forceinline__ float largest_over_g(float v) {
 // The scales of a group of a page, brought to [1, 2) by a power of two that both 16-bit types of number hold.
 struct Scales {
   const uint16_t *s, *z;
-  uint32_t factor;  // two fp16
-  float undo;
+  uint32_t factor;      // two fp16
+  float undo, centre;   // what the brought scales are multiplied by to be scales, and to be 2^(bits-1) scales
 };
+template <int BITS>
 __device__ __forceinline__ Scales scales_of(const uint16_t* params, int group, int cols, int lane) {
   Scales out;
   out.s = params + 2 * group * cols, out.z = out.s + cols;
@@ -57,7 +60,7 @@ __device__ __forceinline__ Scales scales_of(const uint16_t* params, int group, i
 #pragma unroll
   for (int m = WARP / 2; m; m /= 2) most = max(most, __shfl_xor_sync(ALL, most, m));
   const int exponent = min(15 - int(most >> 10), 15);  // at least -15 for what is finite
-  out.undo = power_of_2(-exponent);
+  out.undo = power_of_2(-exponent), out.centre = out.undo * float(1 << (BITS - 1));
   out.factor = both(exponent > -15 ? uint32_t(exponent + 15) << 10 : 1u << 9);  // 2^-15 is subnormal
   return out;
 }
@@ -71,8 +74,15 @@ __device__ __forceinline__ Vectors fold(const float* numbers, const Scales& scal
 #pragma unroll
   for (int i = 0; i < 4; i++) {
     const float2 scale = ptx::half2_to_floats(ptx::hmul2(s[i], scales.factor)), zero = ptx::half2_to_floats(z[i]);
-    if (x[2 * i] != 0.0f) bias = fmaf(x[2 * i], zero.x, bias), x[2 * i] *= scale.x;
-    if (x[2 * i + 1] != 0.0f) bias = fmaf(x[2 * i + 1], zero.y, bias), x[2 * i + 1] *= scale.y;
+    const float s2[2] = {scale.x, scale.y}, z2[2] = {zero.x, zero.y};
+#pragma unroll
+    for (int j = 0; j < 2; j++) {
+      float& v = x[2 * i + j];
+      if (v == 0.0f) continue;
+      bias = fmaf(v, z2[j], bias);
+      v *= s2[j];
+      bias = fmaf(v, scales.centre, bias);
+    }
   }
   return vectors_of(x, lane);
 }
@@ -110,8 +120,8 @@ __device__ __forceinline__ void page_scores(const Warp<NT>& w, const uint8_t* co
   const int64_t tile_bytes = int64_t(columns) * LANES * BITS / 8;
   Scales scales[2];
   if constexpr (BITS != 16) {
-    scales[0] = scales_of(params, 0, w.head, w.lane);
-    scales[1] = groups == 2 ? scales_of(params, 1, w.head, w.lane) : scales[0];
+    scales[0] = scales_of<BITS>(params, 0, w.head, w.lane);
+    scales[1] = groups == 2 ? scales_of<BITS>(params, 1, w.head, w.lane) : scales[0];
   }
   float c[4][NT][4] = {}, bias[2][NT] = {};
 #pragma unroll 1
@@ -176,7 +186,7 @@ __device__ __forceinline__ void page_sums(const Warp<NT>& w, const uint8_t* code
 #pragma unroll 1
   for (int first = 0, i = 0; first < tiles; first += step, i++) {
     Scales scales;
-    if constexpr (BITS != 16) scales = scales_of(params, i, CHUNK, w.lane);
+    if constexpr (BITS != 16) scales = scales_of<BITS>(params, i, CHUNK, w.lane);
     Vectors v[2][NT];
     float zeros[NT] = {};
 #pragma unroll
@@ -447,8 +457,8 @@ __device__ __forceinline__ void attend(const AttendParams& p) {
   }
 }
 
-__global__ void __launch_bounds__(ATTEND_THREADS, 4) attend_four(const __grid_constant__ AttendParams p) { attend<1>(p); }
-__global__ void __launch_bounds__(ATTEND_THREADS, 3) attend_eight(const __grid_constant__ AttendParams p) { attend<2>(p); }
+__global__ void __launch_bounds__(ATTEND_THREADS, NARROW_BLOCKS) attend_four(const __grid_constant__ AttendParams p) { attend<1>(p); }
+__global__ void __launch_bounds__(ATTEND_THREADS, WIDE_BLOCKS) attend_eight(const __grid_constant__ AttendParams p) { attend<2>(p); }
 
 // grid: rows of all pairs. One block a row: the splits in order.
 __global__ void __launch_bounds__(ATTEND_THREADS) attend_merge(const __grid_constant__ AttendParams p) {

@@ -56,6 +56,7 @@ constexpr int ATTEND_WARPS = 4, ATTEND_THREADS = ATTEND_WARPS * WARP;
 constexpr int TILE_QUERIES = 4;                                      // rows of the queries that one product of 8 columns holds, see attention.cu
 constexpr int WIDE_HEAD = 256;                                       // wider heads: 4 rows to a block, whose sums fit any device's shared memory
 constexpr int MAX_SPLITS = 128;
+constexpr int NARROW_BLOCKS = 4, WIDE_BLOCKS = 3;                    // blocks of 4 and of 8 rows that an SM holds at once: what their registers are bounded for
 constexpr int SCORE_STRIDE = CHUNK + 8;                              // floats between rows of probabilities: stores of a warp meet no bank twice
 
 // The rows of the queries are those of all query heads of a key/value head: row r is token r / group, query head kv * group + r % group.

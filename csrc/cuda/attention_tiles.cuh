@@ -17,12 +17,13 @@ struct Tile {
 
 __device__ constexpr uint32_t both(uint32_t half) { return half << 16 | half; }
 
-// Two codes of `BITS` bits at bits P and P + 16 of a word -> fp16 numbers 0 .. 2^BITS - 1. Codes are stored centred; the XOR gives 1024 + code * 2^P.
+// Two codes of `BITS` bits at bits P and P + 16 of a word -> fp16 numbers -2^(BITS-1) .. 2^(BITS-1) - 1. The XOR gives 1024 + (code + 2^(BITS-1)) * 2^P.
 template <int BITS, int P>
 __device__ __forceinline__ uint32_t two_codes(uint32_t word) {
-  const uint32_t raised = (word & both(((1u << BITS) - 1) << P)) ^ both(0x6400u | 1u << (BITS - 1 + P));
-  if (P == 0) return ptx::hsub2(raised, both(0x6400));
-  return ptx::hfma2(raised, both(uint32_t(15 - P) << 10), both(0x8000u | uint32_t(25 - P) << 10));  // times 2^-P, minus 1024 / 2^P
+  constexpr uint32_t CENTRE = 1u << (BITS - 1 + P);
+  const uint32_t raised = (word & both(((1u << BITS) - 1) << P)) ^ both(0x6400u | CENTRE);
+  if (P == 0) return ptx::hsub2(raised, both(0x6400u | CENTRE));
+  return ptx::hfma2(raised, both(uint32_t(15 - P) << 10), both(0x8000u | uint32_t(25 - P) << 10 | CENTRE));  // times 2^-P, minus 1024 / 2^P and the centre
 }
 
 // The codes of a lane as they are loaded, apart from the decoding so that several tiles are under way at once.

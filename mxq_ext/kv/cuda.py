@@ -94,9 +94,13 @@ class Kernels:
     Args:
         runtime: the library and what is known about its device.
         bandwidth: bytes a second that a copy reaches on the device, for the bound in :meth:`explain`; 0 leaves that out.
+
+    Raises NativeError if the library is older than these kernels.
     """
 
     def __init__(self, runtime: cuda.Runtime, bandwidth: float = 0.0):
+        if not hasattr(runtime.library, "kv_attend"):
+            raise NativeError("a quantized KV cache on a GPU", "the compiled CUDA extension has no kernels for it", "build it again with `pip install .` in the source folder")
         self.runtime, self.bandwidth = runtime, bandwidth
 
     def pack_page(self, x: torch.Tensor, fmt: PageFormat, codes: torch.Tensor, params: torch.Tensor, stream: int = 0) -> None:
