@@ -32,7 +32,8 @@ MXQ_API int64_t mxq_cuda_kernel_name(const mxq::cuda::LinearCall* c, const char*
 // Attention over the packed KV cache; as for linear.
 MXQ_API int64_t mxq_cuda_kv_workspace_nbytes(const mxq::cuda::AttendCall* c);
 MXQ_API int64_t mxq_cuda_kv_attend(const mxq::cuda::AttendCall* c);
-MXQ_API int64_t mxq_cuda_kv_pack(const mxq::cuda::PageDesc* format, const mxq::cuda::Rows* x, int64_t batch, int64_t heads, uint8_t* codes, uint16_t* params, void* stream);
+MXQ_API int64_t mxq_cuda_kv_pack(const mxq::cuda::PageDesc* format, const mxq::cuda::Rows* x, int64_t batch, int64_t heads, uint8_t* codes, uint16_t* params,
+                                 void* stream);
 // 1, or 0 where there is no kernel; `name` and `text`: the kernel's name, and its configuration or why there is none.
 MXQ_API int64_t mxq_cuda_kv_explain(const mxq::cuda::AttendCall* c, char* name, char* text, int64_t size);
 

@@ -72,9 +72,10 @@ std::string attend_name(const AttendDesc& d) {
 
 std::string describe(const AttendDesc& d, const AttendConfig& c, double bandwidth) {
   if (!c.ok) return c.reason;
-  std::string s = std::to_string(d.keys) + " keys, " + std::to_string(d.rows) + " rows of queries (" + std::to_string(d.group) + " heads) on each of " +
-                  std::to_string(d.pairs) + " key/value heads: " + std::to_string(d.pairs) + " x " + std::to_string(c.blocks) + " x " + std::to_string(c.splits) +
-                  " blocks of " + std::to_string(TILE_QUERIES * c.tiles) + " rows, " + std::to_string(ceil_div(d.chunks, c.splits)) + " chunks each; " +
+  const std::string pairs = std::to_string(d.pairs);
+  std::string s = std::to_string(d.keys) + " keys, " + std::to_string(d.rows) + " rows of queries (" + std::to_string(d.group) + " heads) on each of " + pairs +
+                  " key/value heads: " + pairs + " x " + std::to_string(c.blocks) + " x " + std::to_string(c.splits) + " blocks of " +
+                  std::to_string(TILE_QUERIES * c.tiles) + " rows, " + std::to_string(ceil_div(d.chunks, c.splits)) + " chunks each; " +
                   std::to_string(d.page_bytes) + " bytes of pages";
   if (bandwidth > 0) {
     char text[64];
@@ -105,7 +106,8 @@ int attend(const AttendCall& c) {
   p.key_bytes = page_bytes(key), p.key_halves = page_params(key), p.value_bytes = page_bytes(value), p.value_halves = page_params(value);
   p.page_count = int32_t(c.page_count), p.total = int32_t(c.total), p.chunk0 = int32_t(d.chunk0), p.chunks = int32_t(d.chunks);
   p.splits = int32_t(config.splits), p.blocks = int32_t(config.blocks);
-  p.kv_heads = int32_t(c.kv_heads), p.group = int32_t(d.group), p.queries = int32_t(c.queries), p.rows = int32_t(d.rows), p.pairs = int32_t(d.pairs);
+  p.kv_heads = int32_t(c.kv_heads), p.group = int32_t(d.group), p.queries = int32_t(c.queries);
+  p.rows = int32_t(d.rows), p.pairs = int32_t(d.pairs);
   p.causal = int32_t(c.causal), p.window = int32_t(c.window), p.scale = float(c.scale), p.cap = float(c.cap);
   if (const int error = launch_attend(p, config.tiles, c.stream)) return error;
   return config.splits > 1 ? launch_attend_merge(p, c.stream) : 0;

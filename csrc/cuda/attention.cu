@@ -1,17 +1,18 @@
-// Attention over the packed KV cache. A block has four warps, works for the query rows of one key/value head, and reads a run of chunks of 64 keys: warp w chunks w,
-// w + 4, ..., each warp with a softmax of its own, and no barrier before the end. There the warps are merged in order, and, if several blocks share the chunks, their
-// results by a second launch (attend_merge), in order too. So equal calls give equal bits.
+// Attention over the packed KV cache. A block has four warps, works for the query rows of one key/value head, and reads a run of chunks of 64 keys: warp w
+// chunks w, w + 4, ..., each warp with a softmax of its own, and no barrier before the end. There the warps are merged in order, and, if several blocks
+// share the chunks, their results by a second launch (attend_merge), in order too. So equal calls give equal bits.
 //
-// Both products run on raw codes as operand A of the tensor cores: scales belong to the page's columns, which are what is summed over, so they are multiplied into the
-// vectors (queries, probabilities), and the zeros add one number to each row:
+// Both products run on raw codes as operand A of the tensor cores: scales belong to the page's columns, which are what is summed over, so they are
+// multiplied into the vectors (queries, probabilities), and the zeros add one number to each row:
 //
 //   score[t] = sum over d of (q[d] s[d]) code[t][d] + sum over d of q[d] z[d]
 //   out[d]   = sum over t of (p[t] s[t]) code[t][d] + sum over t of p[t] z[t]
 //
 // Codes are centred, as they are stored, which keeps the two sums from cancelling each other more than they must; z stands for the zero and 2^(bits-1) scales.
 //
-// Rounding. Codes are exact. Vectors are float32 until they become operand B, in two fp16 of 11 bits each, in neighbouring columns of one product: 4 rows fill its 8
-// columns. Powers of two keep them away from both ends of fp16's range: queries reach 2^14, scales of a page 2^0, probabilities 2^13. Products are summed in float32.
+// Rounding. Codes are exact. Vectors are float32 until they become operand B, in two fp16 of 11 bits each, in neighbouring columns of one product: 4 rows
+// fill its 8 columns. Powers of two keep them away from both ends of fp16's range: queries reach 2^14, scales of a page 2^0, probabilities 2^13. Products
+// are summed in float32.
 //
 // Sums live in shared memory, where each lane has its own, so that D is a number like any other: they are read and written once for 64 keys.
 #include "attention_tiles.cuh"

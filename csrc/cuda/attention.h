@@ -9,8 +9,8 @@
 
 namespace mxq::cuda {
 
-// Rows of `head` numbers in device memory: (b, h, t, d) of a tensor [B, H, tokens, D] is element b * batch + h * head + t * token + d. `data` is null where there are
-// no tokens. Sinks and tails are read by 16 bytes: their addresses and strides are multiples of that.
+// Rows of `head` numbers in device memory: (b, h, t, d) of a tensor [B, H, tokens, D] is element b * batch + h * head + t * token + d. `data` is null where
+// there are no tokens. Sinks and tails are read by 16 bytes: their addresses and strides are multiples of that.
 struct Rows {
   const void* data;
   int64_t type;  // Type
@@ -41,7 +41,7 @@ struct AttendCall {
   const PageParts* pages;                  // [page_count] in device memory
   int64_t page_count, total;               // total: key tokens
   double scale, cap;                       // cap: soft cap of the scores, 0 for none
-  int64_t causal, window;                  // query i is at position total - queries + i, and sees keys up to it, and those after position - window; 0: no window
+  int64_t causal, window;                  // query i, at position total - queries + i, sees keys up to it, and those after position - window; 0: none
   const uint8_t* mask;                     // [B][queries][total], 1 may be seen; or null
   int64_t mask_batch, mask_query;          // strides; mask_query is 0 where all queries share a row
   void* workspace;                         // device memory of attend_workspace_nbytes()

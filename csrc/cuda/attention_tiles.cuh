@@ -1,8 +1,9 @@
-// Operand A of attention's products, in registers, exactly: 16 rows (a tile) by 32 columns (a stripe) of a packed page, or of keys and values in floating point.
+// Operand A of attention's products, in registers, exactly: 16 rows (a tile) by 32 columns (a stripe) of a packed page, or of keys and values in floating
+// point.
 //
-// Lane 4 * g + t owns rows 2g and 2g + 1 of the tile and columns 8t .. 8t + 7 of the stripe: two of the page's quads, and two products m16n8k16. Which row of the
-// page is which row of the product, and which column which, is ours to choose, so a lane's codes are words that the layout has side by side (rows 2g and 2g + 1 are
-// 8 bytes), and nothing is exchanged. A quad's columns go by pairs (0, 2) and (1, 3), which are bytes 0, 2 and 1, 3 of its word.
+// Lane 4 * g + t owns rows 2g and 2g + 1 of the tile and columns 8t .. 8t + 7 of the stripe: two of the page's quads, and two products m16n8k16. Which row
+// of the page is which row of the product, and which column which, is ours to choose, so a lane's codes are words that the layout has side by side (rows 2g
+// and 2g + 1 are 8 bytes), and nothing is exchanged. A quad's columns go by pairs (0, 2) and (1, 3), which are bytes 0, 2 and 1, 3 of its word.
 #pragma once
 
 #include "attention.h"
@@ -93,8 +94,8 @@ struct Codes<16> {
 
 // ------------------------------------------------------------------------------------------------------------------ numbers as operand B
 
-// Operand B of the two products of a stripe: column g of the product is row g / 2 of the vectors, its leading half for even g and what that rounds off for odd g. So
-// 8 columns hold 4 rows to 22 bits, and lane 4 * g + t of the result has both parts of row t.
+// Operand B of the two products of a stripe: column g of the product is row g / 2 of the vectors, its leading half for even g and what that rounds off for
+// odd g. So 8 columns hold 4 rows to 22 bits, and lane 4 * g + t of the result has both parts of row t.
 struct Vectors {
   uint32_t b[2][2];
 };
@@ -127,8 +128,8 @@ __device__ __forceinline__ float power_of_2(int exponent) { return __uint_as_flo
 // The exponent of the power of two that brings a float32 number, given by its bits, into [2^13, 2^14) where that is not out of range.
 __device__ __forceinline__ int raise_to_2_14(uint32_t bits) { return min(max(140 - int(bits >> 23), -126), 126); }
 
-// Tokens in floating point: n rows of D numbers, `stride` bytes apart, all aligned to 16 bytes. They become fp16 times `factor`; of float32 a second tile has what
-// that rounds off. fp16 numbers go as they are.
+// Tokens in floating point: n rows of D numbers, `stride` bytes apart, all aligned to 16 bytes. They become fp16 times `factor`; of float32 a second tile
+// has what that rounds off. fp16 numbers go as they are.
 template <int TYPE>
 struct Tokens {
   static constexpr int SIZE = TYPE == F32 ? 4 : 2, PARTS = TYPE == F32 ? 2 : 1;
@@ -214,7 +215,8 @@ struct Tokens {
       const uint32_t w[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
       for (int j = 0; j < 4; j++) {
-        const uint32_t x = (TYPE == F32 ? w[j] : w[j] << 16) & 0x7fffffffu, y = w[j] & 0x7fffffffu;  // of bfloat16, y has bits of its neighbour far below its own
+        // Of two bfloat16 in a word, the upper one keeps its neighbour as bits far below its own.
+        const uint32_t x = (TYPE == F32 ? w[j] : w[j] << 16) & 0x7fffffffu, y = w[j] & 0x7fffffffu;
         if (x < 0x7f800000u) most = max(most, x);
         if (y < 0x7f800000u) most = max(most, y);
       }

@@ -1,5 +1,5 @@
-// Quantize-and-pack: 64 tokens of keys or values of every head become a page. The formulas are those of csrc/kv_formats.h, each operation rounded to nearest by itself,
-// so that the bits are those of the CPU kernels.
+// Quantize-and-pack: 64 tokens of keys or values of every head become a page. The formulas are those of csrc/kv_formats.h, each operation rounded to
+// nearest by itself, so that the bits are those of the CPU kernels.
 #include "attention.h"
 #include "numbers.cuh"
 #include "simt.hpp"

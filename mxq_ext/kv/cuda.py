@@ -83,9 +83,10 @@ def _pages_of(key: PageFormat, value: PageFormat, heads: int, device: torch.devi
 
 def _aligned(t: torch.Tensor | None) -> torch.Tensor | None:
     """``t`` if the kernels can read its channels 16 bytes at a time, else a copy."""
-    if t is None or (t.stride(3) == 1 and not any(at % 16 for at in (t.data_ptr(), *(s * t.element_size() for s, n in zip(t.stride()[:3], t.shape, strict=False) if n > 1)))):
-        return t
-    return t.clone(memory_format=torch.contiguous_format)
+    if t is None:
+        return None
+    steps = [stride * t.element_size() for stride, n in zip(t.stride()[:3], t.shape[:3], strict=True) if n > 1]
+    return t if t.stride(3) == 1 and not any(at % 16 for at in (t.data_ptr(), *steps)) else t.clone(memory_format=torch.contiguous_format)
 
 
 class Kernels:
@@ -100,7 +101,8 @@ class Kernels:
 
     def __init__(self, runtime: cuda.Runtime, bandwidth: float = 0.0):
         if not hasattr(runtime.library, "kv_attend"):
-            raise NativeError("a quantized KV cache on a GPU", "the compiled CUDA extension has no kernels for it", "build it again with `pip install .` in the source folder")
+            raise NativeError("a quantized KV cache on a GPU", "the compiled CUDA extension has no kernels for it",
+                              "build it again with `pip install .` in the source folder")
         self.runtime, self.bandwidth = runtime, bandwidth
 
     def pack_page(self, x: torch.Tensor, fmt: PageFormat, codes: torch.Tensor, params: torch.Tensor, stream: int = 0) -> None:
@@ -109,7 +111,8 @@ class Kernels:
         x = ops._check_pack(x, fmt, codes, params, x.device)
         if x.numel():
             desc, rows = PageDesc(*fmt.native), Rows(*ops._rows(x))
-            code = self.runtime.library.kv_pack(ctypes.addressof(desc), ctypes.addressof(rows), x.shape[0], x.shape[1], codes.data_ptr(), params.data_ptr(), stream)
+            code = self.runtime.library.kv_pack(ctypes.addressof(desc), ctypes.addressof(rows), x.shape[0], x.shape[1], codes.data_ptr(), params.data_ptr(),
+                                                stream)
             self.runtime.run(code, f"packing a page of {fmt.side} of {tuple(x.shape)}")
 
     def call(self, q: torch.Tensor, pages: CudaPages, sink_k=None, sink_v=None, tail_k=None, tail_v=None, *, scale: float | None = None, causal: bool = True,
@@ -124,7 +127,8 @@ class Kernels:
         q = q if q.stride(3) == 1 else q.contiguous()
         parts = {name: _aligned(t) for name, t in parts.items()}
         mask = mask if mask is None or mask.stride(-1) == 1 else mask.contiguous()
-        call = AttendCall(key=PageDesc(*pages.key.native), value=PageDesc(*pages.value.native), batch=batch, q_heads=heads, kv_heads=pages.heads // batch, queries=queries,
+        call = AttendCall(key=PageDesc(*pages.key.native), value=PageDesc(*pages.value.native),
+                          batch=batch, q_heads=heads, kv_heads=pages.heads // batch, queries=queries,
                           q=Rows(*ops._rows(q)), out=Rows(out.data_ptr(), TYPES[out.dtype], queries, *out.stride()[:3]),
                           **{name: Rows(*ops._rows(t)) for name, t in parts.items()}, pages=pages.pointers, page_count=len(pages), total=total,
                           scale=d**-0.5 if scale is None else float(scale), cap=softcap, causal=causal, window=window, stream=stream,

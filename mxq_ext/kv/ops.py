@@ -268,7 +268,7 @@ def _check_attend(q: torch.Tensor, pages: PageTable, parts: dict[str, torch.Tens
     for part in ("sink", "tail"):
         k, v = parts[f"{part}_k"], parts[f"{part}_v"]
         for name, t in ((f"{part}_k", k), (f"{part}_v", v)):
-            if t is not None and not (t.device == device and t.dtype in TYPES and t.dim() == 4 and t.shape[0] == batch and t.shape[1] == hkv and t.shape[3] == d):
+            if t is not None and not (t.device == device and t.dtype in TYPES and t.dim() == 4 and t.shape[:2] == (batch, hkv) and t.shape[3] == d):
                 refuse(f"{name} must be a float tensor of [{batch}, {hkv}, tokens, {d}] on {_place(device)}, it is {_say(t)}",
                        "keep it in the model's own type and shape")
         if k is None and v is None:
@@ -277,7 +277,8 @@ def _check_attend(q: torch.Tensor, pages: PageTable, parts: dict[str, torch.Tens
             refuse(f"{part}_k and {part}_v must be of one length and type, they are {_say(k)} and {_say(v)}", "append to both")
         total += k.shape[2]
     if mask is not None and not (mask.device == device and mask.dtype == torch.bool and tuple(mask.shape) in ((batch, total), (batch, tq, total))):
-        refuse(f"the mask must be bool [{batch}, {total}] or [{batch}, {tq}, {total}] on {_place(device)}, it is {_say(mask)}", "True marks the keys that may be seen")
+        refuse(f"the mask must be bool [{batch}, {total}] or [{batch}, {tq}, {total}] on {_place(device)}, it is {_say(mask)}",
+               "True marks the keys that may be seen")
     if window < 0:
         refuse(f"the window must be at least 1, or 0 for none, it is {window}", "pass 0 for full attention")
     if not 0 <= softcap < math.inf:
