@@ -3,10 +3,12 @@
 Packed pages are held to the plain loops of the CPU, bit for bit; attention to float64 over what ``kv.reference`` reads from the pages.
 """
 
+import contextlib
 import copy
 import ctypes
 import functools
 import itertools
+from types import SimpleNamespace
 
 import cuda_tools
 import numpy as np
@@ -319,8 +321,17 @@ def test_refusals():
         old.attend(q.to("meta"), pages, *parts)
     with pytest.raises(ShapeError, match="codes must be a contiguous uint8 tensor of .* on meta"):
         kv_cuda.CudaPages(*formats(4, 4, 64), 1, "meta").append(*table[0])
+    with pytest.raises(ShapeError, match="multiples of 16 bytes, tensor 0 does not"):
+        shifted = torch.empty(table[0][0].numel() + 1, dtype=torch.uint8)[1:].view_as(table[0][0])
+        kv_cuda.CudaPages(*formats(4, 4, 64), 1, "cpu").append(shifted, *table[0][1:])
     with pytest.raises(ShapeError, match="the shape must be"):
         old.pack_page(numbers(1, 1, 63, 64), table.key, *table[0][:2])
+
+    class Turned(PageTable):
+        rope = "any"
+
+    with pytest.raises(FormatError, match="keys before the rotary embedding on a GPU"):
+        kv_cuda.CudaPages.of(Turned(*formats(4, 4, 64), 1), "cpu")
 
     class Codebook(PageFormat):
         levels = (-1.0, 0.0, 0.5, 1.0)
@@ -344,6 +355,30 @@ def test_the_built_module():
 def test_a_module_without_these_kernels_is_refused():
     with pytest.raises(NativeError, match="the compiled CUDA extension has no kernels for it"):
         kv_cuda.Kernels(cuda.Runtime(object()))
+
+
+def test_the_current_stream_and_device_are_used(monkeypatch):
+    (table, *parts), k, v = cache(*formats(4, 3, 64), 1, 0, 5, 3)
+    q, pages, x = numbers(1, 2, 1, 64), kv_cuda.CudaPages.of(table, "cpu"), numbers(1, 1, 64, 64)
+    functions, seen, entered = cuda_tools.Functions(cuda_tools.library()), [], []
+    attend, pack = functions.kv_attend, functions.kv_pack
+    functions.kv_attend = lambda address: seen.append(kv_cuda.AttendCall.from_address(address).stream) or attend(address)
+    functions.kv_pack = lambda *args: seen.append(args[-1]) or pack(*args[:-1], 0)
+
+    @contextlib.contextmanager
+    def device(d):
+        entered.append(d)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=4711))
+    monkeypatch.setattr(cuda, "runtime", lambda d: cuda.Runtime(functions))
+    numeric.check(kv_cuda.attend(q, pages, *parts, softcap=9.0), reference.attend(q.numpy(), k, v, softcap=9.0), LIMIT, "on a stream")
+    page = table.key.empty_page(1)
+    kv_cuda.pack_page(x, table.key, *page)
+    want = table.key.empty_page(1)
+    ops.pack_page_ref(x, table.key, *want)
+    assert torch.equal(page[0], want[0]) and seen == [4711, 4711] and entered == [q.device, x.device]
 
 
 def test_failed_launches_are_errors_with_the_reason():

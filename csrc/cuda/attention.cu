@@ -42,11 +42,11 @@ __device__ __forceinline__ float largest_over_g(float v) {
   return v;
 }
 
-// The scales of a group of a page, brought to [1, 2) by a power of two that both 16-bit types of number hold.
+// The scales and zeros of a group of a page. Scales are taken times a power of two that brings the largest finite one to [1, 2).
 struct Scales {
   const uint16_t *s, *z;
-  uint32_t factor;      // two fp16
-  float undo, centre;   // what the brought scales are multiplied by to be scales, and to be 2^(bits-1) scales
+  uint32_t factor;     // that power, as two fp16
+  float undo, centre;  // its inverse, and 2^(bits-1) times that
 };
 template <int BITS>
 __device__ __forceinline__ Scales scales_of(const uint16_t* params, int group, int cols, int lane) {

@@ -14,7 +14,7 @@ import ctypes
 import torch
 
 from .. import cuda
-from ..errors import FormatError, NativeError
+from ..errors import FormatError, NativeError, ShapeError
 from ..qtensor import TYPES
 from . import ops
 from .ops import PageFormat, PageTable
@@ -24,6 +24,8 @@ Rows = cuda._struct("Rows", "data", "type", "tokens", "batch", "head", "token")
 
 
 class AttendCall(ctypes.Structure):
+    """csrc/cuda/attention.h, struct AttendCall."""
+
     _fields_ = [
         ("key", PageDesc), ("value", PageDesc), *((n, ctypes.c_int64) for n in ("batch", "q_heads", "kv_heads", "queries")),
         *((n, Rows) for n in ("q", "out", "sink_k", "sink_v", "tail_k", "tail_v")),
@@ -33,8 +35,10 @@ class AttendCall(ctypes.Structure):
     ]
 
 
+# What only the CPU kernels read, codebooks and keys before the rotary embedding, are fields that formats and tables may have.
+
+
 def _check_format(fmt: PageFormat) -> None:
-    # Codebooks are a field of formats that only the CPU kernels read.
     if getattr(fmt, "levels", None) is not None:
         raise FormatError(f"a KV page of {fmt.bits}-bit {fmt.side} with a codebook on a GPU", "the CUDA kernels read uniform grids and float16",
                           "keep the model on the CPU, or choose a cache without codebooks")
@@ -64,11 +68,21 @@ class CudaPages(PageTable):
 
     @classmethod
     def of(cls, pages: PageTable, device: torch.device | str) -> CudaPages:
-        """A copy of the pages of another table on ``device``, as they are."""
+        """A copy of the pages of another table on ``device``, as they are. Raises FormatError."""
+        if getattr(pages, "rope", None) is not None:
+            raise FormatError("a KV cache of keys before the rotary embedding on a GPU", "the CUDA kernels read keys as the query meets them",
+                              "keep the model on the CPU, or choose a cache of keys behind the embedding")
         table = cls(pages.key, pages.value, pages.heads, device)
         for i in range(len(pages)):
             table.append(*(t.to(table.device) for t in pages[i]))
         return table
+
+    def append(self, *page: torch.Tensor) -> None:
+        """Adds a page on the table's device, see :meth:`PageTable.append`; the kernels read it by 16 bytes. Raises ShapeError."""
+        if odd := [i for i, t in enumerate(page) if t.data_ptr() % 16]:
+            rule = f"its tensors must lie at multiples of 16 bytes, tensor {odd[0]} does not"
+            raise ShapeError(f"page {len(self)} of a KV cache of {self.heads} heads", rule, "allocate it with PageFormat.empty_page()")
+        super().append(*page)
 
     def __reduce__(self):
         return _pages_of, (self.key, self.value, self.heads, self.device, self._pages)
@@ -150,14 +164,14 @@ class Kernels:
         call, out, keep = self.call(q, pages, *parts, **options)
         if not q.numel():
             return out
-        asked, address = f"attention of q {tuple(q.shape)} over {len(pages)} pages", ctypes.addressof(call)
-        ok, _, text = self.runtime.library.kv_explain(address)
-        if not ok:
-            raise NativeError(asked, text, "keep the model on the CPU")
+        library, asked, address = self.runtime.library, f"attention of q {tuple(q.shape)} over {len(pages)} pages", ctypes.addressof(call)
         # From torch's allocator, which keeps it for this stream until the kernels are done, also in a captured graph.
-        workspace = torch.empty(self.runtime.library.kv_workspace_nbytes(address), dtype=torch.uint8, device=q.device)
+        workspace = torch.empty(library.kv_workspace_nbytes(address), dtype=torch.uint8, device=q.device)
         call.workspace = workspace.data_ptr()
-        self.runtime.run(self.runtime.library.kv_attend(address), asked)
+        code = library.kv_attend(address)
+        if code < 0:
+            raise NativeError(asked, library.kv_explain(address)[2], "keep the model on the CPU")
+        self.runtime.run(code, asked)
         del keep
         return out
 
