@@ -462,7 +462,7 @@ def interpret(source, arch, call, arrays, kernels):
         ptx(source, arch).launch(launch.kernel, launch.grid, launch.block, launch.args, launch.shared, arrays)
 
 
-@pytest.mark.parametrize("case, arch", (*((i, "sm_80") for i in range(len(SMALL))), (4, "sm_75")))
+@pytest.mark.parametrize("case, arch", (*((i, "sm_80") for i in range(len(SMALL))), pytest.param(4, "sm_75", marks=pytest.mark.slow)))
 def test_instructions(case, arch):
     """The PTX of both kernels of attention and of the merge; sm_75 has products of half the depth."""
     if reason := simt.missing_tool("nvcc"):
