@@ -68,7 +68,7 @@ def compile_one(source: Path) -> list[Usage]:
         mangled, arch = re.match(r"(\S+)' for '(sm_\d+)'", part).groups()
         stores, loads = map(int, re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", part).groups())
         shared = re.search(r"(\d+) bytes smem", part)
-        threads = 128 if source.stem.startswith("mm_") and source.stem != "mm_stage" else 256
+        threads = 128 if source.stem == "attention" or (source.stem.startswith("mm_") and source.stem != "mm_stage") else 256
         out.append(Usage(source.stem, kernel_name(mangled, source.stem), threads, arch, int(re.search(r"Used (\d+) registers", part)[1]), stores + loads,
                          int(shared[1]) if shared else 0))
     return out

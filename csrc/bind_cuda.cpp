@@ -61,6 +61,20 @@ PYBIND11_MODULE(_cuda, m) {
     mxq_cuda_kernel_name(ptr<LinearCall>(call), format.c_str(), text, TEXT);
     return std::string(text);
   });
+  m.def("kv_workspace_nbytes", [](uintptr_t call) { return mxq_cuda_kv_workspace_nbytes(ptr<AttendCall>(call)); });
+  m.def("kv_attend", [](uintptr_t call) {
+    py::gil_scoped_release release;
+    return mxq_cuda_kv_attend(ptr<AttendCall>(call));
+  });
+  m.def("kv_pack", [](uintptr_t format, uintptr_t x, int64_t batch, int64_t heads, uintptr_t codes, uintptr_t params, uintptr_t stream) {
+    py::gil_scoped_release release;
+    return mxq_cuda_kv_pack(ptr<PageDesc>(format), ptr<Rows>(x), batch, heads, ptr<uint8_t>(codes), ptr<uint16_t>(params), ptr<void>(stream));
+  });
+  m.def("kv_explain", [](uintptr_t call) {
+    char name[TEXT], text[TEXT];
+    const bool ok = mxq_cuda_kv_explain(ptr<AttendCall>(call), name, text, TEXT);
+    return py::make_tuple(ok, std::string(name), std::string(text));
+  });
   m.def("error_text", [](int64_t code) { return std::string(mxq_cuda_error_text(code)); });
   m.def("devices", [] {
     int64_t code, driver, runtime;

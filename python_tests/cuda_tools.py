@@ -16,8 +16,9 @@ from mxq_ext.qtensor import QTensor
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = sorted(p for p in (ROOT / "csrc" / "cuda").glob("*.cu") if p.name != "device.cu")  # device.cu asks the machine
-HOST = [ROOT / "csrc" / "cuda" / f"{name}.cpp" for name in ("api", "dispatch", "launch", "prepack")] + [ROOT / "csrc" / "cpu" / "parallel.cpp",
-                                                                                                     ROOT / "python_tests" / "cuda_flat.cpp"]
+HOST = [ROOT / "csrc" / "cuda" / f"{name}.cpp" for name in ("api", "attention", "dispatch", "launch", "prepack")] + [ROOT / "csrc" / "cpu" / "parallel.cpp",
+                                                                                                     ROOT / "python_tests" / "cuda_flat.cpp",
+                                                                                                     ROOT / "python_tests" / "cuda_flat_attention.cpp"]
 
 
 @functools.cache
@@ -77,6 +78,20 @@ class Functions:
         text = ctypes.create_string_buffer(1024)
         self._call("kernel_name", call, name.encode(), text, len(text))
         return text.value.decode()
+
+    def kv_workspace_nbytes(self, call):
+        return self._call("kv_workspace_nbytes", call)
+
+    def kv_attend(self, call):
+        return self._call("kv_attend", call)
+
+    def kv_pack(self, fmt, x, batch, heads, codes, params, stream):
+        return self._call("kv_pack", fmt, x, ctypes.c_int64(batch), ctypes.c_int64(heads), codes, params, stream)
+
+    def kv_explain(self, call):
+        name, text = (ctypes.create_string_buffer(1024) for _ in range(2))
+        ok = self._call("kv_explain", call, name, text, ctypes.c_int64(1024))
+        return bool(ok), name.value.decode(), text.value.decode()
 
     def error_text(self, code):
         return f"code {code}"

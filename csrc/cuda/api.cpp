@@ -6,6 +6,7 @@
 #include <cstring>
 #include <string>
 
+#include "attention.h"
 #include "launch.h"
 #include "prepack.h"
 
@@ -50,4 +51,17 @@ MXQ_API int64_t mxq_cuda_explain(const LinearCall* c, char* text, int64_t size) 
 MXQ_API int64_t mxq_cuda_kernel_name(const LinearCall* c, const char* format, char* text, int64_t size) {
   const Config config = config_of(*c);
   return copy_text(config.ok ? kernel_name(config, format, {int32_t(c->capability), int32_t(c->sms)}) : config.reason, text, size);
+}
+
+MXQ_API int64_t mxq_cuda_kv_workspace_nbytes(const AttendCall* c) { return attend_workspace_nbytes(*c); }
+MXQ_API int64_t mxq_cuda_kv_attend(const AttendCall* c) { return attend(*c); }
+MXQ_API int64_t mxq_cuda_kv_pack(const PageDesc* format, const Rows* x, int64_t batch, int64_t heads, uint8_t* codes, uint16_t* params, void* stream) {
+  return pack_page(*format, *x, batch, heads, codes, params, stream);
+}
+MXQ_API int64_t mxq_cuda_kv_explain(const AttendCall* c, char* name, char* text, int64_t size) {
+  const AttendDesc d = attend_desc(*c);
+  const AttendConfig config = attend_config(*c);
+  copy_text(config.ok ? attend_name(d) : "", name, size);
+  copy_text(describe(d, config, c->bandwidth), text, size);
+  return config.ok;
 }

@@ -9,6 +9,9 @@ namespace mxq::cuda {
 struct RectDesc;    // prepack.h
 struct WeightDesc;  // prepack.h
 struct LinearCall;  // launch.h
+struct AttendCall;  // attention.h
+struct PageDesc;    // attention.h
+struct Rows;        // attention.h
 }  // namespace mxq::cuda
 
 MXQ_API void mxq_cuda_blob_sizes(const mxq::cuda::WeightDesc* w, int64_t* nbytes, int64_t* head_nbytes);
@@ -26,6 +29,14 @@ MXQ_API int64_t mxq_cuda_embedding(const uint8_t* head, const uint8_t* blob, con
 MXQ_API int64_t mxq_cuda_explain(const mxq::cuda::LinearCall* c, char* text, int64_t size);
 // The kernel's name for a weight format of that name; returns the length.
 MXQ_API int64_t mxq_cuda_kernel_name(const mxq::cuda::LinearCall* c, const char* format, char* text, int64_t size);
+
+// Attention over the packed KV cache; as for linear.
+MXQ_API int64_t mxq_cuda_kv_workspace_nbytes(const mxq::cuda::AttendCall* c);
+MXQ_API int64_t mxq_cuda_kv_attend(const mxq::cuda::AttendCall* c);
+MXQ_API int64_t mxq_cuda_kv_pack(const mxq::cuda::PageDesc* format, const mxq::cuda::Rows* x, int64_t batch, int64_t heads, uint8_t* codes, uint16_t* params,
+                                 void* stream);
+// 1, or 0 where there is no kernel; `name` and `text`: the kernel's name, and its configuration or why there is none.
+MXQ_API int64_t mxq_cuda_kv_explain(const mxq::cuda::AttendCall* c, char* name, char* text, int64_t size);
 
 // device.cu
 MXQ_API const char* mxq_cuda_error_text(int64_t code);

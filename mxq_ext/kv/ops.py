@@ -26,6 +26,7 @@ SIDES = ("keys", "values")
 KEY_GROUPS = (32, 64)  #: tokens that share a channel's scale
 VALUE_GROUPS = (0, 32, 64, 128)  #: channels that share a token's scale; 0: the whole head
 MAX_HEAD = 512
+CPU = torch.device("cpu")
 
 
 def value_group(head_dim: int, group: int) -> int:
@@ -110,16 +111,20 @@ def _say(t) -> str:
     return f"{str(t.dtype)[6:]} {tuple(t.shape)} on {t.device}" if isinstance(t, torch.Tensor) else type(t).__name__
 
 
-def _page_rule(fmt: PageFormat, heads: int, codes, params) -> str | None:
+def _place(device: torch.device) -> str:
+    return "the CPU" if device == CPU else str(device)
+
+
+def _page_rule(fmt: PageFormat, heads: int, codes, params, device: torch.device) -> str | None:
     """What is wrong with a page of ``heads`` heads, or None."""
     for name, t, shape, dtype in (("codes", codes, (heads, fmt.code_bytes), torch.uint8), ("params", params, (heads, *fmt.params_shape), torch.float16)):
-        if not isinstance(t, torch.Tensor) or tuple(t.shape) != shape or t.dtype != dtype or t.device.type != "cpu" or not t.is_contiguous():
-            return f"{name} must be a contiguous {str(dtype)[6:]} tensor of {shape} on the CPU, it is {_say(t)}"
+        if not isinstance(t, torch.Tensor) or tuple(t.shape) != shape or t.dtype != dtype or t.device != device or not t.is_contiguous():
+            return f"{name} must be a contiguous {str(dtype)[6:]} tensor of {shape} on {_place(device)}, it is {_say(t)}"
     return None
 
 
-def _check_page(asked: str, fmt: PageFormat, heads: int, codes, params) -> None:
-    rule = _page_rule(fmt, heads, codes, params)
+def _check_page(asked: str, fmt: PageFormat, heads: int, codes, params, device: torch.device = CPU) -> None:
+    rule = _page_rule(fmt, heads, codes, params, device)
     if rule:
         raise ShapeError(asked, rule, "allocate it with PageFormat.empty_page()")
 
@@ -127,13 +132,13 @@ def _check_page(asked: str, fmt: PageFormat, heads: int, codes, params) -> None:
 # --------------------------------------------------------------------------------------------------------------- pack, unpack
 
 
-def _check_pack(x: torch.Tensor, fmt: PageFormat, codes: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
+def _check_pack(x: torch.Tensor, fmt: PageFormat, codes: torch.Tensor, params: torch.Tensor, device: torch.device = CPU) -> torch.Tensor:
     asked = f"packing a page of {fmt.side} of {_say(x)}"
-    if x.device.type != "cpu" or x.dtype not in TYPES:
-        raise ShapeError(asked, "numbers must be float32, bfloat16 or float16 on the CPU", "convert or move them")
+    if x.device != device or x.dtype not in TYPES:
+        raise ShapeError(asked, f"numbers must be float32, bfloat16 or float16 on {_place(device)}", "convert or move them")
     if x.dim() != 4 or x.shape[2] != PAGE or x.shape[3] != fmt.head_dim:
         raise ShapeError(asked, f"the shape must be [batch, heads, {PAGE}, {fmt.head_dim}]", "pack exactly one page of every head at a time")
-    _check_page(asked, fmt, x.shape[0] * x.shape[1], codes, params)
+    _check_page(asked, fmt, x.shape[0] * x.shape[1], codes, params, device)
     return x if x.stride(3) == 1 else x.contiguous()
 
 
@@ -191,6 +196,7 @@ class PageTable:
     """
 
     __slots__ = ("key", "value", "heads", "_pages", "_pointers")
+    device = CPU  # of all pages
 
     def __init__(self, key: PageFormat, value: PageFormat, heads: int):
         """A table of no pages, each to hold ``heads`` = B * Hkv heads. Raises FormatError if the sides do not go together."""
@@ -203,8 +209,8 @@ class PageTable:
     def append(self, k_codes: torch.Tensor, k_params: torch.Tensor, v_codes: torch.Tensor, v_params: torch.Tensor) -> None:
         """Adds a page: codes uint8 [heads, code_bytes] and params fp16 [heads, *params_shape] of both sides. Raises ShapeError."""
         asked = f"page {len(self._pages)} of a KV cache of {self.heads} heads"
-        _check_page(f"{asked}, keys", self.key, self.heads, k_codes, k_params)
-        _check_page(f"{asked}, values", self.value, self.heads, v_codes, v_params)
+        _check_page(f"{asked}, keys", self.key, self.heads, k_codes, k_params, self.device)
+        _check_page(f"{asked}, values", self.value, self.heads, v_codes, v_params, self.device)
         n = len(self._pages)
         if n == len(self._pointers):
             self._pointers = torch.cat([self._pointers, torch.empty_like(self._pointers)])
@@ -242,15 +248,16 @@ def _table_of(key: PageFormat, value: PageFormat, heads: int, pages: list) -> Pa
 # --------------------------------------------------------------------------------------------------------------------- attend
 
 
-def _check_attend(q: torch.Tensor, pages: PageTable, parts: dict[str, torch.Tensor | None], mask, window: int, softcap: float, out) -> int:
+def _check_attend(q: torch.Tensor, pages: PageTable, parts: dict[str, torch.Tensor | None], mask, window: int, softcap: float, out,
+                  device: torch.device = CPU) -> int:
     """Raises ShapeError; returns the number of key tokens. Runs before every call of a kernel that may take ten microseconds: no text is made in vain."""
     d = pages.key.head_dim
 
     def refuse(rule: str, fix: str):
         raise ShapeError(f"attention of q {_say(q)} over {len(pages)} pages of {pages.heads} heads of dimension {d}", rule, fix)
 
-    if not q.is_cpu or q.dtype not in TYPES:
-        refuse("q must be float32, bfloat16 or float16 on the CPU", "convert or move it")
+    if q.device != device or q.dtype not in TYPES:
+        refuse(f"q must be float32, bfloat16 or float16 on {_place(device)}", "convert or move it")
     if q.dim() != 4 or q.shape[3] != d:
         refuse(f"q must have the shape [batch, heads, tokens, {d}]", "check which layer this cache belongs to")
     batch, hq, tq, _ = q.shape
@@ -261,21 +268,22 @@ def _check_attend(q: torch.Tensor, pages: PageTable, parts: dict[str, torch.Tens
     for part in ("sink", "tail"):
         k, v = parts[f"{part}_k"], parts[f"{part}_v"]
         for name, t in ((f"{part}_k", k), (f"{part}_v", v)):
-            if t is not None and not (t.is_cpu and t.dtype in TYPES and t.dim() == 4 and t.shape[0] == batch and t.shape[1] == hkv and t.shape[3] == d):
-                refuse(f"{name} must be a float tensor of [{batch}, {hkv}, tokens, {d}] on the CPU, it is {_say(t)}",
+            if t is not None and not (t.device == device and t.dtype in TYPES and t.dim() == 4 and t.shape[:2] == (batch, hkv) and t.shape[3] == d):
+                refuse(f"{name} must be a float tensor of [{batch}, {hkv}, tokens, {d}] on {_place(device)}, it is {_say(t)}",
                        "keep it in the model's own type and shape")
         if k is None and v is None:
             continue
         if k is None or v is None or k.shape[2] != v.shape[2] or k.dtype != v.dtype:
             refuse(f"{part}_k and {part}_v must be of one length and type, they are {_say(k)} and {_say(v)}", "append to both")
         total += k.shape[2]
-    if mask is not None and not (mask.is_cpu and mask.dtype == torch.bool and tuple(mask.shape) in ((batch, total), (batch, tq, total))):
-        refuse(f"the mask must be bool [{batch}, {total}] or [{batch}, {tq}, {total}] on the CPU, it is {_say(mask)}", "True marks the keys that may be seen")
+    if mask is not None and not (mask.device == device and mask.dtype == torch.bool and tuple(mask.shape) in ((batch, total), (batch, tq, total))):
+        refuse(f"the mask must be bool [{batch}, {total}] or [{batch}, {tq}, {total}] on {_place(device)}, it is {_say(mask)}",
+               "True marks the keys that may be seen")
     if window < 0:
         refuse(f"the window must be at least 1, or 0 for none, it is {window}", "pass 0 for full attention")
     if not 0 <= softcap < math.inf:
         refuse(f"softcap must be positive, or 0 for none, it is {softcap}", "pass 0 for no cap")
-    if out is not None and not (out.is_cpu and out.shape == q.shape and out.dtype == q.dtype and out.stride(3) == 1):
+    if out is not None and not (out.device == device and out.shape == q.shape and out.dtype == q.dtype and out.stride(3) == 1):
         refuse(f"out must be like q with channels of unit stride, it is {_say(out)}", "leave it out")
     return total
 

@@ -1,0 +1,116 @@
+// Attention over the packed KV cache, on the host: which chunks are seen, how they are split, what is launched.
+#include "attention.h"
+
+#include <algorithm>
+#include <cstdio>
+
+#include "launch.h"
+
+namespace mxq::cuda {
+namespace {
+
+constexpr int DEFAULT_SMS = 108;  // of a device that is not known
+
+RowsView view_of(const Rows& r) { return {r.data, r.batch, r.head, r.token, int32_t(r.type), int32_t(r.tokens)}; }
+
+// The position behind the last key of chunk i.
+int64_t chunk_end(const AttendCall& c, int64_t i) {
+  const int64_t sinks = ceil_div(c.sink_k.tokens, CHUNK), packed = c.sink_k.tokens + CHUNK * c.page_count;
+  if (i < sinks) return std::min(CHUNK * (i + 1), c.sink_k.tokens);
+  if (i < sinks + c.page_count) return c.sink_k.tokens + CHUNK * (i - sinks + 1);
+  return std::min(packed + CHUNK * (i - sinks - c.page_count + 1), c.total);
+}
+
+}  // namespace
+
+AttendDesc attend_desc(const AttendCall& c) {
+  AttendDesc d{};
+  d.pairs = c.batch * c.kv_heads, d.group = c.q_heads / c.kv_heads, d.rows = d.group * c.queries, d.head = c.key.head;
+  d.key_bits = int32_t(c.key.bits), d.value_bits = int32_t(c.value.bits), d.q_type = int32_t(c.q.type), d.keys = c.total;
+  d.device = {int32_t(c.capability), int32_t(c.sms)};
+  // The oldest query's window begins first; the newest query sees the last key.
+  const int64_t oldest = c.window ? c.total - c.queries - c.window + 1 : 0;
+  const int64_t sinks = ceil_div(c.sink_k.tokens, CHUNK), all = sinks + c.page_count + ceil_div(c.tail_k.tokens, CHUNK);
+  while (d.chunk0 < all && chunk_end(c, d.chunk0) <= oldest) d.chunk0++;
+  d.chunks = all - d.chunk0;
+  const int64_t pages = std::max<int64_t>(0, sinks + c.page_count - std::max(d.chunk0, sinks));
+  d.page_bytes = pages * d.pairs * (whole_page_bytes(page_format(c.key)) + whole_page_bytes(page_format(c.value)));
+  return d;
+}
+
+AttendConfig choose(const AttendDesc& d) {
+  AttendConfig c{};
+  const int32_t cc = d.device.capability;
+  if (cc && cc < 75) {
+    c.reason = "there are kernels for compute capability 7.5 and later, this device has " + std::to_string(cc / 10) + "." + std::to_string(cc % 10);
+    return c;
+  }
+  c.ok = 1;
+  c.tiles = d.rows > TILE_QUERIES && d.head <= WIDE_HEAD ? 2 : 1;
+  c.blocks = ceil_div(d.rows, TILE_QUERIES * c.tiles);
+  // Turns of the whole device times the chunks that a warp reads in each; the fewest splits that come within 15 % of the best, since each costs a merge.
+  const int64_t slots = (c.tiles == 1 ? NARROW_BLOCKS : WIDE_BLOCKS) * (d.device.sms > 0 ? d.device.sms : DEFAULT_SMS), base = d.pairs * c.blocks;
+  const int64_t most = std::clamp<int64_t>(ceil_div(d.chunks, ATTEND_WARPS), 1, MAX_SPLITS);
+  const auto time = [&](int64_t splits) { return ceil_div(base * splits, slots) * ceil_div(ceil_div(d.chunks, splits), ATTEND_WARPS); };
+  int64_t best = time(1);
+  for (int64_t s = 2; s <= most; s++) best = std::min(best, time(s));
+  for (c.splits = 1; 100 * time(c.splits) > 115 * best;) c.splits++;
+  return c;
+}
+
+AttendConfig attend_config(const AttendCall& c) {
+  const AttendDesc d = attend_desc(c);
+  AttendConfig config = choose(d);
+  if (c.splits && config.ok) config.splits = std::clamp<int64_t>(c.splits, 1, std::max<int64_t>(d.chunks, 1));
+  return config;
+}
+
+std::string attend_name(const AttendDesc& d) {
+  return "attend_k" + std::to_string(d.key_bits) + "v" + std::to_string(d.value_bits) + "_d" + std::to_string(d.head) + "__" +
+         (d.device.capability && d.device.capability < 80 ? "sm75" : "sm80");
+}
+
+std::string describe(const AttendDesc& d, const AttendConfig& c, double bandwidth) {
+  if (!c.ok) return c.reason;
+  const std::string pairs = std::to_string(d.pairs);
+  std::string s = std::to_string(d.keys) + " keys, " + std::to_string(d.rows) + " rows of queries (" + std::to_string(d.group) + " heads) on each of " + pairs +
+                  " key/value heads: " + pairs + " x " + std::to_string(c.blocks) + " x " + std::to_string(c.splits) + " blocks of " +
+                  std::to_string(TILE_QUERIES * c.tiles) + " rows, " + std::to_string(ceil_div(d.chunks, c.splits)) + " chunks each; " +
+                  std::to_string(d.page_bytes) + " bytes of pages";
+  if (bandwidth > 0) {
+    char text[64];
+    std::snprintf(text, sizeof text, ", at least %.2f us at %.0f GB/s", double(d.page_bytes) / bandwidth * 1e6, bandwidth / 1e9);
+    s += text;
+  }
+  return s;
+}
+
+int64_t attend_workspace_nbytes(const AttendCall& c) {
+  const AttendDesc d = attend_desc(c);
+  const AttendConfig config = attend_config(c);
+  return config.ok && config.splits > 1 ? config.splits * d.pairs * d.rows * (d.head + 2) * 4 : 0;
+}
+
+int attend(const AttendCall& c) {
+  const AttendDesc d = attend_desc(c);
+  const AttendConfig config = attend_config(c);
+  if (!config.ok) return NO_KERNEL;
+  const PageFormat key = page_format(c.key), value = page_format(c.value);
+  AttendParams p{};
+  p.q = view_of(c.q), p.out = view_of(c.out);
+  p.sink_k = view_of(c.sink_k), p.sink_v = view_of(c.sink_v), p.tail_k = view_of(c.tail_k), p.tail_v = view_of(c.tail_v);
+  p.pages = c.pages, p.mask = c.mask, p.mask_batch = c.mask_batch, p.mask_query = c.mask_query;
+  p.partial = config.splits > 1 ? static_cast<float*>(c.workspace) : nullptr;
+  p.head = int32_t(d.head), p.key_bits = d.key_bits, p.value_bits = d.value_bits;
+  p.key_groups = int32_t(page_groups(key)), p.value_group = int32_t(page_group_rows(value));
+  p.key_bytes = page_bytes(key), p.key_halves = page_params(key), p.value_bytes = page_bytes(value), p.value_halves = page_params(value);
+  p.page_count = int32_t(c.page_count), p.total = int32_t(c.total), p.chunk0 = int32_t(d.chunk0), p.chunks = int32_t(d.chunks);
+  p.splits = int32_t(config.splits), p.blocks = int32_t(config.blocks);
+  p.kv_heads = int32_t(c.kv_heads), p.group = int32_t(d.group), p.queries = int32_t(c.queries);
+  p.rows = int32_t(d.rows), p.pairs = int32_t(d.pairs);
+  p.causal = int32_t(c.causal), p.window = int32_t(c.window), p.scale = float(c.scale), p.cap = float(c.cap);
+  if (const int error = launch_attend(p, config.tiles, c.stream)) return error;
+  return config.splits > 1 ? launch_attend_merge(p, c.stream) : 0;
+}
+
+}  // namespace mxq::cuda

@@ -1,0 +1,195 @@
+"""Attention over the packed KV cache on a GPU: calls of the kernels of csrc/cuda/attention.cu and csrc/cuda/kv_pack.cu.
+
+    pack_page(x, format, codes, params)     64 tokens of keys or values, quantized: the very bytes of :func:`ops.pack_page`
+    attend(q, pages, ...)                   as :func:`ops.attend`, over :class:`CudaPages`
+
+Pages are those of the CPU, byte for byte, so a cache moves by copying. The native library takes addresses of plain structs (csrc/cuda/attention.h), which
+are mirrored here for ctypes; it allocates nothing, waits for nothing, and works on the stream that it is given.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+
+from .. import cuda
+from ..errors import FormatError, NativeError, ShapeError
+from ..qtensor import TYPES
+from . import ops
+from .ops import PageFormat, PageTable
+
+PageDesc = cuda._struct("PageDesc", "side", "bits", "group", "head")
+Rows = cuda._struct("Rows", "data", "type", "tokens", "batch", "head", "token")
+
+
+class AttendCall(ctypes.Structure):
+    """csrc/cuda/attention.h, struct AttendCall."""
+
+    _fields_ = [
+        ("key", PageDesc), ("value", PageDesc), *((n, ctypes.c_int64) for n in ("batch", "q_heads", "kv_heads", "queries")),
+        *((n, Rows) for n in ("q", "out", "sink_k", "sink_v", "tail_k", "tail_v")),
+        *((n, ctypes.c_int64) for n in ("pages", "page_count", "total")), ("scale", ctypes.c_double), ("cap", ctypes.c_double),
+        *((n, ctypes.c_int64) for n in ("causal", "window", "mask", "mask_batch", "mask_query", "workspace", "stream", "capability", "sms", "splits")),
+        ("bandwidth", ctypes.c_double),
+    ]
+
+
+# What only the CPU kernels read, codebooks and keys before the rotary embedding, are fields that formats and tables may have.
+
+
+def _check_format(fmt: PageFormat) -> None:
+    if getattr(fmt, "levels", None) is not None:
+        raise FormatError(f"a KV page of {fmt.bits}-bit {fmt.side} with a codebook on a GPU", "the CUDA kernels read uniform grids and float16",
+                          "keep the model on the CPU, or choose a cache without codebooks")
+
+
+class CudaPages(PageTable):
+    """The pages of one layer in the memory of a GPU, in order, as :func:`attend` reads them.
+
+    Appending copies four addresses to the device; where the table of addresses is full, it is copied to one of twice the size.
+
+    Args:
+        key, value: formats of the two sides.
+        heads: B * Hkv heads of each page.
+        device: where the pages are.
+
+    Raises FormatError if the sides do not go together, or for formats that the CUDA kernels do not read.
+    """
+
+    __slots__ = ("device",)
+
+    def __init__(self, key: PageFormat, value: PageFormat, heads: int, device: torch.device | str):
+        super().__init__(key, value, heads)
+        for fmt in (key, value):
+            _check_format(fmt)
+        self._pointers = torch.empty(64, 4, dtype=torch.int64, device=device)
+        self.device = self._pointers.device  # with its index
+
+    @classmethod
+    def of(cls, pages: PageTable, device: torch.device | str) -> CudaPages:
+        """A copy of the pages of another table on ``device``, as they are. Raises FormatError."""
+        if getattr(pages, "rope", None) is not None:
+            raise FormatError("a KV cache of keys before the rotary embedding on a GPU", "the CUDA kernels read keys as the query meets them",
+                              "keep the model on the CPU, or choose a cache of keys behind the embedding")
+        table = cls(pages.key, pages.value, pages.heads, device)
+        for i in range(len(pages)):
+            table.append(*(t.to(table.device) for t in pages[i]))
+        return table
+
+    def append(self, *page: torch.Tensor) -> None:
+        """Adds a page on the table's device, see :meth:`PageTable.append`; the kernels read it by 16 bytes. Raises ShapeError."""
+        if odd := [i for i, t in enumerate(page) if t.data_ptr() % 16]:
+            rule = f"its tensors must lie at multiples of 16 bytes, tensor {odd[0]} does not"
+            raise ShapeError(f"page {len(self)} of a KV cache of {self.heads} heads", rule, "allocate it with PageFormat.empty_page()")
+        super().append(*page)
+
+    def __reduce__(self):
+        return _pages_of, (self.key, self.value, self.heads, self.device, self._pages)
+
+
+def _pages_of(key: PageFormat, value: PageFormat, heads: int, device: torch.device, pages: list) -> CudaPages:
+    table = CudaPages(key, value, heads, device)
+    for page in pages:
+        table.append(*page)
+    return table
+
+
+def _aligned(t: torch.Tensor | None) -> torch.Tensor | None:
+    """``t`` if the kernels can read its channels 16 bytes at a time, else a copy."""
+    if t is None:
+        return None
+    steps = [stride * t.element_size() for stride, n in zip(t.stride()[:3], t.shape[:3], strict=True) if n > 1]
+    return t if t.stride(3) == 1 and not any(at % 16 for at in (t.data_ptr(), *steps)) else t.clone(memory_format=torch.contiguous_format)
+
+
+class Kernels:
+    """The kernels for the KV cache of a native library.
+
+    Args:
+        runtime: the library and what is known about its device.
+        bandwidth: bytes a second that a copy reaches on the device, for the bound in :meth:`explain`; 0 leaves that out.
+
+    Raises NativeError if the library is older than these kernels.
+    """
+
+    def __init__(self, runtime: cuda.Runtime, bandwidth: float = 0.0):
+        if not hasattr(runtime.library, "kv_attend"):
+            raise NativeError("a quantized KV cache on a GPU", "the compiled CUDA extension has no kernels for it",
+                              "build it again with `pip install .` in the source folder")
+        self.runtime, self.bandwidth = runtime, bandwidth
+
+    def pack_page(self, x: torch.Tensor, fmt: PageFormat, codes: torch.Tensor, params: torch.Tensor, stream: int = 0) -> None:
+        """As :func:`ops.pack_page`, with all tensors on the device, and the same bytes. Raises ShapeError, FormatError, NativeError."""
+        _check_format(fmt)
+        x = ops._check_pack(x, fmt, codes, params, x.device)
+        if x.numel():
+            desc, rows = PageDesc(*fmt.native), Rows(*ops._rows(x))
+            code = self.runtime.library.kv_pack(ctypes.addressof(desc), ctypes.addressof(rows), x.shape[0], x.shape[1], codes.data_ptr(), params.data_ptr(),
+                                                stream)
+            self.runtime.run(code, f"packing a page of {fmt.side} of {tuple(x.shape)}")
+
+    def call(self, q: torch.Tensor, pages: CudaPages, sink_k=None, sink_v=None, tail_k=None, tail_v=None, *, scale: float | None = None, causal: bool = True,
+             window: int = 0, softcap: float = 0.0, mask: torch.Tensor | None = None, out: torch.Tensor | None = None, stream: int = 0,
+             splits: int = 0) -> tuple[AttendCall, torch.Tensor, list]:
+        """(what native code takes, the result's tensor, what must live as long); see :meth:`attend`. Raises ShapeError."""
+        parts = {"sink_k": sink_k, "sink_v": sink_v, "tail_k": tail_k, "tail_v": tail_v}
+        total = ops._check_attend(q, pages, parts, mask, window, softcap, out, pages.device)
+        batch, heads, queries, d = q.shape
+        if out is None:
+            out = q.new_empty(batch, queries, heads, d).transpose(1, 2)
+        q = q if q.stride(3) == 1 else q.contiguous()
+        parts = {name: _aligned(t) for name, t in parts.items()}
+        mask = mask if mask is None or mask.stride(-1) == 1 else mask.contiguous()
+        call = AttendCall(key=PageDesc(*pages.key.native), value=PageDesc(*pages.value.native),
+                          batch=batch, q_heads=heads, kv_heads=pages.heads // batch, queries=queries,
+                          q=Rows(*ops._rows(q)), out=Rows(out.data_ptr(), TYPES[out.dtype], queries, *out.stride()[:3]),
+                          **{name: Rows(*ops._rows(t)) for name, t in parts.items()}, pages=pages.pointers, page_count=len(pages), total=total,
+                          scale=d**-0.5 if scale is None else float(scale), cap=softcap, causal=causal, window=window, stream=stream,
+                          capability=self.runtime.capability, sms=self.runtime.sms, splits=splits, bandwidth=self.bandwidth)
+        if mask is not None:
+            call.mask, call.mask_batch, call.mask_query = mask.data_ptr(), mask.stride(0), mask.stride(1) if mask.dim() == 3 else 0
+        return call, out, [q, parts, mask, pages]
+
+    def attend(self, q: torch.Tensor, pages: CudaPages, *parts, **options) -> torch.Tensor:
+        """As :func:`ops.attend`, all tensors on the device.
+
+        Products are exact in fp16 codes times vectors of 22 bits, sums and softmax are float32; the order of all sums depends on shapes and device alone.
+
+        Args:
+            parts, options: as there, and ``stream``: address of a CUDA stream; ``splits``: blocks that share the keys, in place of what the configuration has.
+
+        Raises ShapeError, NativeError.
+        """
+        call, out, keep = self.call(q, pages, *parts, **options)
+        if not q.numel():
+            return out
+        library, asked, address = self.runtime.library, f"attention of q {tuple(q.shape)} over {len(pages)} pages", ctypes.addressof(call)
+        # From torch's allocator, which keeps it for this stream until the kernels are done, also in a captured graph.
+        workspace = torch.empty(library.kv_workspace_nbytes(address), dtype=torch.uint8, device=q.device)
+        call.workspace = workspace.data_ptr()
+        code = library.kv_attend(address)
+        if code < 0:
+            raise NativeError(asked, library.kv_explain(address)[2], "keep the model on the CPU")
+        self.runtime.run(code, asked)
+        del keep
+        return out
+
+    def explain(self, q: torch.Tensor, pages: CudaPages, *parts, **options) -> tuple[str, str]:
+        """(name of the kernel, all decisions in a line); the name is empty where there is no kernel, and the line says why."""
+        call, _, keep = self.call(q, pages, *parts, **options)
+        _, name, text = self.runtime.library.kv_explain(ctypes.addressof(call))
+        del keep
+        return name, text
+
+
+def pack_page(x: torch.Tensor, fmt: PageFormat, codes: torch.Tensor, params: torch.Tensor) -> None:
+    """:meth:`Kernels.pack_page` on the current stream of x's device."""
+    with torch.cuda.device(x.device):
+        Kernels(cuda.runtime(x.device)).pack_page(x, fmt, codes, params, torch.cuda.current_stream().cuda_stream)
+
+
+def attend(q: torch.Tensor, pages: CudaPages, *parts, **options) -> torch.Tensor:
+    """:meth:`Kernels.attend` on the current stream of the pages' device."""
+    with torch.cuda.device(pages.device):
+        return Kernels(cuda.runtime(pages.device)).attend(q, pages, *parts, stream=torch.cuda.current_stream().cuda_stream, **options)
