@@ -2,6 +2,7 @@
 //   attention_pages.inl: packing and unpacking
 //   few rows (decoding): codes are decoded in registers and multiplied there, as gemv does
 //   many rows (prefill): codes are decoded into a panel that stays in L1, as gemm does
+//   keys before their rotary embedding: the same, and turned there
 //   softmax: scores of a chunk to probabilities, online
 //   attend: one run of chunks for one block of query rows
 //   merge: the runs of a block, in order
@@ -21,7 +22,7 @@ namespace MXQ_TARGET {
 // One side of a chunk that is a page.
 struct PageView {
   PageFormat format;
-  Book book;
+  Grid grid;
   const uint8_t* codes;
   const uint16_t* params;
   int64_t codes_ahead, params_ahead;  // bytes from here to what is due in some 300 ns, see AHEAD; 0: nothing
@@ -60,7 +61,7 @@ static const float* fold(const PageView& p, int64_t g, int64_t rows, const float
   const int64_t cols = page_cols(p.format);
   const uint16_t *s = p.params + 2 * g * cols, *z = s + cols;
   prefetch_lines(s, p.params_ahead, 4 * cols);
-  const float centre = (float)(1 << (p.format.bits - 1));
+  const float centre = p.grid.centre;
   for (int64_t m = 0; m < rows; m += 4)
     unroll<4>([&](auto i) MXQ_LAMBDA {
       constexpr int N = decltype(i)::value + 1;
@@ -116,7 +117,7 @@ MXQ_INLINE void row_blocks(int64_t rows, F&& f) {
 template <class D>
 static void few_rows(const PageView& p, const uint8_t* codes, int64_t count, int64_t rows, const float* x, const float* bias, const float* keep, float* out) {
   row_blocks<GEMV_BLOCK>(rows, [&](int64_t m0, auto mr) MXQ_LAMBDA {
-    dot_tiles<D, decltype(mr)::value>(codes, p.codes_ahead, p.book, count, padded_page_cols(p.format), x + m0 * LDX, bias + m0, keep ? keep + m0 : nullptr,
+    dot_tiles<D, decltype(mr)::value>(codes, p.codes_ahead, p.grid.book, count, padded_page_cols(p.format), x + m0 * LDX, bias + m0, keep ? keep + m0 : nullptr,
                                       out + m0 * LDX);
   });
 }
@@ -191,7 +192,7 @@ static void page_product(const PageView& p, bool panels, int64_t rows, const flo
     } else {
       for (int64_t t = t0; t < t1;) {
         const int64_t count = t + GEMM_TILES <= t1 ? GEMM_TILES : 1;
-        for (int64_t i = 0; i < count; i++) decode_to_panel<D>(p.codes + (t + i) * step, p.codes_ahead, p.book, cols, s.panel + LANES * i);
+        for (int64_t i = 0; i < count; i++) decode_to_panel<D>(p.codes + (t + i) * step, p.codes_ahead, p.grid.book, cols, s.panel + LANES * i);
         many_rows(s.panel, count, cols, rows, x, bias, keep, out + t * LANES);
         t += count;
       }
@@ -200,12 +201,61 @@ static void page_product(const PageView& p, bool panels, int64_t rows, const flo
 }
 
 static void multiply_page(const PageView& p, bool panels, int64_t rows, const float* v, const float* keep, float* out, const Room& s) {
-  switch (p.format.bits) {
-    case 2: return page_product<Words<2, true>>(p, panels, rows, v, keep, out, s);
-    case 3: return page_product<Words<3, true>>(p, panels, rows, v, keep, out, s);
-    case 4: return page_product<Words<4, true>>(p, panels, rows, v, keep, out, s);
-    case 8: return page_product<Words<8, true>>(p, panels, rows, v, keep, out, s);
-    default: return page_product<Halves>(p, panels, rows, v, keep, out, s);
+  with_decoder(p.format.bits, p.grid.levels, [&](auto decoder) { page_product<decltype(decoder)>(p, panels, rows, v, keep, out, s); });
+}
+
+// ------------------------------------------------------------------------- keys that were stored before their rotary embedding
+
+// A query that is turned back by the position p of the page's first token sees the page as if that were 0,
+//     q . R(p + t) k = (R(-p) q) . R(t) k,
+// so that one table of 64 positions, which stays in the cache, turns all pages. Scales cannot be folded into the query, whose channels are mixed by the
+// turn: keys are dequantized and turned in a panel, 6 operations for 32 numbers, 16 tokens of both channels of a pair.
+static void turn_back(const float* cos, int64_t half, int64_t d, int64_t rows, const float* q, float* x) {
+  const float* sin = cos + half;
+  for (int64_t m = 0; m < rows; m++, q += LDX, x += LDX) {
+    for (int64_t c = 0; c < half; c++) {
+      const float a = q[c], b = q[c + half];
+      x[c] = a * cos[c] + b * sin[c];
+      x[c + half] = b * cos[c] - a * sin[c];
+    }
+    for (int64_t c = 2 * half; c < d; c++) x[c] = q[c];
+  }
+}
+
+// One tile in the panel: codes become keys, keys are turned. s and z of its group, null where there are none.
+static void turn_tile(const float* tokens, int64_t half, int64_t d, const uint16_t* s, const uint16_t* z, float centre, float* panel) {
+  const auto number = [&](int64_t c) MXQ_LAMBDA {
+    const V w = load(panel + c * PANEL);
+    if (!s) return w;
+    const float scale = half_to_float(s[c]);
+    return fma(w, set1(scale), set1(centre * scale + half_to_float(z[c])));
+  };
+  for (int64_t c = 0; c < half; c++, tokens += 2 * LANES) {
+    const V a = number(c), b = number(c + half), cos = load(tokens), sin = load(tokens + LANES);
+    store(panel + c * PANEL, fnma(b, sin, mul(a, cos)));
+    store(panel + (c + half) * PANEL, fma(a, sin, mul(b, cos)));
+  }
+  for (int64_t c = 2 * half; c < d; c++) store(panel + c * PANEL, number(c));
+}
+
+static void multiply_turned(const PageView& p, const Turns& turns, int64_t page, int64_t rows, const float* q, float* out, const Room& s) {
+  const int64_t d = p.format.head, step = page_tile_bytes(p.format), all = tiles(PAGE);
+  const int64_t group = has_params(p.format) ? page_group_rows(p.format) / LANES : all;  // in tiles
+  const float none[BLOCK_ROWS] = {0};
+  turn_back(turns.pages + page * 2 * turns.half, turns.half, d, rows, q, s.x);
+  prefetch_lines(p.params, p.params_ahead, 2 * page_params(p.format));
+  for (int64_t t = 0; t < all;) {
+    const int64_t count = t + GEMM_TILES <= all ? GEMM_TILES : 1;
+    for (int64_t i = t; i < t + count; i++) {
+      float* panel = s.panel + LANES * (i - t);
+      with_decoder(p.format.bits, p.grid.levels, [&](auto decoder) {
+        decode_to_panel<decltype(decoder)>(p.codes + i * step, p.codes_ahead, p.grid.book, padded_page_cols(p.format), panel);
+      });
+      const uint16_t* params = has_params(p.format) ? p.params + i / group * 2 * d : nullptr;
+      turn_tile(turns.tokens + i * turns.half * 2 * LANES, turns.half, d, params, params ? params + d : nullptr, p.grid.centre, panel);
+    }
+    many_rows(s.panel, count, d, rows, s.x, none, nullptr, out + t * LANES);
+    t += count;
   }
 }
 
@@ -434,7 +484,7 @@ static void attend_run(const Attend& a, int64_t item, float* scratch) {
 
   const int64_t sinks = sink_chunks(a), first_tail = sinks + a.page_count, chunks = a.chunk1 - a.chunk0;
   const int64_t begin = a.chunk0 + part_start(chunks, a.runs, run), end = a.chunk0 + part_start(chunks, a.runs, run + 1);
-  PageView key{a.key, {}, nullptr, nullptr, 0, 0}, value{a.value, {}, nullptr, nullptr, 0, 0};
+  PageView key{a.key, grid_of(a.key, a.key_levels), nullptr, nullptr, 0, 0}, value{a.value, grid_of(a.value, a.value_levels), nullptr, nullptr, 0, 0};
   const int64_t ahead = ceil_div(AHEAD, page_bytes(a.key) + page_bytes(a.value)), pairs = a.batch * a.kv_heads;
   const int64_t first_page = begin > sinks ? begin - sinks : 0, last_page = end < first_tail ? end - sinks : a.page_count;
   // The page that is due `ahead` pages later; behind the run's last one come those of the next head, which is the next item. The same page: nothing.
@@ -442,8 +492,6 @@ static void attend_run(const Attend& a, int64_t item, float* scratch) {
     const int64_t later = page + ahead, over = later - last_page + first_page;
     return later < last_page ? Later{later, b.pair} : b.pair + 1 < pairs && a.blocks == 1 && over < last_page ? Later{over, b.pair + 1} : Later{page, b.pair};
   };
-  if (has_params(a.key)) key.book = book_of({UNIFORM, a.key.bits, SYM, 0, 0});
-  if (has_params(a.value)) value.book = book_of({UNIFORM, a.value.bits, SYM, 0, 0});
 
   float ones[BLOCK_ROWS];
   for (float& one : ones) one = 1.0f;
@@ -461,7 +509,8 @@ static void attend_run(const Attend& a, int64_t item, float* scratch) {
       float* scores = s.scores + PAGE * count;
       if (c.part == PAGED) {
         show_page(key, a.pages, &PageParts::k_codes, &PageParts::k_params, c.index, b.pair, later_page(c.index));
-        multiply_page(key, a.panels, b.rows, s.q, nullptr, scores, s);
+        if (a.turns.half) multiply_turned(key, a.turns, c.index, b.rows, s.q, scores, s);
+        else multiply_page(key, a.panels, b.rows, s.q, nullptr, scores, s);
       } else {
         multiply_keys(as_float(c.part == TAIL ? a.tail_k : a.sink_k, batch, head, c.index, c.keys, d, s.floats), c.keys, d, a.panels, b.rows, s.q, scores, s);
       }

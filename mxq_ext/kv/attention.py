@@ -26,6 +26,7 @@ from ..plan.kv import KVPlan, KVSpec
 from ..plan.schema import Plan
 from ..structure import decoder_blocks
 from .cache import MARK, MxqCache, MxqCacheLayer, as_kv, need_native, page_formats
+from .rope import check_rope, rope_of
 
 NAME = "mxq_kv"  #: of the attention function and of its mask, in transformers
 _WINDOW, _FULL, _DENSE = "mxq_window", "mxq_full", "mxq_dense"  # what our masks carry
@@ -196,6 +197,9 @@ def check_attention(model: nn.Module, kv: KVPlan) -> None:
     for i, spec in enumerate(specs):
         if spec is not None:
             page_formats(spec, dim, f"layer {prefix}.{i}")
+            if spec.pre_rope:
+                rope_of(config, i)
+                check_rope(blocks[i], i)
 
 
 def replace_attention(model: nn.Module, plan: Plan | KVPlan | KVSpec | dict | None) -> nn.Module:

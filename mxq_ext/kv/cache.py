@@ -27,6 +27,7 @@ from ..formats import PAGE
 from ..plan.kv import KVPlan, KVSpec
 from ..plan.schema import Plan
 from . import ops
+from .rope import Rope, rope_of
 from .shrink import HALF, shrink_page, shrunk
 
 MARK = "mxq_cache_layer"  #: attribute of the keys that ``update`` returns: the layer that they wait for
@@ -43,8 +44,8 @@ def need_native() -> None:
 def page_formats(spec: KVSpec, head_dim: int, layer: str) -> tuple[ops.PageFormat, ops.PageFormat]:
     """Formats of a layer's pages of keys and of values. Raises FormatError, which names the layer, for head dimensions that do not go."""
     try:
-        key = ops.PageFormat("keys", spec.key, min(spec.group, PAGE), head_dim)
-        value = ops.PageFormat("values", spec.value, ops.value_group(head_dim, spec.group), head_dim)
+        key = ops.PageFormat("keys", spec.key, min(spec.group, PAGE), head_dim, spec.codebook(0))
+        value = ops.PageFormat("values", spec.value, ops.value_group(head_dim, spec.group), head_dim, spec.codebook(1))
     except FormatError as e:
         raise FormatError(f"{layer}: {e.asked}", e.rule, e.fix) from None
     if spec.rotate and head_dim & (head_dim - 1):
@@ -96,6 +97,7 @@ class MxqCacheLayer(CacheLayerMixin):
     Args:
         spec: bits, groups, and how many tokens stay exact.
         name: what errors call the layer.
+        rope: the angles of the layer's rotary embedding, for a ``spec`` with pre_rope.
     """
 
     is_sliding = False  # windows are a matter of the mask: all tokens are kept, so that a crop can always go back
@@ -103,9 +105,12 @@ class MxqCacheLayer(CacheLayerMixin):
     is_compileable = False
     supports_early_init = False  # shapes are taken from the first keys
 
-    def __init__(self, spec: KVSpec, name: str = "layer"):
+    def __init__(self, spec: KVSpec, name: str = "layer", rope: Rope | None = None):
         super().__init__()
-        self.spec, self.name = spec, name
+        if spec.pre_rope and rope is None:
+            raise ModelError(f"{name} of a cache with pre_rope", "the angles of its rotary embedding are not known",
+                             "make the cache by MxqCache(model.config, ...)")
+        self.spec, self.name, self.rope = spec, name, rope if spec.pre_rope else None
         self._forget()
 
     def _forget(self) -> None:
@@ -124,7 +129,7 @@ class MxqCacheLayer(CacheLayerMixin):
         batch, heads, _, dim = key_states.shape
         key, value = page_formats(self.spec, dim, self.name)
         self.batch, self.heads, self.dim, self.dtype, self.device = batch, heads, dim, key_states.dtype, key_states.device
-        self.pages = ops.PageTable(key, value, batch * heads)
+        self.pages = self._table(key, value)
         with torch.inference_mode(False):  # or nothing could be appended outside of that mode later
             self.sink, self.tail = (tuple(key_states.new_empty(batch, heads, tokens, dim) for _ in range(2))
                                     for tokens in (self.spec.sink, self.spec.residual + PAGE))
@@ -190,11 +195,12 @@ class MxqCacheLayer(CacheLayerMixin):
             whole, left = divmod(packed - of_pages, PAGE)
             if left:
                 k_codes, k_params, v_codes, v_params = self.pages[whole]
-                for x, fmt, codes, params in zip(self.tail, (self.pages.key, self.pages.value), (k_codes, v_codes), (k_params, v_params), strict=True):
-                    x[:, :, :left] = ops.unpack_page(codes, params, fmt, self.batch, self.dtype)[:, :, :left]
+                keys = ops.unpack_page(k_codes, k_params, self.pages.key, self.batch)[:, :, :left]
+                self.tail[0][:, :, :left] = keys if self.rope is None else self.rope.turned(keys, self._page_start(whole))
+                self.tail[1][:, :, :left] = ops.unpack_page(v_codes, v_params, self.pages.value, self.batch)[:, :, :left]
                 self.tail_tokens = left
             pages = [self.pages[i] for i in range(whole)]
-            self.pages = self._table()
+            self.pages = self._table(self.pages.key, self.pages.value)
             for page in pages:
                 self.pages.append(*page)
         self.sink_tokens -= gone - of_pages
@@ -284,9 +290,13 @@ class MxqCacheLayer(CacheLayerMixin):
             said = [f"batch {b}, {h} heads of dimension {d} in {str(t)[6:]}" for b, h, d, t in (want, have)]
             raise ShapeError(asked, f"the cache was begun with {said[0]}, these have {said[1]}", "reset the cache, or use a new one")
 
-    def _table(self) -> ops.PageTable:
-        """No pages yet, in the layer's formats."""
-        return ops.PageTable(self.pages.key, self.pages.value, self.batch * self.heads)
+    def _table(self, key: ops.PageFormat, value: ops.PageFormat) -> ops.PageTable:
+        """No pages yet."""
+        return ops.PageTable(key, value, self.batch * self.heads, None if self.rope is None else self.rope.tables(self.spec.sink))
+
+    def _page_start(self, page: int) -> int:
+        """Position of a page's first token."""
+        return self.spec.sink + PAGE * page
 
     def _append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         done, tokens = 0, keys.shape[2]
@@ -331,7 +341,7 @@ class MxqCacheLayer(CacheLayerMixin):
         """Halves the bits of all pages, page by page, each old one gone when the new one is there."""
         formats = self.pages.key, self.pages.value
         pages = [self.pages[i] for i in reversed(range(len(self.pages)))]
-        self.pages = ops.PageTable(*_halved(*formats), self.batch * self.heads)
+        self.pages = self._table(*_halved(*formats))
         while pages:
             codes_and_params = pages.pop()
             sides = [codes_and_params[:2], codes_and_params[2:]]
@@ -342,6 +352,8 @@ class MxqCacheLayer(CacheLayerMixin):
         """Quantizes [B, Hkv, 64, D] of each side into a new page at the end. Where that would go over the budget, the others shrink first."""
         while _shrinks(self.spec, self.pages.key, self.pages.value, (len(self.pages) + 1) * self.pages.heads):
             self._shrink()
+        if self.rope is not None:
+            keys = self.rope.turned(keys, self._page_start(len(self.pages)), back=True)
         page = []
         for x, fmt in ((keys, self.pages.key), (values, self.pages.value)):
             codes, params = fmt.empty_page(self.pages.heads)
@@ -357,7 +369,7 @@ class MxqCacheLayer(CacheLayerMixin):
             return
         old, self.batch = self.batch, index.shape[0]
         pages = [self.pages[i] for i in reversed(range(len(self.pages)))]
-        self.pages = self._table()
+        self.pages = self._table(self.pages.key, self.pages.value)
         while pages:
             self.pages.append(*(t.view(old, self.heads, *t.shape[1:]).index_select(0, index).flatten(0, 1) for t in pages.pop()))
         with torch.inference_mode(False):
@@ -373,14 +385,16 @@ class MxqCache(Cache):
         config: the model's.
         kv: a :class:`KVPlan` or its JSON form, a :class:`KVSpec` for all layers, or a Plan that has a KV section.
 
-    Layers that the plan leaves in float are layers of transformers' DynamicCache. Raises PlanError if the plan does not fit the model.
+    Layers that the plan leaves in float are layers of transformers' DynamicCache. Raises PlanError if the plan does not fit the model, ModelError for
+    pre_rope in a layer whose rotary embedding does not allow it.
     """
 
     def __init__(self, config, kv: KVPlan | KVSpec | Plan | dict):
         need_native()
         self.kv = as_kv(kv)
         layers = config.get_text_config(decoder=True).num_hidden_layers
-        super().__init__(layers=[DynamicLayer() if s is None else MxqCacheLayer(s, f"decoder layer {i}") for i, s in enumerate(self.kv.resolve(layers))])
+        super().__init__(layers=[DynamicLayer() if s is None else MxqCacheLayer(s, f"decoder layer {i}", rope_of(config, i) if s.pre_rope else None)
+                                 for i, s in enumerate(self.kv.resolve(layers))])
 
     def nbytes(self) -> int:
         """Bytes of all tensors in the cache."""

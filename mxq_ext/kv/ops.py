@@ -10,6 +10,7 @@ native code trusts it. Nothing here needs a gradient: inputs that require one ar
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,11 +22,13 @@ from ..errors import FormatError, ShapeError
 from ..formats import PAGE
 from ..ops import TYPES
 from ..plan.kv import BITS
+from .rope import RopeTables
 
 SIDES = ("keys", "values")
 KEY_GROUPS = (32, 64)  #: tokens that share a channel's scale
 VALUE_GROUPS = (0, 32, 64, 128)  #: channels that share a token's scale; 0: the whole head
 MAX_HEAD = 512
+LEVEL_BITS = (2, 3, 4)  #: code bits that a codebook may have
 
 
 def value_group(head_dim: int, group: int) -> int:
@@ -43,6 +46,7 @@ class PageFormat:
         group: tokens that share a channel's scale for keys: 32 or 64. Channels that share a token's scale for values: 32, 64, 128, or 0 for
             the whole head; the last group may be ragged.
         head_dim: channels D, a multiple of 16 up to 512.
+        levels: a codebook, 2^bits ascending numbers that float16 holds, within -1 .. 1; None: codes are numbers.
 
     Raises FormatError.
     """
@@ -51,6 +55,7 @@ class PageFormat:
     bits: int
     group: int
     head_dim: int
+    levels: tuple[float, ...] | None = None
 
     def __post_init__(self):
         asked = f"a KV page of {self.bits}-bit {self.side}, group {self.group}, head dimension {self.head_dim}"
@@ -64,6 +69,8 @@ class PageFormat:
         if not isinstance(self.head_dim, int) or self.head_dim not in range(16, MAX_HEAD + 1, 16):
             raise FormatError(asked, f"the head dimension must be a multiple of 16 up to {MAX_HEAD}, found {self.head_dim!r}",
                               "keep the cache of this model in floating point")
+        if self.levels is not None and (self.bits not in LEVEL_BITS or len(self.levels) != 2**self.bits):
+            raise FormatError(asked, f"a codebook has 2^bits levels at {', '.join(map(str, LEVEL_BITS))} bits, found {len(self.levels)}", "leave levels out")
 
     @property
     def rows(self) -> int:
@@ -97,8 +104,18 @@ class PageFormat:
 
     @cached_property
     def native(self) -> tuple[int, int, int, int]:
-        """The format as native code takes it."""
+        """The format as native code takes it, without its codebook."""
         return SIDES.index(self.side), self.bits, self.group, self.head_dim
+
+    @property
+    def levels_pointer(self) -> int:
+        """Address of the codebook, float32 [2^bits]; 0 for none."""
+        return 0 if self.levels is None else _codebook(self.levels).data_ptr()
+
+
+@functools.cache  # for good: pages of these formats hold its address
+def _codebook(levels: tuple[float, ...]) -> torch.Tensor:
+    return torch.tensor(levels, dtype=torch.float32)
 
 
 def _rows(t: torch.Tensor | None) -> tuple[int, ...]:
@@ -149,13 +166,14 @@ def pack_page(x: torch.Tensor, fmt: PageFormat, codes: torch.Tensor, params: tor
     """
     x = _check_pack(x, fmt, codes, params)
     if x.numel():
-        _native.cpu.kv_pack(fmt.native, _rows(x), x.shape[0], x.shape[1], codes.data_ptr(), params.data_ptr(), torch.get_num_threads())
+        _native.cpu.kv_pack(fmt.native, _rows(x), x.shape[0], x.shape[1], codes.data_ptr(), params.data_ptr(), fmt.levels_pointer,
+                            torch.get_num_threads())
 
 
 def pack_page_ref(x: torch.Tensor, fmt: PageFormat, codes: torch.Tensor, params: torch.Tensor) -> None:
     """The twin of :func:`pack_page`."""
     x = _check_pack(x, fmt, codes, params)
-    _native.cpu.kv_pack_ref(fmt.native, _rows(x), x.shape[0], x.shape[1], codes.data_ptr(), params.data_ptr())
+    _native.cpu.kv_pack_ref(fmt.native, _rows(x), x.shape[0], x.shape[1], codes.data_ptr(), params.data_ptr(), fmt.levels_pointer)
 
 
 def _unpack(native, codes: torch.Tensor, params: torch.Tensor, fmt: PageFormat, batch: int, dtype: torch.dtype, *threads: int) -> torch.Tensor:
@@ -167,7 +185,7 @@ def _unpack(native, codes: torch.Tensor, params: torch.Tensor, fmt: PageFormat, 
     if batch < 1 or heads % batch:
         raise ShapeError(asked, f"the batch must divide the {heads} heads, it is {batch}", "give the batch that the page was packed with")
     out = torch.empty(batch, heads // batch, PAGE, fmt.head_dim, dtype=dtype)
-    native(fmt.native, codes.data_ptr(), params.data_ptr(), heads, out.data_ptr(), TYPES[dtype], *threads)
+    native(fmt.native, codes.data_ptr(), params.data_ptr(), fmt.levels_pointer, heads, out.data_ptr(), TYPES[dtype], *threads)
     return out
 
 
@@ -190,15 +208,22 @@ class PageTable:
     Appending costs a few microseconds whatever the length; anything else (crop, reorder) is a new table over new or old tensors.
     """
 
-    __slots__ = ("key", "value", "heads", "_pages", "_pointers")
+    __slots__ = ("key", "value", "heads", "rope", "_pages", "_pointers", "_turns")
 
-    def __init__(self, key: PageFormat, value: PageFormat, heads: int):
-        """A table of no pages, each to hold ``heads`` = B * Hkv heads. Raises FormatError if the sides do not go together."""
+    def __init__(self, key: PageFormat, value: PageFormat, heads: int, rope: RopeTables | None = None):
+        """A table of no pages, each to hold ``heads`` = B * Hkv heads; with ``rope``, keys are those before the rotary embedding.
+
+        Raises FormatError if the sides do not go together, or the embedding turns more channels than a head has.
+        """
         if (key.side, value.side) != SIDES or key.head_dim != value.head_dim:
             raise FormatError(f"a KV cache of {key} and {value}", "it needs keys and values of one head dimension", "give them in this order")
-        self.key, self.value, self.heads = key, value, heads
+        if rope is not None and 2 * rope.rope.half > key.head_dim:
+            raise FormatError(f"a KV cache of {key}", f"the rotary embedding turns {2 * rope.rope.half} channels, a head has {key.head_dim}",
+                              "check the model's config")
+        self.key, self.value, self.heads, self.rope = key, value, heads, rope
         self._pages: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]] = []
         self._pointers = torch.empty(8, 4, dtype=torch.int64)
+        self._turns: torch.Tensor | None = None  # of the pages; what is held here does not go when the tables grow
 
     def append(self, k_codes: torch.Tensor, k_params: torch.Tensor, v_codes: torch.Tensor, v_params: torch.Tensor) -> None:
         """Adds a page: codes uint8 [heads, code_bytes] and params fp16 [heads, *params_shape] of both sides. Raises ShapeError."""
@@ -210,10 +235,12 @@ class PageTable:
             self._pointers = torch.cat([self._pointers, torch.empty_like(self._pointers)])
         self._pages.append((k_codes, k_params, v_codes, v_params))
         self._pointers[n] = torch.tensor([t.data_ptr() for t in self._pages[n]])
+        if self.rope is not None:
+            self._turns = self.rope.pages(n + 1)
 
     def __reduce__(self):
         """Copies and pickles are built anew: the addresses are those of the copied tensors."""
-        return _table_of, (self.key, self.value, self.heads, self._pages)
+        return _table_of, (self.key, self.value, self.heads, self._pages, self.rope)
 
     def __len__(self) -> int:
         return len(self._pages)
@@ -231,9 +258,16 @@ class PageTable:
         """Address of int64 [pages][4], for native code."""
         return self._pointers.data_ptr()
 
+    @property
+    def reading(self) -> tuple[int, int, int, int, int]:
+        """What native code reads pages with beside their formats: addresses of the codebooks of keys and of values, of the turns of pages and of tokens (see
+        ``RopeTables``), and half the channels that are turned; 0 for none."""
+        turns = (0, 0, 0) if self._turns is None else (self._turns.data_ptr(), self.rope.tokens.data_ptr(), self.rope.rope.half)
+        return self.key.levels_pointer, self.value.levels_pointer, *turns
 
-def _table_of(key: PageFormat, value: PageFormat, heads: int, pages: list) -> PageTable:
-    table = PageTable(key, value, heads)
+
+def _table_of(key: PageFormat, value: PageFormat, heads: int, pages: list, rope: RopeTables | None = None) -> PageTable:
+    table = PageTable(key, value, heads, rope)
     for page in pages:
         table.append(*page)
     return table
@@ -294,8 +328,8 @@ def _attend(native, q, pages, sink_k, sink_v, tail_k, tail_v, scale, causal, win
     if mask is not None:
         mask = mask if mask.stride(-1) == 1 else mask.contiguous()
         visible = mask.data_ptr(), mask.stride(0), mask.stride(1) if mask.dim() == 3 else 0
-    native(pages.key.native, pages.value.native, tuple(q.shape[:3]), _rows(q), _rows(out), (pages.pointers, len(pages), pages.heads), *map(_rows, parts), total,
-           q.shape[3] ** -0.5 if scale is None else float(scale), causal, window, softcap, visible, *threads)
+    native(pages.key.native, pages.value.native, tuple(q.shape[:3]), _rows(q), _rows(out), (pages.pointers, len(pages), pages.heads, *pages.reading),
+           *map(_rows, parts), total, q.shape[3] ** -0.5 if scale is None else float(scale), causal, window, softcap, visible, *threads)
     return out
 
 
