@@ -77,17 +77,22 @@ Rows rows_of(const py::tuple& t) {
   return {ptr<void>(t[0].cast<uintptr_t>()), t[1].cast<int>(), t[2].cast<int64_t>(), t[3].cast<int64_t>(), t[4].cast<int64_t>(), t[5].cast<int64_t>()};
 }
 
-// q: (batch, heads, tokens); pages: (address of PageParts, pages, heads of all sequences, levels of keys and of values, turns of pages and of tokens, half);
-// mask: (data, strides of batch and query), data 0 for none
+// q: (batch, heads, tokens, address of lse); pages: (address of PageParts, pages, heads of all sequences, levels of keys and of values, turns of pages and of
+// tokens, half, () or the other kind: (formats of keys and values, their levels, high, round)); mask: (data, strides of batch and query), data 0 for none
 Attend attend_of(const py::tuple& key, const py::tuple& value, const py::tuple& shape, const py::tuple& q, const py::tuple& out, const py::tuple& pages,
                  const py::tuple& sink_k, const py::tuple& sink_v, const py::tuple& tail_k, const py::tuple& tail_v, int64_t total, float scale, bool causal,
                  int64_t window, float cap, const py::tuple& mask) {
   Attend a{};
-  a.key = page_format_of(key), a.value = page_format_of(value);
+  const auto levels = [](const py::handle& address) { return ptr<float>(address.cast<uintptr_t>()); };
+  a.kind = {page_format_of(key), page_format_of(value), levels(pages[3]), levels(pages[4])};
+  if (const py::tuple low = pages[8].cast<py::tuple>(); !low.empty()) {
+    a.low = {page_format_of(low[0].cast<py::tuple>()), page_format_of(low[1].cast<py::tuple>()), levels(low[2]), levels(low[3])};
+    a.high = low[4].cast<int64_t>(), a.round = low[5].cast<int64_t>();
+  }
   a.batch = shape[0].cast<int64_t>(), a.q_heads = shape[1].cast<int64_t>(), a.queries = shape[2].cast<int64_t>();
+  a.lse = ptr<float>(shape[3].cast<uintptr_t>());
   a.q = rows_of(q), a.out = rows_of(out);
   a.pages = ptr<PageParts>(pages[0].cast<uintptr_t>()), a.page_count = pages[1].cast<int64_t>(), a.kv_heads = pages[2].cast<int64_t>() / a.batch;
-  a.key_levels = ptr<float>(pages[3].cast<uintptr_t>()), a.value_levels = ptr<float>(pages[4].cast<uintptr_t>());
   a.turns = {ptr<float>(pages[5].cast<uintptr_t>()), ptr<float>(pages[6].cast<uintptr_t>()), pages[7].cast<int64_t>()};
   a.sink_k = rows_of(sink_k), a.sink_v = rows_of(sink_v), a.tail_k = rows_of(tail_k), a.tail_v = rows_of(tail_v);
   a.total = total, a.scale = scale, a.cap = cap, a.causal = causal, a.window = window;

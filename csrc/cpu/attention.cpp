@@ -29,7 +29,7 @@ constexpr int64_t ITEMS = 64, CHUNKS = 8;
 
 void attend(Attend a, int threads) {
   const AttentionKernels& k = kernels();
-  const int64_t pairs = a.batch * a.kv_heads, d = a.key.head;
+  const int64_t pairs = a.batch * a.kv_heads, d = a.kind.key.head;
   a.group = a.q_heads / a.kv_heads;
   a.rows = a.group * a.queries;
   a.panels = a.rows > FEW_ROWS;

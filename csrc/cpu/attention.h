@@ -31,10 +31,17 @@ struct Turns {
   int64_t half;         // 0: keys are stored as they are multiplied
 };
 
-// One call. Keys are in the order sink, pages, tail, cut into chunks of at most 64 tokens: a page is one, sink and tail are cut from their beginning.
-struct Attend {
+// How pages of one kind are stored.
+struct PageKind {
   PageFormat key, value;
   const float *key_levels, *value_levels;  // codebooks, 2^bits numbers; null: codes are numbers
+};
+
+// One call. Keys are in the order sink, pages, tail, cut into chunks of at most 64 tokens: a page is one, sink and tail are cut from their beginning.
+struct Attend {
+  PageKind kind;
+  PageKind low;         // of pages whose tokens have fewer bits: all but the first `high` of each `round`; round 0: there are none
+  int64_t high, round;
   Turns turns;
   int64_t batch, q_heads, kv_heads, queries;  // queries: tokens of q
   Rows q, out;                                // [B, Hq, queries, D]; out is written
@@ -47,6 +54,7 @@ struct Attend {
   int64_t window;      // and those after that position - window; 0: no window
   const uint8_t* mask; // [B][queries][total], 1 may be seen; or null
   int64_t mask_batch, mask_query;  // strides; mask_query is 0 where all queries share a row
+  float* lse;          // [B][Hq][queries]: logarithm of the sum of a query's exponentials; or null
 
   // Made by the driver from the shapes alone, so that the order of all sums is too.
   // The queries of the heads that share a kv head are the rows of one product: row r is token r / group, query head kv * group + r % group.
@@ -56,6 +64,8 @@ struct Attend {
   int64_t chunk0, chunk1, runs;  // chunks that any query sees, and the runs that they are cut into: each is summed up by itself, then they are merged
   float* partial;                // [runs][B * Hkv * rows][D + 2]: sums, largest score, sum of probabilities; used if runs > 1
 };
+
+static inline const PageKind& kind_of(const Attend& a, int64_t page) { return a.round && page % a.round >= a.high ? a.low : a.kind; }
 
 enum Part : int { SINK, PAGED, TAIL };
 struct Chunk {

@@ -222,13 +222,11 @@ static void turn_back(const float* cos, int64_t half, int64_t d, int64_t rows, c
   }
 }
 
-// One tile in the panel: codes become keys, keys are turned. s and z of its group, null where there are none.
-static void turn_tile(const float* tokens, int64_t half, int64_t d, const uint16_t* s, const uint16_t* z, float centre, float* panel) {
+// One tile in the panel: codes become keys, keys are turned. number = scale * w + offset, channel by channel; null: w is the number.
+static void turn_tile(const float* tokens, int64_t half, int64_t d, const float* scale, const float* offset, float* panel) {
   const auto number = [&](int64_t c) MXQ_LAMBDA {
     const V w = load(panel + c * PANEL);
-    if (!s) return w;
-    const float scale = half_to_float(s[c]);
-    return fma(w, set1(scale), set1(centre * scale + half_to_float(z[c])));
+    return scale ? fma(w, set1(scale[c]), set1(offset[c])) : w;
   };
   for (int64_t c = 0; c < half; c++, tokens += 2 * LANES) {
     const V a = number(c), b = number(c + half), cos = load(tokens), sin = load(tokens + LANES);
@@ -242,6 +240,13 @@ static void multiply_turned(const PageView& p, const Turns& turns, int64_t page,
   const int64_t d = p.format.head, step = page_tile_bytes(p.format), all = tiles(PAGE);
   const int64_t group = has_params(p.format) ? page_group_rows(p.format) / LANES : all;  // in tiles
   const float none[BLOCK_ROWS] = {0};
+  float *const scales = has_params(p.format) ? s.floats : nullptr, *const offsets = s.floats + 2 * MAX_HEAD;  // [group][channel]
+  for (int64_t g = 0; g < page_groups(p.format); g++)
+    for (int64_t c = 0; c < d; c += 16) {
+      const V scale = load_half(p.params + 2 * g * d + c);
+      store(scales + g * MAX_HEAD + c, scale);
+      store(offsets + g * MAX_HEAD + c, fma(set1(p.grid.centre), scale, load_half(p.params + (2 * g + 1) * d + c)));
+    }
   turn_back(turns.pages + page * 2 * turns.half, turns.half, d, rows, q, s.x);
   prefetch_lines(p.params, p.params_ahead, 2 * page_params(p.format));
   for (int64_t t = 0; t < all;) {
@@ -251,8 +256,8 @@ static void multiply_turned(const PageView& p, const Turns& turns, int64_t page,
       with_decoder(p.format.bits, p.grid.levels, [&](auto decoder) {
         decode_to_panel<decltype(decoder)>(p.codes + i * step, p.codes_ahead, p.grid.book, padded_page_cols(p.format), panel);
       });
-      const uint16_t* params = has_params(p.format) ? p.params + i / group * 2 * d : nullptr;
-      turn_tile(turns.tokens + i * turns.half * 2 * LANES, turns.half, d, params, params ? params + d : nullptr, p.grid.centre, panel);
+      const int64_t of_group = i / group * MAX_HEAD;
+      turn_tile(turns.tokens + i * turns.half * 2 * LANES, turns.half, d, scales ? scales + of_group : nullptr, offsets + of_group, panel);
     }
     many_rows(s.panel, count, d, rows, s.x, none, nullptr, out + t * LANES);
     t += count;
@@ -451,7 +456,7 @@ MXQ_INLINE int64_t row_index(const Attend& a, const Rows& r, int64_t pair, int64
 }
 
 static void load_queries(const Attend& a, const Block& b, float* q) {
-  const int64_t d = a.key.head;
+  const int64_t d = a.kind.key.head;
   const V scale = set1(a.cap ? a.scale / a.cap : a.scale * 1.44269504f);
   for (int64_t m = 0; m < b.rows; m++) {
     const int64_t at = row_index(a, a.q, b.pair, b.r0 + m);
@@ -463,19 +468,24 @@ struct Later {
   int64_t page, pair;
 };
 
-// Points at page `page`, and at what is to be fetched meanwhile.
+// Points at page `page`, and at what is to be fetched meanwhile, which has the format `ahead`.
 static void show_page(PageView& v, const PageParts* pages, const uint8_t* PageParts::*codes, const uint16_t* PageParts::*params, int64_t page, int64_t pair,
-                      Later later) {
-  const int64_t bytes = page_bytes(v.format), halves = page_params(v.format);
-  v.codes = pages[page].*codes + pair * bytes;
-  v.params = pages[page].*params + pair * halves;
-  v.codes_ahead = pages[later.page].*codes + later.pair * bytes - v.codes;
-  v.params_ahead = (const char*)(pages[later.page].*params + later.pair * halves) - (const char*)v.params;
+                      Later later, PageFormat ahead) {
+  v.codes = pages[page].*codes + pair * page_bytes(v.format);
+  v.params = pages[page].*params + pair * page_params(v.format);
+  v.codes_ahead = pages[later.page].*codes + later.pair * page_bytes(ahead) - v.codes;
+  v.params_ahead = (const char*)(pages[later.page].*params + later.pair * page_params(ahead)) - (const char*)v.params;
+}
+
+// The natural logarithm of a query's sum of exponentials, from its largest score in units of ln 2 and the sum in units of that.
+static void store_lse(const Attend& a, int64_t pair, int64_t row, float most, float total) {
+  const int64_t head = pair / a.kv_heads * a.q_heads + pair % a.kv_heads * a.group + row % a.group;
+  a.lse[head * a.queries + row / a.group] = total == 0.0f ? -__builtin_inff() : most * 0.693147181f + __builtin_logf(total);
 }
 
 static void attend_run(const Attend& a, int64_t item, float* scratch) {
   const Room s(scratch);
-  const int64_t per_run = a.batch * a.kv_heads * a.blocks, run = item / per_run, d = a.key.head;
+  const int64_t per_run = a.batch * a.kv_heads * a.blocks, run = item / per_run, d = a.kind.key.head;
   Block b = block_of(a, item % per_run);
   const int64_t batch = b.pair / a.kv_heads, head = b.pair % a.kv_heads;
   for (int64_t m = 0; m < BLOCK_ROWS; m++) b.most[m] = LOWEST;
@@ -484,8 +494,10 @@ static void attend_run(const Attend& a, int64_t item, float* scratch) {
 
   const int64_t sinks = sink_chunks(a), first_tail = sinks + a.page_count, chunks = a.chunk1 - a.chunk0;
   const int64_t begin = a.chunk0 + part_start(chunks, a.runs, run), end = a.chunk0 + part_start(chunks, a.runs, run + 1);
-  PageView key{a.key, grid_of(a.key, a.key_levels), nullptr, nullptr, 0, 0}, value{a.value, grid_of(a.value, a.value_levels), nullptr, nullptr, 0, 0};
-  const int64_t ahead = ceil_div(AHEAD, page_bytes(a.key) + page_bytes(a.value)), pairs = a.batch * a.kv_heads;
+  const auto view = [](PageFormat f, const float* levels) { return PageView{f, grid_of(f, levels), nullptr, nullptr, 0, 0}; };
+  PageView keys[2] = {view(a.kind.key, a.kind.key_levels)}, values[2] = {view(a.kind.value, a.kind.value_levels)};
+  if (a.round) keys[1] = view(a.low.key, a.low.key_levels), values[1] = view(a.low.value, a.low.value_levels);
+  const int64_t ahead = ceil_div(AHEAD, page_bytes(a.kind.key) + page_bytes(a.kind.value)), pairs = a.batch * a.kv_heads;
   const int64_t first_page = begin > sinks ? begin - sinks : 0, last_page = end < first_tail ? end - sinks : a.page_count;
   // The page that is due `ahead` pages later; behind the run's last one come those of the next head, which is the next item. The same page: nothing.
   const auto later_page = [&](int64_t page) {
@@ -508,7 +520,9 @@ static void attend_run(const Attend& a, int64_t item, float* scratch) {
       }
       float* scores = s.scores + PAGE * count;
       if (c.part == PAGED) {
-        show_page(key, a.pages, &PageParts::k_codes, &PageParts::k_params, c.index, b.pair, later_page(c.index));
+        PageView& key = keys[&kind_of(a, c.index) == &a.low];
+        const Later later = later_page(c.index);
+        show_page(key, a.pages, &PageParts::k_codes, &PageParts::k_params, c.index, b.pair, later, kind_of(a, later.page).key);
         if (a.turns.half) multiply_turned(key, a.turns, c.index, b.rows, s.q, scores, s);
         else multiply_page(key, a.panels, b.rows, s.q, nullptr, scores, s);
       } else {
@@ -523,7 +537,9 @@ static void attend_run(const Attend& a, int64_t item, float* scratch) {
       const Chunk& c = chunks[j];
       const float *p = s.scores + PAGE * j, *keep = j ? ones : b.keep;
       if (c.part == PAGED) {
-        show_page(value, a.pages, &PageParts::v_codes, &PageParts::v_params, c.index, b.pair, later_page(c.index));
+        PageView& value = values[&kind_of(a, c.index) == &a.low];
+        const Later later = later_page(c.index);
+        show_page(value, a.pages, &PageParts::v_codes, &PageParts::v_params, c.index, b.pair, later, kind_of(a, later.page).value);
         multiply_page(value, a.panels, b.rows, p, keep, s.sums, s);
       } else {
         multiply_values(as_float(c.part == TAIL ? a.tail_v : a.sink_v, batch, head, c.index, c.keys, d, s.floats), c.keys, d, a.panels, b.rows, p, keep, s.sums, s);
@@ -534,6 +550,7 @@ static void attend_run(const Attend& a, int64_t item, float* scratch) {
   for (int64_t m = 0; m < b.rows; m++) {
     const float* sums = s.sums + m * LDX;
     if (a.runs == 1) {
+      if (a.lse) store_lse(a, b.pair, b.r0 + m, b.most[m], b.total[m]);
       const int64_t at = row_index(a, a.out, b.pair, b.r0 + m);
       const V factor = set1(b.total[m] == 0.0f ? 0.0f : 1.0f / b.total[m]);  // a row that sees no key is 0
       for (int64_t c = 0; c < d; c += 16) store_any((void*)a.out.data, at + c, a.out.type, mul(load(sums + c), factor));
@@ -547,7 +564,7 @@ static void attend_run(const Attend& a, int64_t item, float* scratch) {
 
 static void merge_runs(const Attend& a, int64_t item) {
   const Block b = block_of(a, item);
-  const int64_t d = a.key.head, row_floats = d + 2, run_floats = a.batch * a.kv_heads * a.rows * row_floats;
+  const int64_t d = a.kind.key.head, row_floats = d + 2, run_floats = a.batch * a.kv_heads * a.rows * row_floats;
   for (int64_t m = 0; m < b.rows; m++) {
     const float* part = a.partial + (b.pair * a.rows + b.r0 + m) * row_floats;
     float most = LOWEST, total = 0.0f, weights[MAX_RUNS];
@@ -557,6 +574,7 @@ static void merge_runs(const Attend& a, int64_t item) {
     }
     for (int64_t r = 0; r < a.runs; r += 16) store(weights + r, exp2v(sub(load(weights + r), set1(most))));
     for (int64_t r = 0; r < a.runs; r++) total += weights[r] * part[r * run_floats + d + 1];
+    if (a.lse) store_lse(a, b.pair, b.r0 + m, most, total);
     const V factor = set1(total == 0.0f ? 0.0f : 1.0f / total);
     const int64_t at = row_index(a, a.out, b.pair, b.r0 + m);
     for (int64_t c = 0; c < d; c += 16) {

@@ -127,7 +127,7 @@ void unpack_page(PageFormat f, const float* levels, const uint8_t* codes, const 
 }
 
 void attend(const Attend& a) {
-  const int64_t dim = a.key.head, group = a.q_heads / a.kv_heads;
+  const int64_t dim = a.kind.key.head, group = a.q_heads / a.kv_heads;
   std::vector<double> k(size_t(a.total * dim)), v(k.size()), p(size_t(a.total));
   for (int64_t b = 0; b < a.batch; b++) {
     for (int64_t h = 0; h < a.kv_heads; h++) {
@@ -142,8 +142,10 @@ void attend(const Attend& a) {
           } else {
             const PageParts& page = a.pages[(t - a.sink_k.tokens) / PAGE];
             const int64_t token = (t - a.sink_k.tokens) % PAGE;
-            key = number_at(a.key, a.key_levels, page.k_codes + pair * page_bytes(a.key), page.k_params + pair * page_params(a.key), token, d);
-            value = number_at(a.value, a.value_levels, page.v_codes + pair * page_bytes(a.value), page.v_params + pair * page_params(a.value), token, d);
+            const PageKind& kind = kind_of(a, (t - a.sink_k.tokens) / PAGE);
+            key = number_at(kind.key, kind.key_levels, page.k_codes + pair * page_bytes(kind.key), page.k_params + pair * page_params(kind.key), token, d);
+            value = number_at(kind.value, kind.value_levels, page.v_codes + pair * page_bytes(kind.value), page.v_params + pair * page_params(kind.value),
+                              token, d);
           }
         }
       }
@@ -164,6 +166,7 @@ void attend(const Attend& a) {
             most = std::max(most, p[size_t(t)]);
           }
           for (int64_t t = 0; t < a.total; t++) total += p[size_t(t)] = p[size_t(t)] == -HUGE_VAL ? 0.0 : std::exp(p[size_t(t)] - most);
+          if (a.lse) a.lse[(b * a.q_heads + head) * a.queries + i] = total == 0.0 ? -HUGE_VALF : float(most + std::log(total));
           for (int64_t d = 0; d < dim; d++) {
             double sum = 0.0;
             for (int64_t t = 0; t < a.total; t++) sum += p[size_t(t)] ? p[size_t(t)] * v[size_t(t * dim + d)] : 0.0;

@@ -202,25 +202,41 @@ def unpack_page_ref(codes: torch.Tensor, params: torch.Tensor, fmt: PageFormat, 
 # ----------------------------------------------------------------------------------------------------------------- page table
 
 
+@dataclass(frozen=True)
+class PageMix:
+    """Pages of two kinds: of each ``round`` pages the first ``high`` have the formats of their table, the others ``key`` and ``value``."""
+
+    key: PageFormat
+    value: PageFormat
+    high: int
+    round: int
+
+    @property
+    def native(self) -> tuple:
+        return self.key.native, self.value.native, self.key.levels_pointer, self.value.levels_pointer, self.high, self.round
+
+
 class PageTable:
     """The pages of one layer in order, as :func:`attend` reads them. Keeps their tensors alive.
 
     Appending costs a few microseconds whatever the length; anything else (crop, reorder) is a new table over new or old tensors.
     """
 
-    __slots__ = ("key", "value", "heads", "rope", "_pages", "_pointers", "_turns")
+    __slots__ = ("key", "value", "heads", "rope", "mix", "_pages", "_pointers", "_turns")
 
-    def __init__(self, key: PageFormat, value: PageFormat, heads: int, rope: RopeTables | None = None):
-        """A table of no pages, each to hold ``heads`` = B * Hkv heads; with ``rope``, keys are those before the rotary embedding.
+    def __init__(self, key: PageFormat, value: PageFormat, heads: int, rope: RopeTables | None = None, mix: PageMix | None = None):
+        """A table of no pages, each to hold ``heads`` = B * Hkv heads; with ``rope``, keys are those before the rotary embedding; with ``mix``, some pages have
+        other formats.
 
-        Raises FormatError if the sides do not go together, or the embedding turns more channels than a head has.
+        Raises FormatError if the formats do not go together, or the embedding turns more channels than a head has.
         """
-        if (key.side, value.side) != SIDES or key.head_dim != value.head_dim:
-            raise FormatError(f"a KV cache of {key} and {value}", "it needs keys and values of one head dimension", "give them in this order")
+        for k, v in ((key, value), *(((mix.key, mix.value),) if mix else ())):
+            if (k.side, v.side) != SIDES or {k.head_dim, v.head_dim} != {key.head_dim}:
+                raise FormatError(f"a KV cache of {k} and {v}", "it needs keys and values of one head dimension", "give them in this order")
         if rope is not None and 2 * rope.rope.half > key.head_dim:
             raise FormatError(f"a KV cache of {key}", f"the rotary embedding turns {2 * rope.rope.half} channels, a head has {key.head_dim}",
                               "check the model's config")
-        self.key, self.value, self.heads, self.rope = key, value, heads, rope
+        self.key, self.value, self.heads, self.rope, self.mix = key, value, heads, rope, mix
         self._pages: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]] = []
         self._pointers = torch.empty(8, 4, dtype=torch.int64)
         self._turns: torch.Tensor | None = None  # of the pages; what is held here does not go when the tables grow
@@ -228,9 +244,10 @@ class PageTable:
     def append(self, k_codes: torch.Tensor, k_params: torch.Tensor, v_codes: torch.Tensor, v_params: torch.Tensor) -> None:
         """Adds a page: codes uint8 [heads, code_bytes] and params fp16 [heads, *params_shape] of both sides. Raises ShapeError."""
         asked = f"page {len(self._pages)} of a KV cache of {self.heads} heads"
-        _check_page(f"{asked}, keys", self.key, self.heads, k_codes, k_params)
-        _check_page(f"{asked}, values", self.value, self.heads, v_codes, v_params)
         n = len(self._pages)
+        key, value = self.formats(n)
+        _check_page(f"{asked}, keys", key, self.heads, k_codes, k_params)
+        _check_page(f"{asked}, values", value, self.heads, v_codes, v_params)
         if n == len(self._pointers):
             self._pointers = torch.cat([self._pointers, torch.empty_like(self._pointers)])
         self._pages.append((k_codes, k_params, v_codes, v_params))
@@ -240,7 +257,7 @@ class PageTable:
 
     def __reduce__(self):
         """Copies and pickles are built anew: the addresses are those of the copied tensors."""
-        return _table_of, (self.key, self.value, self.heads, self._pages, self.rope)
+        return _table_of, (self.key, self.value, self.heads, self._pages, self.rope, self.mix)
 
     def __len__(self) -> int:
         return len(self._pages)
@@ -249,9 +266,16 @@ class PageTable:
         """(k_codes, k_params, v_codes, v_params) of page ``i``."""
         return self._pages[i]
 
+    def formats(self, i: int) -> tuple[PageFormat, PageFormat]:
+        """Of the keys and the values of page ``i``."""
+        mix = self.mix
+        return (self.key, self.value) if mix is None or i % mix.round < mix.high else (mix.key, mix.value)
+
     def nbytes(self) -> int:
         """Bytes of all pages."""
-        return len(self._pages) * self.heads * (self.key.page_bytes + self.value.page_bytes)
+        if self.mix is None:
+            return len(self._pages) * self.heads * (self.key.page_bytes + self.value.page_bytes)
+        return self.heads * sum(f.page_bytes for i in range(len(self._pages)) for f in self.formats(i))
 
     @property
     def pointers(self) -> int:
@@ -266,8 +290,8 @@ class PageTable:
         return self.key.levels_pointer, self.value.levels_pointer, *turns
 
 
-def _table_of(key: PageFormat, value: PageFormat, heads: int, pages: list, rope: RopeTables | None = None) -> PageTable:
-    table = PageTable(key, value, heads, rope)
+def _table_of(key: PageFormat, value: PageFormat, heads: int, pages: list, rope: RopeTables | None, mix: PageMix | None) -> PageTable:
+    table = PageTable(key, value, heads, rope, mix)
     for page in pages:
         table.append(*page)
     return table
@@ -276,7 +300,7 @@ def _table_of(key: PageFormat, value: PageFormat, heads: int, pages: list, rope:
 # --------------------------------------------------------------------------------------------------------------------- attend
 
 
-def _check_attend(q: torch.Tensor, pages: PageTable, parts: dict[str, torch.Tensor | None], mask, window: int, softcap: float, out) -> int:
+def _check_attend(q: torch.Tensor, pages: PageTable, parts: dict[str, torch.Tensor | None], mask, window: int, softcap: float, out, lse) -> int:
     """Raises ShapeError; returns the number of key tokens. Runs before every call of a kernel that may take ten microseconds: no text is made in vain."""
     d = pages.key.head_dim
 
@@ -311,12 +335,14 @@ def _check_attend(q: torch.Tensor, pages: PageTable, parts: dict[str, torch.Tens
         refuse(f"softcap must be positive, or 0 for none, it is {softcap}", "pass 0 for no cap")
     if out is not None and not (out.is_cpu and out.shape == q.shape and out.dtype == q.dtype and out.stride(3) == 1):
         refuse(f"out must be like q with channels of unit stride, it is {_say(out)}", "leave it out")
+    if lse is not None and not (lse.is_cpu and lse.dtype == torch.float32 and lse.shape == q.shape[:3] and lse.is_contiguous()):
+        refuse(f"lse must be a contiguous float32 tensor of {tuple(q.shape[:3])} on the CPU, it is {_say(lse)}", "leave it out")
     return total
 
 
-def _attend(native, q, pages, sink_k, sink_v, tail_k, tail_v, scale, causal, window, softcap, mask, out, *threads):
+def _attend(native, q, pages, sink_k, sink_v, tail_k, tail_v, scale, causal, window, softcap, mask, out, lse, *threads):
     parts = {"sink_k": sink_k, "sink_v": sink_v, "tail_k": tail_k, "tail_v": tail_v}
-    total = _check_attend(q, pages, parts, mask, window, softcap, out)
+    total = _check_attend(q, pages, parts, mask, window, softcap, out, lse)
     if out is None:
         batch, hq, tq, d = q.shape
         out = q.new_empty(batch, tq, hq, d).transpose(1, 2)
@@ -328,14 +354,16 @@ def _attend(native, q, pages, sink_k, sink_v, tail_k, tail_v, scale, causal, win
     if mask is not None:
         mask = mask if mask.stride(-1) == 1 else mask.contiguous()
         visible = mask.data_ptr(), mask.stride(0), mask.stride(1) if mask.dim() == 3 else 0
-    native(pages.key.native, pages.value.native, tuple(q.shape[:3]), _rows(q), _rows(out), (pages.pointers, len(pages), pages.heads, *pages.reading),
+    native(pages.key.native, pages.value.native, (*q.shape[:3], 0 if lse is None else lse.data_ptr()), _rows(q), _rows(out),
+           (pages.pointers, len(pages), pages.heads, *pages.reading, () if pages.mix is None else pages.mix.native),
            *map(_rows, parts), total, q.shape[3] ** -0.5 if scale is None else float(scale), causal, window, softcap, visible, *threads)
     return out
 
 
 def attend(q: torch.Tensor, pages: PageTable, sink_k: torch.Tensor | None = None, sink_v: torch.Tensor | None = None,
            tail_k: torch.Tensor | None = None, tail_v: torch.Tensor | None = None, *, scale: float | None = None, causal: bool = True,
-           window: int = 0, softcap: float = 0.0, mask: torch.Tensor | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
+           window: int = 0, softcap: float = 0.0, mask: torch.Tensor | None = None, out: torch.Tensor | None = None,
+           lse: torch.Tensor | None = None) -> torch.Tensor:
     """Attention of q over a cache: sink tokens, then the pages, then the tail, in this order of positions.
 
     Args:
@@ -349,16 +377,18 @@ def attend(q: torch.Tensor, pages: PageTable, sink_k: torch.Tensor | None = None
         softcap: scores become softcap * tanh(score / softcap); 0: none.
         mask: bool [B, total], the keys that may be seen (left padding), or [B, Tq, total]; or None.
         out: where the result goes, [B, Hq, Tq, D] of q's type with any strides but unit ones along D.
+        lse: float32 [B, Hq, Tq], where the logarithm of each query's sum of exponentials goes (-inf if it sees no key); or None.
 
     Returns:
         ``out``, or a fresh [B, Hq, Tq, D] view of memory in the order [B, Tq, Hq, D]. Products, sums and softmax are float32, and the order of
         all sums depends on the shapes alone: not on the number of threads. A query that sees no key gives zeros. Raises ShapeError.
     """
-    return _attend(_native.cpu.kv_attend, q, pages, sink_k, sink_v, tail_k, tail_v, scale, causal, window, softcap, mask, out, torch.get_num_threads())
+    return _attend(_native.cpu.kv_attend, q, pages, sink_k, sink_v, tail_k, tail_v, scale, causal, window, softcap, mask, out, lse, torch.get_num_threads())
 
 
 def attend_ref(q: torch.Tensor, pages: PageTable, sink_k: torch.Tensor | None = None, sink_v: torch.Tensor | None = None,
                tail_k: torch.Tensor | None = None, tail_v: torch.Tensor | None = None, *, scale: float | None = None, causal: bool = True,
-               window: int = 0, softcap: float = 0.0, mask: torch.Tensor | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
+               window: int = 0, softcap: float = 0.0, mask: torch.Tensor | None = None, out: torch.Tensor | None = None,
+           lse: torch.Tensor | None = None) -> torch.Tensor:
     """The twin of :func:`attend`: plain loops over the packed codes, double accumulation."""
-    return _attend(_native.cpu.kv_attend_ref, q, pages, sink_k, sink_v, tail_k, tail_v, scale, causal, window, softcap, mask, out)
+    return _attend(_native.cpu.kv_attend_ref, q, pages, sink_k, sink_v, tail_k, tail_v, scale, causal, window, softcap, mask, out, lse)

@@ -16,12 +16,13 @@ import math
 import re
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 
 from ..errors import PlanError
 
 BITS = (2, 3, 4, 8, 16)  #: code bits of keys and of values, independently; 16 is float16
 GROUPS = (32, 64, 128)
+MAX_ROUND = 16  #: pages of one kind in a round of mixed pages
 KEEP = "keep"  #: the entry of a layer that stays in float
 NORMAL = "normal"  #: the codebooks of :data:`NORMAL_LEVELS`
 #: bits -> the levels of least mean squared error for 64 normal numbers scaled to -1 .. 1 by their own range, symmetric. Against the uniform grid from the
@@ -34,6 +35,57 @@ _FIX = 'write for example {"key": 4, "value": 4}, or {"default": {"key": 4, "val
 
 def _refuse(where: str, name: str, value: object, rule: str, fix: str) -> PlanError:
     return PlanError(f"{where}: {name} {value!r}", rule, fix)
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """Bits by token (ZipCache, He et al. 2024, arXiv 2405.14256; MiKV, Yang et al. 2024, arXiv 2402.18096). Raises PlanError for values that do not exist.
+
+    Pages are made in rounds of ``high + low``: of the oldest tokens beyond the window those that queries looked at most fill ``high`` pages with the bits
+    of the spec, the others ``low`` pages with the bits given here.
+
+    Attributes:
+        key, value: code bits of tokens that are not salient.
+        high, low: pages of a round.
+        accumulated: tokens are ranked by the attention that they received in all (MiKV), and not by its mean over the queries that could see them
+            (ZipCache); the former favours old tokens.
+    """
+
+    key: int = 2
+    value: int = 2
+    high: int = 3
+    low: int = 2
+    accumulated: bool = False
+
+    def __post_init__(self):
+        where = "kv spec: mixed"
+        for name in ("key", "value"):
+            if isinstance(have := getattr(self, name), bool) or have not in BITS:
+                raise _refuse(where, name, have, f"it must be one of {', '.join(map(str, BITS))}", "choose one of them")
+        for name in ("high", "low"):
+            if isinstance(have := getattr(self, name), bool) or not isinstance(have, int) or not 1 <= have <= MAX_ROUND:
+                raise _refuse(where, name, have, f"it is a number of pages of a round, 1 to {MAX_ROUND}", "write for example 3 and 2")
+        if not isinstance(self.accumulated, bool):
+            raise _refuse(where, "accumulated", self.accumulated, "it must be true or false", "write true or false")
+
+    @property
+    def pages(self) -> int:
+        """Of a round."""
+        return self.high + self.low
+
+    @property
+    def name(self) -> str:
+        return f"mix{self.high}.{self.low}k{self.key}v{self.value}{'a' * self.accumulated}"
+
+    @staticmethod
+    def parse(value: object) -> Mixed:
+        """From its JSON object; a Mixed as it is. Raises PlanError."""
+        if isinstance(value, Mixed):
+            return value
+        names = [f.name for f in fields(Mixed)]
+        if not isinstance(value, Mapping) or any(k not in names for k in value):
+            raise _refuse("kv spec", "mixed", value, f"it is an object of {', '.join(names)}", 'write for example {"key": 2, "value": 2, "high": 3, "low": 2}')
+        return Mixed(**value)
 
 
 @dataclass(frozen=True)
@@ -55,6 +107,8 @@ class KVSpec:
         levels: codebooks in place of uniform grids: a code stands for ``s * level + z``, with ``s`` half the range of the group and ``z`` its middle.
             ``"normal"`` for :data:`NORMAL_LEVELS`, or (levels of keys, levels of values), each 2^bits ascending numbers within -1 .. 1, which are
             rounded to float16. Only with 2, 3 or 4 bits on both sides. None: uniform grids.
+        mixed: bits by token: ``key`` and ``value`` are those of salient tokens, the others have fewer. Not with pre_rope, whose pages are of neighbours, nor
+            with a budget or codebooks of a plan's own, which are made for one width. None: all tokens alike.
     """
 
     key: int = 4
@@ -66,6 +120,7 @@ class KVSpec:
     budget: int | None = None
     pre_rope: bool = False
     levels: str | tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    mixed: Mixed | None = None
 
     def __post_init__(self):
         where = "kv spec"
@@ -92,6 +147,22 @@ class KVSpec:
         if self.levels is not None:
             object.__setattr__(self, "levels", _checked_levels(self.levels, (self.key, self.value), where))
 
+        if self.mixed is not None:
+            object.__setattr__(self, "mixed", Mixed.parse(self.mixed))
+            if self.pre_rope or self.budget is not None or self.levels not in (None, NORMAL):
+                raise _refuse(where, "mixed", self.mixed.name, "it does not go with pre_rope, a budget, or codebooks of one width", "leave one of them out")
+            self.low  # noqa: B018 - its bits must go with the rest
+
+    @property
+    def low(self) -> KVSpec:
+        """What tokens that are not salient are kept in, for a spec with ``mixed``."""
+        return replace(self, key=self.mixed.key, value=self.mixed.value, mixed=None)
+
+    @property
+    def round_pages(self) -> int:
+        """Pages that are made at a time."""
+        return 1 if self.mixed is None else self.mixed.pages
+
     def codebook(self, side: int) -> tuple[float, ...] | None:
         """The levels of keys (0) or values (1), ascending; None for a uniform grid."""
         if self.levels is None:
@@ -106,6 +177,7 @@ class KVSpec:
         rest = [f"r{self.residual}"] * (self.residual != default.residual) + [f"s{self.sink}"] * (self.sink != default.sink) + ["rot"] * self.rotate
         rest += [f"b{self.budget}"] * (self.budget is not None) + ["pre"] * self.pre_rope
         rest += [] if self.levels is None else ["normal" if self.levels == NORMAL else "book"]
+        rest += [] if self.mixed is None else [self.mixed.name]
         return "_".join([f"k{self.key}v{self.value}g{self.group}", *rest])
 
     def __str__(self) -> str:
@@ -114,15 +186,18 @@ class KVSpec:
     @staticmethod
     def named(name: str) -> KVSpec:
         """The spec of a :attr:`name`; what is left out of it has its default, so ``k4v2`` will do. Raises PlanError."""
-        found = re.fullmatch(r"k(\d+)v(\d+)(?:g(\d+))?(?:_r(\d+))?(?:_s(\d+))?(_rot)?(?:_b(\d+))?(_pre)?(_normal)?", name)
+        found = re.fullmatch(r"k(\d+)v(\d+)(?:g(\d+))?(?:_r(\d+))?(?:_s(\d+))?(_rot)?(?:_b(\d+))?(_pre)?(_normal)?"
+                             r"(?:_mix(\d+)\.(\d+)k(\d+)v(\d+)(a)?)?", name)
         if found is None:
             raise PlanError(f"kv spec {name!r}", "it is k, bits of keys, v, bits of values, and what differs from the defaults of g (group), _r (residual), _s "
-                            "(sink), _rot, _b (budget), _pre (pre_rope), _normal (levels), in this order; codebooks of its own are in the plan's file",
+                            "(sink), _rot, _b (budget), _pre (pre_rope), _normal (levels), _mix (mixed), in this order; codebooks of its own are in the "
+                            "plan's file",
                             "write for example k4v2g64 or k4v2g32_r128_s4, or name the file")
-        *five, _, budget, pre_rope, normal = found.groups()
+        *five, _, budget, pre_rope, normal, high, low, low_key, low_value, accumulated = found.groups()
         numbers = zip(("key", "value", "group", "residual", "sink", "budget"), (*five, budget), strict=True)
         return KVSpec(**{field: int(n) for field, n in numbers if n is not None}, rotate=found[6] is not None,
-                      pre_rope=pre_rope is not None, levels=NORMAL if normal else None)
+                      pre_rope=pre_rope is not None, levels=NORMAL if normal else None,
+                      mixed=None if high is None else Mixed(int(low_key), int(low_value), int(high), int(low), accumulated is not None))
 
     @staticmethod
     def parse(value: object, where: str = "kv spec") -> KVSpec:
@@ -142,7 +217,7 @@ class KVSpec:
 
     def to_json(self) -> dict:
         """Every field, but those that came later only where they differ from their defaults: plans that were written before read the same."""
-        out = {k: v for k, v in asdict(self).items() if k not in ("budget", "pre_rope", "levels") or v not in (None, False)}
+        out = {k: v for k, v in asdict(self).items() if k not in ("budget", "pre_rope", "levels", "mixed") or v not in (None, False)}
         return out | ({"levels": [list(x) for x in self.levels]} if isinstance(self.levels, tuple) else {})
 
 

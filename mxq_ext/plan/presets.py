@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from ..errors import PlanError
 from ..fileio import read_json
 from ..formats import Format
-from .kv import NORMAL, KVPlan, KVSpec
+from .kv import NORMAL, KVPlan, KVSpec, Mixed
 from .schema import Plan
 
 
@@ -89,11 +89,19 @@ _KIVI = ("KIVI (Liu et al. 2024, arXiv 2402.02750): keys per channel by 32 token
 _KVQUANT = ("KVQuant (Hooper et al. 2024, arXiv 2401.18079): keys before the rotary embedding, codebooks, the first tokens exact. Levels for normal numbers "
             "instead of calibrated ones (the policy kvquant calibrates), scales of keys by 64 tokens instead of one from calibration, no sparse outliers, no "
             "Q-Norm; up to 63 of the newest tokens are exact until their page is full")
+_TOKENS = ("the newest 64 tokens exact, and those that still wait for a round of pages; keys per channel, values per token; probes are every 16th query and "
+           "the newest 16 before a round. Tokens keep their bits")
 #: name -> policy
 KV_PRESETS: dict[str, KVPreset] = {
     "kivi4": KVPreset(KVSpec(4, 4, group=32, residual=128), _KIVI),
     "kivi2": KVPreset(KVSpec(2, 2, group=32, residual=128), _KIVI),
     **{f"kvquant{bits}": KVPreset(KVSpec(bits, bits, residual=0, sink=4, pre_rope=True, levels=NORMAL), _KVQUANT) for bits in (4, 3, 2)},
+    "zipcache": KVPreset(KVSpec(4, 4, mixed=Mixed(2, 2, 3, 2)),
+                         "ZipCache (He et al. 2024, arXiv 2405.14256): 3 of 5 tokens with 4 bits, by the mean attention of those queries that could see "
+                         f"them, the others with 2, without its scales by channel of values; {_TOKENS}"),
+    "mikv": KVPreset(KVSpec(8, 8, mixed=Mixed(2, 2, 1, 3, accumulated=True)),
+                     "MiKV (Yang et al. 2024, arXiv 2402.18096): a quarter of the tokens with 8 bits, by accumulated attention, the others with 2; the share "
+                     f"and the bits are ours, and there is no balancer of channels; {_TOKENS}"),
 }
 
 
@@ -127,9 +135,7 @@ KV_POLICIES: dict[str, KVPolicy] = {
 
 #: Policies that pages cannot hold, and why. They are refused instead of being imitated.
 _REFUSED = {
-    "zipcache": ("its tokens have bits of their own; all tokens of a page share theirs", "choose bits layer by layer instead: layerwise"),
-    "mikv": ("its tokens have bits of their own; all tokens of a page share theirs", "choose bits layer by layer instead: layerwise"),
-    "qaq": ("its tokens have bits of their own; all tokens of a page share theirs", "choose bits layer by layer instead: layerwise"),
+    "qaq": ("the bits of its tokens follow from a bound on the error of each; pages have two kinds of tokens, in fixed shares", "zipcache is the nearest"),
     "gear": ("it adds a low-rank part to what was rounded; pages hold codes alone", "use a width more, for example k4v4g32"),
 }
 
