@@ -216,14 +216,15 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     sets = {"ours": OURS, "literature": LITERATURE, "peers": tuple(PEERS)}
     wanted = list(dict.fromkeys(name for asked in (options.only.split(";") if options.only else sets) for name in sets.get(asked, (asked,))))
-    with Progress() as progress, torch.inference_mode():
+    with Progress() as progress, torch.no_grad():  # and not inference mode: policies differentiate the model
         bench = Bench(Path(options.out), options.length, options.windows, progress)
         bench.record["peers"] = {n: version(n) for n in ("transformers", "optimum-quanto", "hqq")} if any(w in PEERS for w in wanted) \
             else bench.record.get("peers", {})
         if options.part == "quality":
             bench.quality(wanted)
         else:
-            bench.speed(wanted, [int(n) for n in options.contexts.split(",")], options.rounds, options.seconds)
+            with torch.inference_mode():
+                bench.speed(wanted, [int(n) for n in options.contexts.split(",")], options.rounds, options.seconds)
 
 
 if __name__ == "__main__":

@@ -67,6 +67,11 @@ the page is read. With R(p) the turn at position p, the first token of a page at
     query . R(p + t) key[t] = (R(-p) query) . R(t) key[t]
 
 so that the query is turned once for a page, and one table of 64 positions turns the keys of all pages. The bytes of a page are the same.
+
+### Bits by token
+
+A layer may have pages of two kinds, each with formats as above, that take turns: of each round of pages the first few are of salient tokens. Tokens then lie
+in another order than in the text, an int16 for each token and sequence says in which; keys of such pages are those after the rotary embedding.
 */
 static constexpr int PAGE = 64;         // tokens
 static constexpr int MAX_HEAD = 512;    // channels of a head

@@ -21,8 +21,7 @@ from mxq_ext.kv.attention import replace_attention
 from mxq_ext.kv.cache import MxqCache, MxqCacheLayer, cache_nbytes
 from mxq_ext.kv.ops import PageFormat, PageMix, PageTable
 from mxq_ext.kv.trial import CacheTrial
-from mxq_ext.plan import KVPlan, KVSpec
-from mxq_ext.plan.kv import Mixed
+from mxq_ext.plan import KVPlan, KVSpec, Mixed
 from mxq_ext.plan.presets import find_kv
 from mxq_ext.testing import numeric
 
@@ -344,6 +343,9 @@ def test_layers_with_windows_are_refused_and_whole_layers_step_aside():
     config = transformers.MistralConfig(vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
                                         num_key_value_heads=2, sliding_window=70, layer_types=["full_attention", "sliding_attention"])
     with pytest.raises(ModelError, match="layer model.layers.1: it has a sliding window, pages of mix3.2k2v2 hold tokens out of their order"):
+        replace_attention(transformers.MistralForCausalLM(config), find_kv("zipcache"))
+    config.layer_types = None
+    with pytest.raises(ModelError, match="layer model.layers.0: it has a sliding window"):
         replace_attention(transformers.MistralForCausalLM(config), find_kv("zipcache"))
     model = make_sharp_model()
     mxq.replace_linear(model, mxq.Plan(default="w8g32", kv=SPECS[0]), fuse="layer")

@@ -269,6 +269,7 @@ def test_names_and_json():
 
 
 @pytest.mark.parametrize(("values", "rule"), [
+    ({"outliers": 0.01}, "outliers 0.01: pages hold codes alone, there is no room for sparse numbers"),
     ({"pre_rope": 1}, "pre_rope 1: it must be true or false"),
     ({"pre_rope": True, "rotate": True}, "the Hadamard matrix of rotate mixes the channels"),
     ({"levels": "nf4"}, "levels 'nf4': it is 'normal', or the levels of keys and those of values"),

@@ -196,11 +196,12 @@ def check_attention(model: nn.Module, kv: KVPlan) -> None:
     if places := sorted({str(p.device) for p in model.parameters()} - {"cpu", "meta"}):
         raise ModelError(asked, f"the packed cache is on the CPU, the model is on {places[0]}", "move the model to the CPU")
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    window = getattr(config, "sliding_window", None)
     for i, spec in enumerate(specs):
         if spec is not None:
             page_formats(spec, dim, f"layer {prefix}.{i}")
             page_mix(spec, dim, f"layer {prefix}.{i}")
-            if spec.mixed is not None and kinds[i] == "sliding_attention":
+            if spec.mixed is not None and (kinds[i] == "sliding_attention" or (window and not getattr(config, "layer_types", None))):
                 raise ModelError(f"{asked}, layer {prefix}.{i}", f"it has a sliding window, pages of {spec.mixed.name} hold tokens out of their order",
                                  "leave mixed out for this layer")
             if spec.pre_rope:

@@ -389,6 +389,6 @@ def attend(q: torch.Tensor, pages: PageTable, sink_k: torch.Tensor | None = None
 def attend_ref(q: torch.Tensor, pages: PageTable, sink_k: torch.Tensor | None = None, sink_v: torch.Tensor | None = None,
                tail_k: torch.Tensor | None = None, tail_v: torch.Tensor | None = None, *, scale: float | None = None, causal: bool = True,
                window: int = 0, softcap: float = 0.0, mask: torch.Tensor | None = None, out: torch.Tensor | None = None,
-           lse: torch.Tensor | None = None) -> torch.Tensor:
+               lse: torch.Tensor | None = None) -> torch.Tensor:
     """The twin of :func:`attend`: plain loops over the packed codes, double accumulation."""
     return _attend(_native.cpu.kv_attend_ref, q, pages, sink_k, sink_v, tail_k, tail_v, scale, causal, window, softcap, mask, out, lse)

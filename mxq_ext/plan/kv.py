@@ -208,6 +208,8 @@ class KVSpec:
             raise PlanError(f"{where} {value!r}", f"an object with bits of keys and values is expected, found {type(value).__name__}", _FIX)
         names = [f.name for f in fields(KVSpec)]
         for key in value:
+            if key == "outliers":
+                raise _refuse(where, key, value[key], "pages hold codes alone, there is no room for sparse numbers", "leave it out, or use a width more")
             if key not in names:
                 raise PlanError(f"{where}: key {key!r}", f"a spec has the keys {', '.join(names)}", _FIX)
         try:
