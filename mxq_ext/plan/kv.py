@@ -151,7 +151,8 @@ class KVSpec:
             object.__setattr__(self, "mixed", Mixed.parse(self.mixed))
             if self.pre_rope or self.budget is not None or self.levels not in (None, NORMAL):
                 raise _refuse(where, "mixed", self.mixed.name, "it does not go with pre_rope, a budget, or codebooks of one width", "leave one of them out")
-            self.low  # noqa: B018 - its bits must go with the rest
+            if self.levels is not None:
+                _checked_levels(self.levels, (self.mixed.key, self.mixed.value), where)
 
     @property
     def low(self) -> KVSpec:
