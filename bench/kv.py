@@ -1,6 +1,6 @@
 """What a quantized KV cache costs and saves on the demo's model: perplexity, KL, bytes, and the time of a decoding step.
 
-    python bench/kv.py -o bench/results/kv-quality.json [--part quality|speed] [--only NAME,NAME] [--length 1024] [--windows 4]
+    python bench/kv.py -o bench/results/kv-quality.json [--part quality|speed] [--only NAME;NAME] [--length 1024] [--windows 4]
 
 Weights stay in float. Each window is read through the cache, 64 tokens at a time, which for all caches here is what decoding token by token gives (they
 keep at least 64 new tokens exact before they quantize any). Beside ours stand the quantized caches of transformers (``QuantizedCache``, with
@@ -34,7 +34,7 @@ from mxq_ext.kv.attention import replace_attention  # noqa: E402
 from mxq_ext.kv.cache import MxqCache, page_formats  # noqa: E402
 from mxq_ext.nn import replace_linear  # noqa: E402
 from mxq_ext.pipeline import kv_tokens, plan_kv  # noqa: E402
-from mxq_ext.plan import KVPlan, Plan  # noqa: E402
+from mxq_ext.plan import KVPlan, KVSpec, Plan  # noqa: E402
 from mxq_ext.plan.presets import KV_POLICIES, find_kv  # noqa: E402
 from mxq_ext.progress import Progress  # noqa: E402
 from mxq_ext.testing.timing import in_turns, machine  # noqa: E402
@@ -42,7 +42,11 @@ from mxq_ext.testing.timing import in_turns, machine  # noqa: E402
 KINDS = ("technical", "literary")
 #: Ours: with the default window of 64 exact tokens, without one, and as the literature has them.
 OURS = ("k16v16", "k8v8", "k4v4", "k4v4g32", "k3v3", "k4v2", "k2v2", "k2v2g32", "k8v8_r0", "k4v4_r0", "k3v3_r0", "k4v2_r0", "k2v2_r0", "k4v4g32_r0",
-        "k2v2g32_r0", "k4v4_s4", "k2v2_s4", "kivi4", "kivi2", "layerwise 3 bits", "kvtuner 3 bits", "pm_kvq 3 bits")
+        "k2v2g32_r0", "k4v4_s4", "k2v2_s4")
+#: Policies of the literature (``--only literature``), each beside the same bits on plain pages; what KVQuant's keys and its levels do by themselves.
+LITERATURE = ("kivi4", "kivi2", "layerwise 3 bits", "kvtuner 3 bits", "pm_kvq 3 bits",
+              "k4v4_r0_s4", "kvquant4", "kvquant 4 bits", "k3v3_r0_s4", "kvquant3", "kvquant 3 bits",
+              "k2v2_r0_s4", "k2v2_r0_s4_pre", "k2v2_r0_s4_normal", "kvquant2", "kvquant 2 bits", "zipcache", "mikv")
 #: transformers' own: name -> (backend, bits, axis of keys, axis of values). The first of a backend's bits has its default axes.
 PEERS = {f"{backend} {bits} bits, axes {key}/{value}": (backend, bits, key, value)
          for backend, bits, key, value in (("quanto", 4, 0, 0), ("quanto", 4, -1, 0), ("quanto", 2, 0, 0), ("quanto", 2, -1, 0),
@@ -135,8 +139,14 @@ class Bench:
     def page_bits(self, kv) -> float:
         """Stored bits of a number in a page, all layers together, scales and zeros included."""
         c = self.model.config
-        formats = [page_formats(s, c.head_dim, "layer") if s else None for s in kv.resolve(c.num_hidden_layers)]
-        return sum(32.0 if f is None else (f[0].page_bytes + f[1].page_bytes) * 8 / (2 * PAGE * c.head_dim) for f in formats) / len(formats)
+        specs = kv.resolve(c.num_hidden_layers)
+        return sum(32.0 if s is None else self.spec_bits(s, c.head_dim) for s in specs) / len(specs)
+
+    def spec_bits(self, spec: KVSpec, dim: int) -> float:
+        """The same of one layer."""
+        bits = sum(f.page_bytes for f in page_formats(spec, dim, "layer")) * 8 / (2 * PAGE * dim)
+        share = 0 if spec.mixed is None else spec.mixed.low / spec.mixed.pages
+        return bits if not share else (1 - share) * bits + share * self.spec_bits(spec.low, dim)
 
     def add(self, row: dict) -> None:
         base = self.row(NONE)
@@ -194,7 +204,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--out", default="bench/results/kv-quality.json")
     parser.add_argument("--part", choices=["quality", "speed"], default="quality")
-    parser.add_argument("--only", help="rows to measure, separated by ';': specs, presets, plans' files, or names of peers")
+    parser.add_argument("--only", help="rows to measure, separated by ';': ours, literature, peers, specs, presets, plans' files, or names of peers")
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--windows", type=int, default=4, help="of each text")
     parser.add_argument("--contexts", default="1024,4096", help="of speed")
@@ -204,15 +214,17 @@ def main() -> None:
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
-    wanted = options.only.split(";") if options.only else [*OURS, *PEERS]
-    with Progress() as progress, torch.inference_mode():
+    sets = {"ours": OURS, "literature": LITERATURE, "peers": tuple(PEERS)}
+    wanted = list(dict.fromkeys(name for asked in (options.only.split(";") if options.only else sets) for name in sets.get(asked, (asked,))))
+    with Progress() as progress, torch.no_grad():  # and not inference mode: policies differentiate the model
         bench = Bench(Path(options.out), options.length, options.windows, progress)
         bench.record["peers"] = {n: version(n) for n in ("transformers", "optimum-quanto", "hqq")} if any(w in PEERS for w in wanted) \
             else bench.record.get("peers", {})
         if options.part == "quality":
             bench.quality(wanted)
         else:
-            bench.speed(wanted, [int(n) for n in options.contexts.split(",")], options.rounds, options.seconds)
+            with torch.inference_mode():
+                bench.speed(wanted, [int(n) for n in options.contexts.split(",")], options.rounds, options.seconds)
 
 
 if __name__ == "__main__":

@@ -77,15 +77,23 @@ Rows rows_of(const py::tuple& t) {
   return {ptr<void>(t[0].cast<uintptr_t>()), t[1].cast<int>(), t[2].cast<int64_t>(), t[3].cast<int64_t>(), t[4].cast<int64_t>(), t[5].cast<int64_t>()};
 }
 
-// q: (batch, heads, tokens); pages: (address of PageParts, pages, heads of all sequences); mask: (data, strides of batch and query), data 0 for none
+// q: (batch, heads, tokens, address of lse); pages: (address of PageParts, pages, heads of all sequences, levels of keys and of values, turns of pages and of
+// tokens, half, () or the other kind: (formats of keys and values, their levels, high, round)); mask: (data, strides of batch and query), data 0 for none
 Attend attend_of(const py::tuple& key, const py::tuple& value, const py::tuple& shape, const py::tuple& q, const py::tuple& out, const py::tuple& pages,
                  const py::tuple& sink_k, const py::tuple& sink_v, const py::tuple& tail_k, const py::tuple& tail_v, int64_t total, float scale, bool causal,
                  int64_t window, float cap, const py::tuple& mask) {
   Attend a{};
-  a.key = page_format_of(key), a.value = page_format_of(value);
+  const auto levels = [](const py::handle& address) { return ptr<float>(address.cast<uintptr_t>()); };
+  a.kind = {page_format_of(key), page_format_of(value), levels(pages[3]), levels(pages[4])};
+  if (const py::tuple low = pages[8].cast<py::tuple>(); !low.empty()) {
+    a.low = {page_format_of(low[0].cast<py::tuple>()), page_format_of(low[1].cast<py::tuple>()), levels(low[2]), levels(low[3])};
+    a.high = low[4].cast<int64_t>(), a.round = low[5].cast<int64_t>();
+  }
   a.batch = shape[0].cast<int64_t>(), a.q_heads = shape[1].cast<int64_t>(), a.queries = shape[2].cast<int64_t>();
+  a.lse = ptr<float>(shape[3].cast<uintptr_t>());
   a.q = rows_of(q), a.out = rows_of(out);
   a.pages = ptr<PageParts>(pages[0].cast<uintptr_t>()), a.page_count = pages[1].cast<int64_t>(), a.kv_heads = pages[2].cast<int64_t>() / a.batch;
+  a.turns = {ptr<float>(pages[5].cast<uintptr_t>()), ptr<float>(pages[6].cast<uintptr_t>()), pages[7].cast<int64_t>()};
   a.sink_k = rows_of(sink_k), a.sink_v = rows_of(sink_v), a.tail_k = rows_of(tail_k), a.tail_v = rows_of(tail_v);
   a.total = total, a.scale = scale, a.cap = cap, a.causal = causal, a.window = window;
   a.mask = ptr<uint8_t>(mask[0].cast<uintptr_t>()), a.mask_batch = mask[1].cast<int64_t>(), a.mask_query = mask[2].cast<int64_t>();
@@ -175,16 +183,17 @@ PYBIND11_MODULE(_cpu, m) {
     ref::embedding(w, ptr<int64_t>(ids), count, ptr<void>(y), type);
   });
 
-  m.def("kv_pack", [](const py::tuple& f, const py::tuple& x, int64_t batch, int64_t heads, uintptr_t codes, uintptr_t params, int threads) {
+  m.def("kv_pack", [](const py::tuple& f, const py::tuple& x, int64_t batch, int64_t heads, uintptr_t codes, uintptr_t params, uintptr_t levels,
+                     int threads) {
     const PageFormat format = page_format_of(f);
     const Rows rows = rows_of(x);
     py::gil_scoped_release release;
-    pack_page(format, rows, batch, heads, ptr<uint8_t>(codes), ptr<uint16_t>(params), threads);
+    pack_page(format, ptr<float>(levels), rows, batch, heads, ptr<uint8_t>(codes), ptr<uint16_t>(params), threads);
   });
-  m.def("kv_unpack", [](const py::tuple& f, uintptr_t codes, uintptr_t params, int64_t heads, uintptr_t out, int type, int threads) {
+  m.def("kv_unpack", [](const py::tuple& f, uintptr_t codes, uintptr_t params, uintptr_t levels, int64_t heads, uintptr_t out, int type, int threads) {
     const PageFormat format = page_format_of(f);
     py::gil_scoped_release release;
-    unpack_page(format, ptr<uint8_t>(codes), ptr<uint16_t>(params), heads, ptr<void>(out), type, threads);
+    unpack_page(format, ptr<float>(levels), ptr<uint8_t>(codes), ptr<uint16_t>(params), heads, ptr<void>(out), type, threads);
   });
   m.def("kv_attend", [](const py::tuple& key, const py::tuple& value, const py::tuple& shape, const py::tuple& q, const py::tuple& out, const py::tuple& pages,
                        const py::tuple& sink_k, const py::tuple& sink_v, const py::tuple& tail_k, const py::tuple& tail_v, int64_t total, float scale,
@@ -193,16 +202,16 @@ PYBIND11_MODULE(_cpu, m) {
     py::gil_scoped_release release;
     attend(a, threads);
   });
-  m.def("kv_pack_ref", [](const py::tuple& f, const py::tuple& x, int64_t batch, int64_t heads, uintptr_t codes, uintptr_t params) {
+  m.def("kv_pack_ref", [](const py::tuple& f, const py::tuple& x, int64_t batch, int64_t heads, uintptr_t codes, uintptr_t params, uintptr_t levels) {
     const PageFormat format = page_format_of(f);
     const Rows rows = rows_of(x);
     py::gil_scoped_release release;
-    ref::pack_page(format, rows, batch, heads, ptr<uint8_t>(codes), ptr<uint16_t>(params));
+    ref::pack_page(format, ptr<float>(levels), rows, batch, heads, ptr<uint8_t>(codes), ptr<uint16_t>(params));
   });
-  m.def("kv_unpack_ref", [](const py::tuple& f, uintptr_t codes, uintptr_t params, int64_t heads, uintptr_t out, int type) {
+  m.def("kv_unpack_ref", [](const py::tuple& f, uintptr_t codes, uintptr_t params, uintptr_t levels, int64_t heads, uintptr_t out, int type) {
     const PageFormat format = page_format_of(f);
     py::gil_scoped_release release;
-    ref::unpack_page(format, ptr<uint8_t>(codes), ptr<uint16_t>(params), heads, ptr<void>(out), type);
+    ref::unpack_page(format, ptr<float>(levels), ptr<uint8_t>(codes), ptr<uint16_t>(params), heads, ptr<void>(out), type);
   });
   m.def("kv_attend_ref", [](const py::tuple& key, const py::tuple& value, const py::tuple& shape, const py::tuple& q, const py::tuple& out,
                            const py::tuple& pages, const py::tuple& sink_k, const py::tuple& sink_v, const py::tuple& tail_k, const py::tuple& tail_v,

@@ -49,6 +49,29 @@ operation rounded to nearest, ties to even, and -0 taken as 0:
 
 with the rounded `s` and `z`. A group that holds an infinity or a NaN has the NaN 0x7e00 for `s` and `z`, and code 0: it stays visible. 16 bits store
 fp16(number), finite numbers within +-65504, every NaN as 0x7e00.
+
+### Codebooks
+
+Pages of 2, 3 or 4 bits may have a codebook: 2^bits ascending levels within -1 .. 1 that fp16 holds, one for the keys and one for the values of a layer. It
+belongs to the plan; the bytes of a page are the same. Then `number = s * level[q] + z`, so that a code is looked up where it is converted otherwise, and
+
+    s = fp16((largest - smallest) / 2)                  halves are taken first; at most 65504
+    z = fp16((largest + smallest) / 2)                  within +-65504
+    q = how many of the middles of neighbouring levels lie below (number - z) * (1 / s)          0 if s is 0: then below 0
+
+### Keys before their rotary embedding
+
+A page may hold keys before the rotary embedding, which turns the pair of channels `d` and `d + half` by an angle of position times frequency; it is applied when
+the page is read. With R(p) the turn at position p, the first token of a page at p and token t of it,
+
+    query . R(p + t) key[t] = (R(-p) query) . R(t) key[t]
+
+so that the query is turned once for a page, and one table of 64 positions turns the keys of all pages. The bytes of a page are the same.
+
+### Bits by token
+
+A layer may have pages of two kinds, each with formats as above, that take turns: of each round of pages the first few are of salient tokens. Tokens then lie
+in another order than in the text, an int16 for each token and sequence says in which; keys of such pages are those after the rotary embedding.
 */
 static constexpr int PAGE = 64;         // tokens
 static constexpr int MAX_HEAD = 512;    // channels of a head

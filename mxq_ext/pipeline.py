@@ -35,13 +35,13 @@ from .formats import Format
 from .nn import quantized_modules, replace_linear
 from .nn.swap import as_plan
 from .plan import KVPlan, KVSpec, Plan, pareto_front, solve, solve_joint, solve_kv
-from .plan.kv import BITS
-from .plan.presets import KV_POLICIES, Preset, find_kv, find_preset
+from .plan.kv import BITS, NORMAL_LEVELS
+from .plan.presets import CODEBOOK, KV_POLICIES, Preset, find_kv, find_preset
 from .progress import SILENT, Progress
 from .qtensor import QTensor
 from .quantizers import find_method, make_options
 from .sensitivity import CostTable, KVTable, sense, sense_kv
-from .sensitivity.kv import SIDES
+from .sensitivity.kv import SIDES, watch_kv
 from .sensitivity.metrics import find_metric
 from .stats import Stats, calibrate
 from .stats.store import model_fingerprint
@@ -105,7 +105,7 @@ def kv_tokens(tokenizer, text: str | None = None, context: int | None = None) ->
 
 def make_kv_table(model: nn.Module, tokens: torch.Tensor, spec: KVSpec | None = None, *, bits: tuple[int, ...] = BITS, metric: str = "fisher",
                   progress: Progress = SILENT) -> KVTable:
-    """What cached keys and values cost, on windows such as ``kv_tokens`` makes; ``spec`` gives group, residual, sink and rotate.
+    """What cached keys and values cost, on windows such as ``kv_tokens`` makes; ``spec`` gives group, residual, sink, rotate and pre_rope.
 
     Raises as ``kv.attention.check_attention`` does for models that cannot have a packed cache.
     """
@@ -120,15 +120,37 @@ def make_kv_table(model: nn.Module, tokens: torch.Tensor, spec: KVSpec | None = 
 def plan_kv(model: nn.Module, tokens: torch.Tensor, policy: str = "layerwise", *, bits: float | None = None, nbytes: int | None = None, context: int = 4096,
             batch: int = 1, progress: Progress = SILENT) -> KVPlan:
     """The KV section that a policy of ``presets.KV_POLICIES`` chooses within a budget: average code ``bits``, or bytes of a cache (``plan.joint.solve_kv``).
+    ``kvquant`` wants 2, 3 or 4 ``bits``, those of all layers.
 
     ``tokens``: windows such as ``kv_tokens`` makes. Raises PlanError for an unknown policy, BudgetError if nothing fits.
     """
     if policy not in KV_POLICIES:
         raise PlanError(f"KV policy {policy!r}", "it is unknown", f"choose one of {', '.join(KV_POLICIES)}")
     chosen = KV_POLICIES[policy]
+    if chosen.metric == CODEBOOK:
+        if nbytes is not None or bits not in NORMAL_LEVELS:
+            raise PlanError(f"KV policy {policy!r} with bits={bits}, nbytes={nbytes}", "all of its layers have the same bits: 2, 3 or 4",
+                            "pass bits=3, for example")
+        return make_codebooks(model, tokens, dataclasses.replace(chosen.spec, key=int(bits), value=int(bits)), progress=progress)
     wide = BITS if chosen.pairs is None else tuple(sorted({b for pair in chosen.pairs for b in pair}))
     table = make_kv_table(model, tokens, chosen.spec, bits=wide, metric=chosen.metric, progress=progress)
     return solve_kv(table, bits=bits, nbytes=nbytes, context=context, batch=batch, pairs=chosen.pairs)
+
+
+def make_codebooks(model: nn.Module, tokens: torch.Tensor, spec: KVSpec, *, progress: Progress = SILENT) -> KVPlan:
+    """``spec``, which has ``levels``, for all layers, each with codebooks of its own (``kv.codebooks``).
+
+    ``tokens``: as for :func:`make_kv_table`; raises as it does.
+    """
+    from .kv.attention import check_attention  # they import transformers
+    from .kv.codebooks import fit_codebooks
+    from .kv.rope import rope_of
+
+    check_attention(model, KVPlan(spec))
+    config = model.config
+    ropes = [rope_of(config, i) if spec.pre_rope else None for i in range(config.num_hidden_layers)]
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return fit_codebooks(watch_kv(model, tokens, sink=spec.sink, residual=spec.residual, progress=progress), spec, ropes, dim)
 
 
 def make_table(model: nn.Module, tokens: torch.Tensor, stats: Stats, preset: Preset, work: Path, progress: Progress = SILENT) -> CostTable:
@@ -174,7 +196,7 @@ def quantize_model(model: nn.Module, tokenizer, *, bits: float | None = None, nb
         work: directory of intermediate files; kept, and reused by a later call. A temporary one when None.
         context, batch: with them ``nbytes`` is a budget of the weights and of a cache of that many tokens and sequences together, and the plan has a KV
             section: more bits wherever, in weights or cache, they bring most.
-        kv: group, residual, sink and rotate of that section.
+        kv: group, residual, sink, rotate and pre_rope of that section.
 
     Raises:
         BudgetError: no mix of candidates fits; says by how much.

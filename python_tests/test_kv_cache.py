@@ -403,7 +403,7 @@ def test_differences_of_two_sections():
 
 
 @pytest.mark.parametrize(("kv", "text"), [
-    ({"k": 4}, "plan: kv: key 'k': a spec has the keys key, value, group, residual, sink, rotate, budget; write for example"),
+    ({"k": 4}, "plan: kv: key 'k': a spec has the keys key, value, group, residual, sink, rotate, budget, pre_rope, levels, mixed; write for example"),
     ("k4v4", "plan: kv 'k4v4': an object with bits of keys and values is expected, found str"),
     ({"key": 5}, "plan: kv: key 5: it must be one of 2, 3, 4, 8, 16; choose"),
     ({"key": True}, "key True"),
@@ -412,7 +412,6 @@ def test_differences_of_two_sections():
     ({"residual": -1}, "residual -1: it is a number of tokens, 0 or more"),
     ({"sink": 1.5}, "sink 1.5"),
     ({"rotate": 1}, "rotate 1: it must be true or false"),
-    ({"pre_rope": True}, "pre_rope True: keys are kept after the rotary embedding"),
     ({"default": {}, "layer": {}}, "plan: kv: key 'layer': beside default and layers there are no others"),
     ({"default": {}, "layers": []}, "layers \\[\\]: an object of layer -> spec is expected, found list"),
     ({"default": {}, "layers": {"-1": {}}}, "plan: kv: layer '-1': layers are named by their index"),

@@ -1,5 +1,6 @@
 """What a cache costs and how its bits are chosen: gradients against float64 autograd over explicit pairs, bytes against real caches, choices by brute force."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -20,9 +21,12 @@ from mxq_ext.evaluate import evaluate  # noqa: E402
 from mxq_ext.kv import reference as numpy_pages  # noqa: E402
 from mxq_ext.kv.attention import replace_attention  # noqa: E402
 from mxq_ext.kv.cache import MxqCache, page_formats  # noqa: E402
+from mxq_ext.kv.codebooks import fit_codebooks  # noqa: E402
+from mxq_ext.kv.rope import Rope  # noqa: E402
 from mxq_ext.kv.trial import CacheTrial  # noqa: E402
 from mxq_ext.plan import KVPlan, KVSpec, Plan, solve_joint, solve_kv  # noqa: E402
 from mxq_ext.plan.presets import KV_POLICIES, find_kv  # noqa: E402
+from mxq_ext.quantizers.kmeans import kmeans_table  # noqa: E402
 from mxq_ext.sensitivity import CostTable, KVTable, sense_kv  # noqa: E402
 from mxq_ext.sensitivity.kv import METRICS  # noqa: E402
 from mxq_ext.stats.walk import sample_labels, window_uniform  # noqa: E402
@@ -159,6 +163,28 @@ def test_rounding_is_the_cache_s_own():
             assert torch.equal(trial.round_trip(side, 3, x)[:, :, :5], x[:, :, :5]) and torch.equal(trial.round_trip(side, 3, x)[:, :, 133:], x[:, :, 133:])
 
 
+def test_rounding_before_the_embedding_is_the_cache_s_own():
+    spec, model = KVSpec(3, 3, residual=0, sink=5, pre_rope=True), make_sharp_model()
+    layer = MxqCache(model.config, spec).layers[0]
+    x = torch.randn(1, 2, 5 + 128 + 7, 16, generator=torch.Generator().manual_seed(8)) * 3
+    layer.append(x, x)
+    trial = CacheTrial(model, spec)
+    got = trial.round_trip("keys", 3, x)
+    for page in range(2):
+        first, held = 5 + 64 * page, [t.numpy() for t in layer.pages[page][:2]]
+        want = np.stack([numpy_pages.unpack(held[0][h].tobytes(), held[1][h], layer.pages.key) for h in range(2)])
+        frequencies = 10000.0 ** (-np.arange(0, 16, 2) / 16)
+        np.testing.assert_allclose(got[0, :, first : first + 64].numpy(), numpy_pages.turn(want, first, frequencies), atol=1e-4)
+    assert trial.settings["pre_rope"] and sense_kv(model, windows(), (2, 4), trial=CacheTrial(model, KVSpec(residual=0, pre_rope=True))).settings["pre_rope"]
+    assert all(s.pre_rope for s in solve_kv(sense_kv(model, windows(), (2, 4), trial=trial), bits=3).resolve(2))
+    with pytest.raises(PlanError, match="codebooks belong to one width"):
+        CacheTrial(model, KVSpec(levels="normal"))
+    shared = transformers.Gemma3TextConfig(vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+                                           num_key_value_heads=2, head_dim=16, layer_types=["sliding_attention", "full_attention"])
+    with pytest.raises(ModelError, match="its layers differ in their rotary embeddings"):
+        CacheTrial(transformers.Gemma3ForCausalLM(shared), spec)
+
+
 @pytest.mark.parametrize("tokens, batch", [(1, 1), (77, 1), (78, 2), (300, 3)])
 def test_bytes_are_those_of_a_cache(tokens, batch):
     model = make_sharp_model()
@@ -292,13 +318,77 @@ def test_policies_choose_what_their_own_loss_says(policy):
     assert evaluate(replace_attention(model, got), None, tokens).kv == str(got)
 
 
+def normalised(x, g, side, fmt):
+    """Numbers of [H, 64 n, D] by the range of their groups, and their weights, group by group."""
+    numbers, weights = [], []
+    for h, t in itertools.product(range(x.shape[0]), range(0, x.shape[1], 64)):
+        page, slope = (y[h, t : t + 64] if side == 0 else y[h, t : t + 64].T for y in (x, g))
+        size = fmt.group or page.shape[0]
+        for r in range(0, page.shape[0], size):
+            low, high = page[r : r + size].min(0), page[r : r + size].max(0)
+            numbers.append(((2 * page[r : r + size] - low - high) / (high - low)).ravel())
+            weights.append((slope[r : r + size] * (high - low) / 2).ravel() ** 2)
+    return np.concatenate(numbers), np.concatenate(weights)
+
+
+def test_codebooks_are_the_best_for_the_numbers_they_were_made_of():
+    """Against exact k-means over numbers that were normalized one by one, and against another seed's."""
+    spec, rope = KVSpec(3, 2, group=32, residual=0, sink=2, pre_rope=True, levels="normal"), Rope((1.0, 0.3, 0.01))
+    r = np.random.default_rng(4)
+    samples = [(layer, *(tuple(torch.from_numpy(r.standard_normal((1, 2, 150, 80)).astype(np.float32) ** p) for _ in range(2)) for p in (3, 1)))
+               for layer in (1, 0, 1)]
+    plan = fit_codebooks(samples, spec, [rope, rope], 80)
+    assert plan.spec(0).levels != plan.spec(1).levels and dataclasses.replace(plan.spec(1), levels="normal") == spec
+    formats = page_formats(spec, 80, "layer")
+    for layer, side in itertools.product((0, 1), (0, 1)):
+        parts = []
+        for _, states, gradients in (s for s in samples if s[0] == layer):
+            x, g = (y[side][0, :, 2:130].double().numpy() for y in (states, gradients))
+            if side == 0:
+                x, g = (back(y, 2, rope) for y in (x, g))
+            parts.append(normalised(x, g, side, formats[side]))
+        numbers, weights = (np.concatenate(p) for p in zip(*parts, strict=True))
+        count = 2 ** formats[side].bits
+        best = kmeans_table(torch.tensor(numbers)[None].float(), torch.tensor(weights)[None], count)[0].numpy()
+
+        def error(levels, numbers=numbers, weights=weights):
+            return float((weights * np.abs(numbers[:, None] - np.asarray(levels)).min(1) ** 2).sum())
+
+        have = plan.spec(layer).levels[side]
+        assert error(have) < 1.002 * error(best) and error(have) < 0.99 * error(plan.spec(1 - layer).levels[side])
+    with pytest.raises(PlanError, match="it has uniform grids"):
+        fit_codebooks(samples, KVSpec(3, 2), [None, None], 80)
+    samples[1][1][1][0, 0, 3, 3] = math.nan
+    with pytest.raises(PlanError, match="codebooks for the values of layer 0: they or their gradients are not finite"):
+        fit_codebooks(samples, spec, [rope, rope], 80)
+
+
+def back(x, start, rope):
+    """Turned back: the inverse of numpy's turn, by its matrix at each position."""
+    return np.stack([np.linalg.solve(numpy_pages.turn(np.eye(x.shape[-1])[:, None], start + t, rope.frequencies)[:, 0].T, x[:, t].T).T
+                     for t in range(x.shape[1])], 1)
+
+
+def test_calibrated_codebooks_of_a_model():
+    model, tokens = make_sharp_model(), windows(2, 300)
+    got = pipeline.plan_kv(model, tokens, "kvquant", bits=2.0)
+    assert all((s.key, s.value, s.pre_rope, s.sink) == (2, 2, True, 4) and isinstance(s.levels, tuple) for s in got.resolve(2))
+    assert got == KVPlan.parse(json.loads(json.dumps(got.to_json()))) and len({s.levels for s in got.resolve(2)}) == 2
+    kl = {}
+    for name, kv in {"fitted": got, "normal": find_kv("kvquant2"), "uniform": KVPlan(KVSpec(2, 2, residual=0, sink=4, pre_rope=True))}.items():
+        kl[name] = evaluate(replace_attention(make_sharp_model(), kv), model, windows(4, 300, seed=9)).kl
+    assert 0 < kl["fitted"] < kl["uniform"] and 0 < kl["normal"] < kl["uniform"]
+    for bad in ({"bits": 5}, {"bits": 2.5}, {"nbytes": 10**6}, {}):
+        with pytest.raises(PlanError, match="all of its layers have the same bits: 2, 3 or 4"):
+            pipeline.plan_kv(model, tokens, "kvquant", **bad)
+
+
 def test_policies_that_pages_cannot_hold_are_refused():
-    with pytest.raises(PlanError, match="kv preset 'kvquant': its keys are quantized before the rotary embedding"):
+    with pytest.raises(PlanError, match="kv preset 'kvquant': it is made by calibration; make its plan first"):
         find_kv("kvquant")
-    for name in ("zipcache", "mikv", "qaq"):
-        with pytest.raises(PlanError, match="all tokens of a page share theirs; choose bits layer by layer"):
-            find_kv(name)
-    with pytest.raises(PlanError, match="'kvtuner': it chooses bits by calibration"):
+    with pytest.raises(PlanError, match="pages have two kinds of tokens, in fixed shares; zipcache is the nearest"):
+        find_kv("qaq")
+    with pytest.raises(PlanError, match="'kvtuner': it is made by calibration"):
         find_kv("kvtuner")
     with pytest.raises(PlanError, match="choose one of layerwise, kvtuner, pm_kvq"):
         pipeline.plan_kv(make_sharp_model(), windows(), "kivi", bits=3)

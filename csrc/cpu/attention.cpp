@@ -29,7 +29,7 @@ constexpr int64_t ITEMS = 64, CHUNKS = 8;
 
 void attend(Attend a, int threads) {
   const AttentionKernels& k = kernels();
-  const int64_t pairs = a.batch * a.kv_heads, d = a.key.head;
+  const int64_t pairs = a.batch * a.kv_heads, d = a.kind.key.head;
   a.group = a.q_heads / a.kv_heads;
   a.rows = a.group * a.queries;
   a.panels = a.rows > FEW_ROWS;
@@ -52,20 +52,20 @@ void attend(Attend a, int threads) {
   if (a.runs > 1) parallel_for(pairs * a.blocks, useful_threads(a.runs * pairs * a.rows * d, threads), [&](int64_t i, int) { k.merge(a, i); });
 }
 
-void pack_page(PageFormat f, const Rows& x, int64_t batch, int64_t heads, uint8_t* codes, uint16_t* params, int threads) {
+void pack_page(PageFormat f, const float* levels, const Rows& x, int64_t batch, int64_t heads, uint8_t* codes, uint16_t* params, int threads) {
   const AttentionKernels& k = kernels();
   const int64_t size = x.type == F32 ? 4 : 2;
   parallel_for(batch * heads, useful_threads(batch * heads * PAGE * f.head, threads), [&](int64_t i, int) {
     const char* head = static_cast<const char*>(x.data) + (i / heads * x.batch + i % heads * x.head) * size;
-    k.pack(f, head, x.type, x.token, codes + i * page_bytes(f), params + i * page_params(f));
+    k.pack(f, levels, head, x.type, x.token, codes + i * page_bytes(f), params + i * page_params(f));
   });
 }
 
-void unpack_page(PageFormat f, const uint8_t* codes, const uint16_t* params, int64_t heads, void* out, int type, int threads) {
+void unpack_page(PageFormat f, const float* levels, const uint8_t* codes, const uint16_t* params, int64_t heads, void* out, int type, int threads) {
   const AttentionKernels& k = kernels();
   const int64_t size = type == F32 ? 4 : 2;
   parallel_for(heads, useful_threads(heads * PAGE * f.head, threads), [&](int64_t i, int) {
-    k.unpack(f, codes + i * page_bytes(f), params + i * page_params(f), static_cast<char*>(out) + i * PAGE * f.head * size, type);
+    k.unpack(f, levels, codes + i * page_bytes(f), params + i * page_params(f), static_cast<char*>(out) + i * PAGE * f.head * size, type);
   });
 }
 

@@ -24,9 +24,25 @@ struct PageParts {
 };
 static_assert(sizeof(PageParts) == 4 * sizeof(void*), "Python writes four addresses");
 
+// Turns keys that were stored before their rotary embedding while they are read (kv_formats.h). Channels c and c + half of a head are a pair.
+struct Turns {
+  const float* pages;   // [page][cos, sin][half] of the position of each page's first token
+  const float* tokens;  // [tile of 16 tokens][half][cos, sin][16] of the place of a token in its page
+  int64_t half;         // 0: keys are stored as they are multiplied
+};
+
+// How pages of one kind are stored.
+struct PageKind {
+  PageFormat key, value;
+  const float *key_levels, *value_levels;  // codebooks, 2^bits numbers; null: codes are numbers
+};
+
 // One call. Keys are in the order sink, pages, tail, cut into chunks of at most 64 tokens: a page is one, sink and tail are cut from their beginning.
 struct Attend {
-  PageFormat key, value;
+  PageKind kind;
+  PageKind low;         // of pages whose tokens have fewer bits: all but the first `high` of each `round`; round 0: there are none
+  int64_t high, round;
+  Turns turns;
   int64_t batch, q_heads, kv_heads, queries;  // queries: tokens of q
   Rows q, out;                                // [B, Hq, queries, D]; out is written
   Rows sink_k, sink_v, tail_k, tail_v;        // [B, Hkv, tokens, D]
@@ -38,6 +54,7 @@ struct Attend {
   int64_t window;      // and those after that position - window; 0: no window
   const uint8_t* mask; // [B][queries][total], 1 may be seen; or null
   int64_t mask_batch, mask_query;  // strides; mask_query is 0 where all queries share a row
+  float* lse;          // [B][Hq][queries]: logarithm of the sum of a query's exponentials; or null
 
   // Made by the driver from the shapes alone, so that the order of all sums is too.
   // The queries of the heads that share a kv head are the rows of one product: row r is token r / group, query head kv * group + r % group.
@@ -47,6 +64,8 @@ struct Attend {
   int64_t chunk0, chunk1, runs;  // chunks that any query sees, and the runs that they are cut into: each is summed up by itself, then they are merged
   float* partial;                // [runs][B * Hkv * rows][D + 2]: sums, largest score, sum of probabilities; used if runs > 1
 };
+
+static inline const PageKind& kind_of(const Attend& a, int64_t page) { return a.round && page % a.round >= a.high ? a.low : a.kind; }
 
 enum Part : int { SINK, PAGED, TAIL };
 struct Chunk {
@@ -90,8 +109,8 @@ static constexpr int64_t ATTEND_SCRATCH = 4 * BLOCK_ROWS * LDX + MAX_HEAD * 2 * 
 struct AttentionKernels {
   void (*attend)(const Attend&, int64_t item, float* scratch);
   void (*merge)(const Attend&, int64_t item);
-  void (*pack)(PageFormat, const void* x, int type, int64_t token, uint8_t* codes, uint16_t* params);          // one head
-  void (*unpack)(PageFormat, const uint8_t* codes, const uint16_t* params, void* out, int type);               // [64][D]
+  void (*pack)(PageFormat, const float* levels, const void* x, int type, int64_t token, uint8_t* codes, uint16_t* params);  // one head
+  void (*unpack)(PageFormat, const float* levels, const uint8_t* codes, const uint16_t* params, void* out, int type);       // [64][D]
 };
 
 namespace scalar { extern const AttentionKernels attention_kernels; }
@@ -103,14 +122,14 @@ namespace avx512vnni { extern const AttentionKernels attention_kernels; }
 
 // The ops as the binding calls them; everything was checked in Python. Throw std::bad_alloc.
 void attend(Attend a, int threads);  // without the fields that the driver makes
-void pack_page(PageFormat f, const Rows& x, int64_t batch, int64_t heads, uint8_t* codes, uint16_t* params, int threads);
-void unpack_page(PageFormat f, const uint8_t* codes, const uint16_t* params, int64_t heads, void* out, int type, int threads);
+void pack_page(PageFormat f, const float* levels, const Rows& x, int64_t batch, int64_t heads, uint8_t* codes, uint16_t* params, int threads);
+void unpack_page(PageFormat f, const float* levels, const uint8_t* codes, const uint16_t* params, int64_t heads, void* out, int type, int threads);
 
 // Their twins: plain loops, double sums.
 namespace ref {
 void attend(const Attend& a);
-void pack_page(PageFormat f, const Rows& x, int64_t batch, int64_t heads, uint8_t* codes, uint16_t* params);
-void unpack_page(PageFormat f, const uint8_t* codes, const uint16_t* params, int64_t heads, void* out, int type);
+void pack_page(PageFormat f, const float* levels, const Rows& x, int64_t batch, int64_t heads, uint8_t* codes, uint16_t* params);
+void unpack_page(PageFormat f, const float* levels, const uint8_t* codes, const uint16_t* params, int64_t heads, void* out, int type);
 }  // namespace ref
 
 }  // namespace mxq

@@ -2,6 +2,7 @@
 //   attention_pages.inl: packing and unpacking
 //   few rows (decoding): codes are decoded in registers and multiplied there, as gemv does
 //   many rows (prefill): codes are decoded into a panel that stays in L1, as gemm does
+//   keys before their rotary embedding: the same, and turned there
 //   softmax: scores of a chunk to probabilities, online
 //   attend: one run of chunks for one block of query rows
 //   merge: the runs of a block, in order
@@ -21,7 +22,7 @@ namespace MXQ_TARGET {
 // One side of a chunk that is a page.
 struct PageView {
   PageFormat format;
-  Book book;
+  Grid grid;
   const uint8_t* codes;
   const uint16_t* params;
   int64_t codes_ahead, params_ahead;  // bytes from here to what is due in some 300 ns, see ahead_of; 0: nothing
@@ -60,7 +61,7 @@ static const float* fold(const PageView& p, int64_t g, int64_t rows, const float
   const int64_t cols = page_cols(p.format);
   const uint16_t *s = p.params + 2 * g * cols, *z = s + cols;
   prefetch_lines(s, p.params_ahead, 4 * cols);
-  const float centre = (float)(1 << (p.format.bits - 1));
+  const float centre = p.grid.centre;
   for (int64_t m = 0; m < rows; m += 4)
     unroll<4>([&](auto i) MXQ_LAMBDA {
       constexpr int N = decltype(i)::value + 1;
@@ -116,7 +117,7 @@ MXQ_INLINE void row_blocks(int64_t rows, F&& f) {
 template <class D>
 static void few_rows(const PageView& p, const uint8_t* codes, int64_t count, int64_t rows, const float* x, const float* bias, const float* keep, float* out) {
   row_blocks<GEMV_BLOCK>(rows, [&](int64_t m0, auto mr) MXQ_LAMBDA {
-    dot_tiles<D, decltype(mr)::value>(codes, p.codes_ahead, p.book, count, padded_page_cols(p.format), x + m0 * LDX, bias + m0, keep ? keep + m0 : nullptr,
+    dot_tiles<D, decltype(mr)::value>(codes, p.codes_ahead, p.grid.book, count, padded_page_cols(p.format), x + m0 * LDX, bias + m0, keep ? keep + m0 : nullptr,
                                       out + m0 * LDX);
   });
 }
@@ -191,7 +192,7 @@ static void page_product(const PageView& p, bool panels, int64_t rows, const flo
     } else {
       for (int64_t t = t0; t < t1;) {
         const int64_t count = t + GEMM_TILES <= t1 ? GEMM_TILES : 1;
-        for (int64_t i = 0; i < count; i++) decode_to_panel<D>(p.codes + (t + i) * step, p.codes_ahead, p.book, cols, s.panel + LANES * i);
+        for (int64_t i = 0; i < count; i++) decode_to_panel<D>(p.codes + (t + i) * step, p.codes_ahead, p.grid.book, cols, s.panel + LANES * i);
         many_rows(s.panel, count, cols, rows, x, bias, keep, out + t * LANES);
         t += count;
       }
@@ -200,12 +201,66 @@ static void page_product(const PageView& p, bool panels, int64_t rows, const flo
 }
 
 static void multiply_page(const PageView& p, bool panels, int64_t rows, const float* v, const float* keep, float* out, const Room& s) {
-  switch (p.format.bits) {
-    case 2: return page_product<Words<2, true>>(p, panels, rows, v, keep, out, s);
-    case 3: return page_product<Words<3, true>>(p, panels, rows, v, keep, out, s);
-    case 4: return page_product<Words<4, true>>(p, panels, rows, v, keep, out, s);
-    case 8: return page_product<Words<8, true>>(p, panels, rows, v, keep, out, s);
-    default: return page_product<Halves>(p, panels, rows, v, keep, out, s);
+  with_decoder(p.format.bits, p.grid.levels, [&](auto decoder) { page_product<decltype(decoder)>(p, panels, rows, v, keep, out, s); });
+}
+
+// ------------------------------------------------------------------------- keys that were stored before their rotary embedding
+
+// A query that is turned back by the position p of the page's first token sees the page as if that were 0,
+//     q . R(p + t) k = (R(-p) q) . R(t) k,
+// so that one table of 64 positions, which stays in the cache, turns all pages. Scales cannot be folded into the query, whose channels are mixed by the
+// turn: keys are dequantized and turned in a panel, 6 operations for 32 numbers, 16 tokens of both channels of a pair.
+static void turn_back(const float* cos, int64_t half, int64_t d, int64_t rows, const float* q, float* x) {
+  const float* sin = cos + half;
+  for (int64_t m = 0; m < rows; m++, q += LDX, x += LDX) {
+    for (int64_t c = 0; c < half; c++) {
+      const float a = q[c], b = q[c + half];
+      x[c] = a * cos[c] + b * sin[c];
+      x[c + half] = b * cos[c] - a * sin[c];
+    }
+    for (int64_t c = 2 * half; c < d; c++) x[c] = q[c];
+  }
+}
+
+// One tile in the panel: codes become keys, keys are turned. number = scale * w + offset, channel by channel; null: w is the number.
+static void turn_tile(const float* tokens, int64_t half, int64_t d, const float* scale, const float* offset, float* panel) {
+  const auto number = [&](int64_t c) MXQ_LAMBDA {
+    const V w = load(panel + c * PANEL);
+    return scale ? fma(w, set1(scale[c]), set1(offset[c])) : w;
+  };
+  for (int64_t c = 0; c < half; c++, tokens += 2 * LANES) {
+    const V a = number(c), b = number(c + half), cos = load(tokens), sin = load(tokens + LANES);
+    store(panel + c * PANEL, fnma(b, sin, mul(a, cos)));
+    store(panel + (c + half) * PANEL, fma(a, sin, mul(b, cos)));
+  }
+  for (int64_t c = 2 * half; c < d; c++) store(panel + c * PANEL, number(c));
+}
+
+static void multiply_turned(const PageView& p, const Turns& turns, int64_t page, int64_t rows, const float* q, float* out, const Room& s) {
+  const int64_t d = p.format.head, step = page_tile_bytes(p.format), all = tiles(PAGE);
+  const int64_t group = has_params(p.format) ? page_group_rows(p.format) / LANES : all;  // in tiles
+  const float none[BLOCK_ROWS] = {0};
+  float *const scales = has_params(p.format) ? s.floats : nullptr, *const offsets = s.floats + 2 * MAX_HEAD;  // [group][channel]
+  for (int64_t g = 0; g < page_groups(p.format); g++)
+    for (int64_t c = 0; c < d; c += 16) {
+      const V scale = load_half(p.params + 2 * g * d + c);
+      store(scales + g * MAX_HEAD + c, scale);
+      store(offsets + g * MAX_HEAD + c, fma(set1(p.grid.centre), scale, load_half(p.params + (2 * g + 1) * d + c)));
+    }
+  turn_back(turns.pages + page * 2 * turns.half, turns.half, d, rows, q, s.x);
+  prefetch_lines(p.params, p.params_ahead, 2 * page_params(p.format));
+  for (int64_t t = 0; t < all;) {
+    const int64_t count = t + GEMM_TILES <= all ? GEMM_TILES : 1;
+    for (int64_t i = t; i < t + count; i++) {
+      float* panel = s.panel + LANES * (i - t);
+      with_decoder(p.format.bits, p.grid.levels, [&](auto decoder) {
+        decode_to_panel<decltype(decoder)>(p.codes + i * step, p.codes_ahead, p.grid.book, padded_page_cols(p.format), panel);
+      });
+      const int64_t of_group = i / group * MAX_HEAD;
+      turn_tile(turns.tokens + i * turns.half * 2 * LANES, turns.half, d, scales ? scales + of_group : nullptr, offsets + of_group, panel);
+    }
+    many_rows(s.panel, count, d, rows, s.x, none, nullptr, out + t * LANES);
+    t += count;
   }
 }
 
@@ -401,7 +456,7 @@ MXQ_INLINE int64_t row_index(const Attend& a, const Rows& r, int64_t pair, int64
 }
 
 static void load_queries(const Attend& a, const Block& b, float* q) {
-  const int64_t d = a.key.head;
+  const int64_t d = a.kind.key.head;
   const V scale = set1(a.cap ? a.scale / a.cap : a.scale * 1.44269504f);
   for (int64_t m = 0; m < b.rows; m++) {
     const int64_t at = row_index(a, a.q, b.pair, b.r0 + m);
@@ -413,19 +468,24 @@ struct Later {
   int64_t page, pair;
 };
 
-// Points at page `page`, and at what is to be fetched meanwhile.
+// Points at page `page`, and at what is to be fetched meanwhile, which has the format `ahead`.
 static void show_page(PageView& v, const PageParts* pages, const uint8_t* PageParts::*codes, const uint16_t* PageParts::*params, int64_t page, int64_t pair,
-                      Later later) {
-  const int64_t bytes = page_bytes(v.format), halves = page_params(v.format);
-  v.codes = pages[page].*codes + pair * bytes;
-  v.params = pages[page].*params + pair * halves;
-  v.codes_ahead = pages[later.page].*codes + later.pair * bytes - v.codes;
-  v.params_ahead = (const char*)(pages[later.page].*params + later.pair * halves) - (const char*)v.params;
+                      Later later, PageFormat ahead) {
+  v.codes = pages[page].*codes + pair * page_bytes(v.format);
+  v.params = pages[page].*params + pair * page_params(v.format);
+  v.codes_ahead = pages[later.page].*codes + later.pair * page_bytes(ahead) - v.codes;
+  v.params_ahead = (const char*)(pages[later.page].*params + later.pair * page_params(ahead)) - (const char*)v.params;
+}
+
+// The natural logarithm of a query's sum of exponentials, from its largest score in units of ln 2 and the sum in units of that.
+static void store_lse(const Attend& a, int64_t pair, int64_t row, float most, float total) {
+  const int64_t head = pair / a.kv_heads * a.q_heads + pair % a.kv_heads * a.group + row % a.group;
+  a.lse[head * a.queries + row / a.group] = total == 0.0f ? -__builtin_inff() : most * 0.693147181f + __builtin_logf(total);
 }
 
 static void attend_run(const Attend& a, int64_t item, float* scratch) {
   const Room s(scratch);
-  const int64_t per_run = a.batch * a.kv_heads * a.blocks, run = item / per_run, d = a.key.head;
+  const int64_t per_run = a.batch * a.kv_heads * a.blocks, run = item / per_run, d = a.kind.key.head;
   Block b = block_of(a, item % per_run);
   const int64_t batch = b.pair / a.kv_heads, head = b.pair % a.kv_heads;
   for (int64_t m = 0; m < BLOCK_ROWS; m++) b.most[m] = LOWEST;
@@ -434,16 +494,16 @@ static void attend_run(const Attend& a, int64_t item, float* scratch) {
 
   const int64_t sinks = sink_chunks(a), first_tail = sinks + a.page_count, chunks = a.chunk1 - a.chunk0;
   const int64_t begin = a.chunk0 + part_start(chunks, a.runs, run), end = a.chunk0 + part_start(chunks, a.runs, run + 1);
-  PageView key{a.key, {}, nullptr, nullptr, 0, 0}, value{a.value, {}, nullptr, nullptr, 0, 0};
-  const int64_t ahead = ceil_div(ahead_of<0>(), page_bytes(a.key) + page_bytes(a.value)), pairs = a.batch * a.kv_heads;
+  const auto view = [](PageFormat f, const float* levels) { return PageView{f, grid_of(f, levels), nullptr, nullptr, 0, 0}; };
+  PageView keys[2] = {view(a.kind.key, a.kind.key_levels)}, values[2] = {view(a.kind.value, a.kind.value_levels)};
+  if (a.round) keys[1] = view(a.low.key, a.low.key_levels), values[1] = view(a.low.value, a.low.value_levels);
+  const int64_t ahead = ceil_div(ahead_of<0>(), page_bytes(a.kind.key) + page_bytes(a.kind.value)), pairs = a.batch * a.kv_heads;
   const int64_t first_page = begin > sinks ? begin - sinks : 0, last_page = end < first_tail ? end - sinks : a.page_count;
   // The page that is due `ahead` pages later; behind the run's last one come those of the next head, which is the next item. The same page: nothing.
   const auto later_page = [&](int64_t page) {
     const int64_t later = page + ahead, over = later - last_page + first_page;
     return later < last_page ? Later{later, b.pair} : b.pair + 1 < pairs && a.blocks == 1 && over < last_page ? Later{over, b.pair + 1} : Later{page, b.pair};
   };
-  if (has_params(a.key)) key.book = book_of({UNIFORM, a.key.bits, SYM, 0, 0});
-  if (has_params(a.value)) value.book = book_of({UNIFORM, a.value.bits, SYM, 0, 0});
 
   float ones[BLOCK_ROWS];
   for (float& one : ones) one = 1.0f;
@@ -460,8 +520,11 @@ static void attend_run(const Attend& a, int64_t item, float* scratch) {
       }
       float* scores = s.scores + PAGE * count;
       if (c.part == PAGED) {
-        show_page(key, a.pages, &PageParts::k_codes, &PageParts::k_params, c.index, b.pair, later_page(c.index));
-        multiply_page(key, a.panels, b.rows, s.q, nullptr, scores, s);
+        PageView& key = keys[&kind_of(a, c.index) == &a.low];
+        const Later later = later_page(c.index);
+        show_page(key, a.pages, &PageParts::k_codes, &PageParts::k_params, c.index, b.pair, later, kind_of(a, later.page).key);
+        if (a.turns.half) multiply_turned(key, a.turns, c.index, b.rows, s.q, scores, s);
+        else multiply_page(key, a.panels, b.rows, s.q, nullptr, scores, s);
       } else {
         multiply_keys(as_float(c.part == TAIL ? a.tail_k : a.sink_k, batch, head, c.index, c.keys, d, s.floats), c.keys, d, a.panels, b.rows, s.q, scores, s);
       }
@@ -474,7 +537,9 @@ static void attend_run(const Attend& a, int64_t item, float* scratch) {
       const Chunk& c = chunks[j];
       const float *p = s.scores + PAGE * j, *keep = j ? ones : b.keep;
       if (c.part == PAGED) {
-        show_page(value, a.pages, &PageParts::v_codes, &PageParts::v_params, c.index, b.pair, later_page(c.index));
+        PageView& value = values[&kind_of(a, c.index) == &a.low];
+        const Later later = later_page(c.index);
+        show_page(value, a.pages, &PageParts::v_codes, &PageParts::v_params, c.index, b.pair, later, kind_of(a, later.page).value);
         multiply_page(value, a.panels, b.rows, p, keep, s.sums, s);
       } else {
         multiply_values(as_float(c.part == TAIL ? a.tail_v : a.sink_v, batch, head, c.index, c.keys, d, s.floats), c.keys, d, a.panels, b.rows, p, keep, s.sums, s);
@@ -485,6 +550,7 @@ static void attend_run(const Attend& a, int64_t item, float* scratch) {
   for (int64_t m = 0; m < b.rows; m++) {
     const float* sums = s.sums + m * LDX;
     if (a.runs == 1) {
+      if (a.lse) store_lse(a, b.pair, b.r0 + m, b.most[m], b.total[m]);
       const int64_t at = row_index(a, a.out, b.pair, b.r0 + m);
       const V factor = set1(b.total[m] == 0.0f ? 0.0f : 1.0f / b.total[m]);  // a row that sees no key is 0
       for (int64_t c = 0; c < d; c += 16) store_any((void*)a.out.data, at + c, a.out.type, mul(load(sums + c), factor));
@@ -498,7 +564,7 @@ static void attend_run(const Attend& a, int64_t item, float* scratch) {
 
 static void merge_runs(const Attend& a, int64_t item) {
   const Block b = block_of(a, item);
-  const int64_t d = a.key.head, row_floats = d + 2, run_floats = a.batch * a.kv_heads * a.rows * row_floats;
+  const int64_t d = a.kind.key.head, row_floats = d + 2, run_floats = a.batch * a.kv_heads * a.rows * row_floats;
   for (int64_t m = 0; m < b.rows; m++) {
     const float* part = a.partial + (b.pair * a.rows + b.r0 + m) * row_floats;
     float most = LOWEST, total = 0.0f, weights[MAX_RUNS];
@@ -508,6 +574,7 @@ static void merge_runs(const Attend& a, int64_t item) {
     }
     for (int64_t r = 0; r < a.runs; r += 16) store(weights + r, exp2v(sub(load(weights + r), set1(most))));
     for (int64_t r = 0; r < a.runs; r++) total += weights[r] * part[r * run_floats + d + 1];
+    if (a.lse) store_lse(a, b.pair, b.r0 + m, most, total);
     const V factor = set1(total == 0.0f ? 0.0f : 1.0f / total);
     const int64_t at = row_index(a, a.out, b.pair, b.r0 + m);
     for (int64_t c = 0; c < d; c += 16) {

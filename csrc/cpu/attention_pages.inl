@@ -10,15 +10,16 @@ static constexpr uint16_t HALF_NAN = 0x7e00;
 struct Range {
   float inverse, zero;
 };
-static Range range_of(float least, float most, bool finite, int bits, uint16_t* s, uint16_t* z) {
+static Range range_of(float least, float most, bool finite, int bits, bool levels, uint16_t* s, uint16_t* z) {
   if (!finite) {
     *s = *z = HALF_NAN;
-    return {0.0f, 0.0f};
+    return {1.0f, __builtin_inff()};  // below every number: code 0
   }
   least += 0.0f, most += 0.0f;  // which zero is the least of two is nobody's business
-  const float step = (most - least) / (float)((1 << bits) - 1);
+  const float step = levels ? 0.5f * most - 0.5f * least : (most - least) / (float)((1 << bits) - 1);
+  const float zero = levels ? 0.5f * most + 0.5f * least : least;
   *s = float_to_half(step < MAX_HALF ? step : MAX_HALF);
-  *z = float_to_half(least < -MAX_HALF ? -MAX_HALF : least > MAX_HALF ? MAX_HALF : least);
+  *z = float_to_half(zero < -MAX_HALF ? -MAX_HALF : zero > MAX_HALF ? MAX_HALF : zero);
   const float scale = half_to_float(*s);
   return {scale == 0.0f ? 0.0f : 1.0f / scale, half_to_float(*z)};
 }
@@ -31,7 +32,7 @@ struct Source {
 MXQ_INLINE V load_numbers(const Source& x, int64_t t, int64_t d) { return load_any(x.x, t * x.token + d, x.type); }
 
 // Scales and zeros of all groups, and ranges[group][column].
-static void pack_params(PageFormat f, const Source& x, uint16_t* params, Range* ranges) {
+static void pack_params(PageFormat f, bool levels, const Source& x, uint16_t* params, Range* ranges) {
   const int64_t cols = page_cols(f), height = page_group_rows(f), rows = page_rows(f);
   for (int64_t g = 0, r0 = 0; r0 < rows; g++, r0 += height) {
     const int64_t r1 = r0 + height < rows ? r0 + height : rows;
@@ -48,7 +49,7 @@ static void pack_params(PageFormat f, const Source& x, uint16_t* params, Range* 
         float low[16], high[16];
         uint32_t sizes[16];
         store(low, least), store(high, most), store_words(sizes, size);
-        for (int64_t i = 0; i < 16; i++) to[d + i] = range_of(low[i], high[i], sizes[i] < 0x7f800000u, f.bits, s + d + i, z + d + i);
+        for (int64_t i = 0; i < 16; i++) to[d + i] = range_of(low[i], high[i], sizes[i] < 0x7f800000u, f.bits, levels, s + d + i, z + d + i);
       }
     } else {
       for (int64_t t = 0; t < PAGE; t++) {
@@ -58,7 +59,7 @@ static void pack_params(PageFormat f, const Source& x, uint16_t* params, Range* 
           const V v = load_numbers(x, t, d);
           least = smaller(least, v), most = larger(most, v), size = max_bits(size, v);
         }
-        to[t] = range_of(min_of(least), max_of(most), max_lane(size) < 0x7f800000u, f.bits, s + t, z + t);
+        to[t] = range_of(min_of(least), max_of(most), max_lane(size) < 0x7f800000u, f.bits, levels, s + t, z + t);
       }
     }
   }
@@ -87,8 +88,9 @@ MXQ_INLINE void put_code(W* words, W code) {
   }
 }
 
-template <int BITS>
-static void pack_tile(PageFormat f, const Source& x, int64_t tile, const Range* ranges, uint8_t* codes) {
+// `bounds`: between the levels of a codebook, 2^BITS - 1 numbers; null: codes are numbers.
+template <int BITS, bool LEVELS>
+static void pack_tile(PageFormat f, const float* bounds, const Source& x, int64_t tile, const Range* ranges, uint8_t* codes) {
   const int64_t cols = page_cols(f);
   const V top = set1((float)((1 << BITS) - 1));
   for (int64_t c0 = 0; c0 < padded_page_cols(f); c0 += STRIPE) {
@@ -103,7 +105,13 @@ static void pack_tile(PageFormat f, const Source& x, int64_t tile, const Range* 
         constexpr int I = decltype(i)::value;
         const Range r = ranges[c0 + H + I];
         const V steps = mul(sub(block[I], set1(r.zero)), set1(r.inverse));
-        const W code = round_to_ints(smaller(larger(steps, zero()), top));  // 0 for a NaN
+        W code;
+        if constexpr (LEVELS) {
+          code = ints(0);
+          for (int b = 0; b < (1 << BITS) - 1; b++) code = count_above(code, steps, set1(bounds[b]));
+        } else {
+          code = round_to_ints(smaller(larger(steps, zero()), top));  // 0 for a NaN
+        }
         put_code<BITS, H + I>(words, ixor(code, ints(1 << (BITS - 1))));
       });
     });
@@ -131,31 +139,60 @@ static void pack_halves(PageFormat f, const Source& x, int64_t tile, uint8_t* co
   }
 }
 
-static void pack_head(PageFormat f, const void* numbers, int type, int64_t token, uint8_t* codes, uint16_t* params) {
+static void pack_head(PageFormat f, const float* levels, const void* numbers, int type, int64_t token, uint8_t* codes, uint16_t* params) {
   const Source x{numbers, type, token};
   Range ranges[PAGE * MAX_HEAD / 32];  // keys: 2 groups of up to 512 channels; values: up to 16 groups of 64 tokens
-  if (has_params(f)) pack_params(f, x, params, ranges);
+  if (has_params(f)) pack_params(f, levels, x, params, ranges);
+  float bounds[16];
+  if (levels)
+    for (int i = 0; i + 1 < 1 << f.bits; i++) bounds[i] = 0.5f * (levels[i] + levels[i + 1]);
   const int64_t count = tiles(page_rows(f)), group = page_group_rows(f) / LANES, cols = page_cols(f);
   for (int64_t t = 0; t < count; t++, codes += page_tile_bytes(f)) {
     const Range* r = ranges + t / group * cols;
     switch (f.bits) {
-      case 2: pack_tile<2>(f, x, t, r, codes); break;
-      case 3: pack_tile<3>(f, x, t, r, codes); break;
-      case 4: pack_tile<4>(f, x, t, r, codes); break;
-      case 8: pack_tile<8>(f, x, t, r, codes); break;
+      case 2: levels ? pack_tile<2, true>(f, bounds, x, t, r, codes) : pack_tile<2, false>(f, nullptr, x, t, r, codes); break;
+      case 3: levels ? pack_tile<3, true>(f, bounds, x, t, r, codes) : pack_tile<3, false>(f, nullptr, x, t, r, codes); break;
+      case 4: levels ? pack_tile<4, true>(f, bounds, x, t, r, codes) : pack_tile<4, false>(f, nullptr, x, t, r, codes); break;
+      case 8: pack_tile<8, false>(f, nullptr, x, t, r, codes); break;
       default: pack_halves(f, x, t, codes);
     }
   }
 }
 
+// What the codes of pages stand for: number = s (w + centre) + z, with w from the book.
+struct Grid {
+  Book book;
+  bool levels;
+  float centre;
+};
+static Grid grid_of(PageFormat f, const float* levels) {
+  if (!has_params(f)) return {book_of({UNIFORM, 8, SYM, 0, 0}), false, 0.0f};  // a book that nobody reads
+  if (!levels) return {book_of({UNIFORM, f.bits, SYM, 0, 0}), false, (float)(1 << (f.bits - 1))};
+  float table[16];  // by what is stored, the code with its upper bit exchanged
+  for (int i = 0; i < 16; i++) table[i] = levels[(i & ((1 << f.bits) - 1)) ^ (1 << (f.bits - 1))];
+  return {make_book(load(table)), true, 0.0f};
+}
+
+// Calls f with the decoder of such pages.
+template <class F>
+MXQ_INLINE void with_decoder(int bits, bool levels, F&& f) {
+  switch (bits) {
+    case 2: return levels ? f(Words<2, false>{}) : f(Words<2, true>{});
+    case 3: return levels ? f(Words<3, false>{}) : f(Words<3, true>{});
+    case 4: return levels ? f(Words<4, false>{}) : f(Words<4, true>{});
+    case 8: return f(Words<8, true>{});
+    default: return f(Halves{});
+  }
+}
+
 // Columns of a tile, back to tokens and channels; s and z of its group.
 template <class D>
-static void unpack_tile(PageFormat f, const uint8_t* codes, const Book& book, int64_t tile, const uint16_t* s, const uint16_t* z, void* out, int type) {
+static void unpack_tile(PageFormat f, const uint8_t* codes, const Grid& grid, int64_t tile, const uint16_t* s, const uint16_t* z, void* out, int type) {
   const int64_t cols = page_cols(f);
-  const V centre = set1((float)(1 << ((f.bits - 1) & 7)));
+  const V centre = set1(grid.centre);
   float columns[MAX_HEAD * LANES];
   for (int64_t c0 = 0; c0 < padded_page_cols(f); c0 += D::STEP, codes += D::BYTES)
-    D::step(codes, book, [&](auto i, V w) MXQ_LAMBDA {
+    D::step(codes, grid.book, [&](auto i, V w) MXQ_LAMBDA {
       const int64_t c = c0 + decltype(i)::value;
       if (c >= cols) return;
       if constexpr (D::SCALED) w = add(mul(add(w, centre), set1(half_to_float(s[c]))), set1(half_to_float(z[c])));  // the product is exact
@@ -172,18 +209,12 @@ static void unpack_tile(PageFormat f, const uint8_t* codes, const Book& book, in
   }
 }
 
-static void unpack_head(PageFormat f, const uint8_t* codes, const uint16_t* params, void* out, int type) {
+static void unpack_head(PageFormat f, const float* levels, const uint8_t* codes, const uint16_t* params, void* out, int type) {
   const int64_t count = tiles(page_rows(f)), group = page_group_rows(f) / LANES, cols = page_cols(f);
-  const Book book = book_of({UNIFORM, (uint8_t)(f.bits & 15), SYM, 0, 0});
+  const Grid grid = grid_of(f, levels);
   for (int64_t t = 0; t < count; t++, codes += page_tile_bytes(f)) {
     const uint16_t *s = params + t / group * 2 * cols, *z = s + cols;
-    switch (f.bits) {
-      case 2: unpack_tile<Words<2, true>>(f, codes, book, t, s, z, out, type); break;
-      case 3: unpack_tile<Words<3, true>>(f, codes, book, t, s, z, out, type); break;
-      case 4: unpack_tile<Words<4, true>>(f, codes, book, t, s, z, out, type); break;
-      case 8: unpack_tile<Words<8, true>>(f, codes, book, t, s, z, out, type); break;
-      default: unpack_tile<Halves>(f, codes, book, t, s, z, out, type);
-    }
+    with_decoder(f.bits, grid.levels, [&](auto decoder) { unpack_tile<decltype(decoder)>(f, codes, grid, t, s, z, out, type); });
   }
 }
 

@@ -34,7 +34,7 @@ Bit bit_of(PageFormat f, int64_t row, int64_t col, int j) {
 int64_t half_of(int64_t row, int64_t col, int64_t cols) { return (row / LANES * cols + col) * LANES + row % LANES; }  // of a 16-bit page
 
 // Number of token t, channel d.
-float number_at(PageFormat f, const uint8_t* codes, const uint16_t* params, int64_t t, int64_t d) {
+float number_at(PageFormat f, const float* levels, const uint8_t* codes, const uint16_t* params, int64_t t, int64_t d) {
   const int64_t row = f.side == KEYS ? t : d, col = f.side == KEYS ? d : t, cols = page_cols(f);
   if (f.bits == 16) return half_to_float(load_u16(codes + 2 * half_of(row, col, cols)));
   int code = 0;
@@ -44,14 +44,37 @@ float number_at(PageFormat f, const uint8_t* codes, const uint16_t* params, int6
   }
   code ^= 1 << (f.bits - 1);
   const uint16_t* s = params + row / page_group_rows(f) * 2 * cols;
-  return half_to_float(s[col]) * float(code) + half_to_float(s[cols + col]);
+  return half_to_float(s[col]) * (levels ? levels[code] : float(code)) + half_to_float(s[cols + col]);
+}
+
+// Keys of one page [64][head], turned by their places in it and then by the page's own position.
+void turn_page(const Turns& turns, int64_t page, int64_t head, double* keys) {
+  const float* of_page = turns.pages + page * 2 * turns.half;
+  for (int64_t t = 0; t < PAGE; t++) {
+    for (int64_t c = 0; c < turns.half; c++) {
+      const float* of_token = turns.tokens + ((t / LANES * turns.half + c) * 2) * LANES + t % LANES;
+      double &a = keys[t * head + c], &b = keys[t * head + c + turns.half];
+      const double angles[2][2] = {{of_token[0], of_token[LANES]}, {of_page[c], of_page[c + turns.half]}};
+      for (const auto& [cos, sin] : angles) {
+        const double turned = a * cos - b * sin;
+        b = b * cos + a * sin, a = turned;
+      }
+    }
+  }
+}
+
+// The nearest of n levels, the lower one of two.
+int nearest(const float* levels, int n, float v) {
+  int code = 0;
+  for (int i = 0; i + 1 < n; i++) code += v > 0.5f * (levels[i] + levels[i + 1]);
+  return code;
 }
 
 float clamp(float v, float low, float high) { return v < low ? low : v > high ? high : v; }
 
 }  // namespace
 
-void pack_page(PageFormat f, const Rows& x, int64_t batch, int64_t heads, uint8_t* codes, uint16_t* params) {
+void pack_page(PageFormat f, const float* levels, const Rows& x, int64_t batch, int64_t heads, uint8_t* codes, uint16_t* params) {
   const int64_t rows = page_rows(f), cols = page_cols(f), height = page_group_rows(f);
   for (int64_t i = 0; i < batch * heads; i++, codes += page_bytes(f), params += page_params(f)) {
     const auto number = [&](int64_t row, int64_t col) {
@@ -78,11 +101,14 @@ void pack_page(PageFormat f, const Rows& x, int64_t batch, int64_t heads, uint8_
         least += 0.0f, most += 0.0f;  // -0 becomes 0
         const float top = float((1 << f.bits) - 1);
         uint16_t* s = params + r0 / height * 2 * cols;
-        s[col] = finite ? float_to_half(std::min((most - least) / top, MAX_HALF)) : 0x7e00;
-        s[cols + col] = finite ? float_to_half(clamp(least, -MAX_HALF, MAX_HALF)) : 0x7e00;
+        const float step = levels ? 0.5f * most - 0.5f * least : (most - least) / top, zero_point = levels ? 0.5f * most + 0.5f * least : least;
+        s[col] = finite ? float_to_half(std::min(step, MAX_HALF)) : 0x7e00;
+        s[cols + col] = finite ? float_to_half(clamp(zero_point, -MAX_HALF, MAX_HALF)) : 0x7e00;
         const float scale = half_to_float(s[col]), zero = half_to_float(s[cols + col]), inverse = scale == 0.0f ? 0.0f : 1.0f / scale;
         for (int64_t row = r0; row < r1; row++) {
-          const int code = (finite ? int(std::nearbyint(clamp((number(row, col) - zero) * inverse, 0.0f, top))) : 0) ^ 1 << (f.bits - 1);
+          const float steps = (number(row, col) - zero) * inverse;
+          const int nearest_code = levels ? nearest(levels, 1 << f.bits, steps) : int(std::nearbyint(clamp(steps, 0.0f, top)));
+          const int code = (finite ? nearest_code : 0) ^ 1 << (f.bits - 1);
           for (int j = 0; j < f.bits; j++) {
             const Bit b = bit_of(f, row, col, j);
             codes[b.byte] |= uint8_t((code >> j & 1) << b.bit);
@@ -93,15 +119,15 @@ void pack_page(PageFormat f, const Rows& x, int64_t batch, int64_t heads, uint8_
   }
 }
 
-void unpack_page(PageFormat f, const uint8_t* codes, const uint16_t* params, int64_t heads, void* out, int type) {
+void unpack_page(PageFormat f, const float* levels, const uint8_t* codes, const uint16_t* params, int64_t heads, void* out, int type) {
   for (int64_t i = 0; i < heads; i++)
     for (int64_t t = 0; t < PAGE; t++)
       for (int64_t d = 0; d < f.head; d++)
-        write_number(out, (i * PAGE + t) * f.head + d, type, number_at(f, codes + i * page_bytes(f), params + i * page_params(f), t, d));
+        write_number(out, (i * PAGE + t) * f.head + d, type, number_at(f, levels, codes + i * page_bytes(f), params + i * page_params(f), t, d));
 }
 
 void attend(const Attend& a) {
-  const int64_t dim = a.key.head, group = a.q_heads / a.kv_heads;
+  const int64_t dim = a.kind.key.head, group = a.q_heads / a.kv_heads;
   std::vector<double> k(size_t(a.total * dim)), v(k.size()), p(size_t(a.total));
   for (int64_t b = 0; b < a.batch; b++) {
     for (int64_t h = 0; h < a.kv_heads; h++) {
@@ -116,11 +142,15 @@ void attend(const Attend& a) {
           } else {
             const PageParts& page = a.pages[(t - a.sink_k.tokens) / PAGE];
             const int64_t token = (t - a.sink_k.tokens) % PAGE;
-            key = number_at(a.key, page.k_codes + pair * page_bytes(a.key), page.k_params + pair * page_params(a.key), token, d);
-            value = number_at(a.value, page.v_codes + pair * page_bytes(a.value), page.v_params + pair * page_params(a.value), token, d);
+            const PageKind& kind = kind_of(a, (t - a.sink_k.tokens) / PAGE);
+            key = number_at(kind.key, kind.key_levels, page.k_codes + pair * page_bytes(kind.key), page.k_params + pair * page_params(kind.key), token, d);
+            value = number_at(kind.value, kind.value_levels, page.v_codes + pair * page_bytes(kind.value), page.v_params + pair * page_params(kind.value),
+                              token, d);
           }
         }
       }
+      if (a.turns.half)
+        for (int64_t i = 0; i < a.page_count; i++) turn_page(a.turns, i, dim, k.data() + (a.sink_k.tokens + PAGE * i) * dim);
       for (int64_t i = 0; i < a.queries; i++) {
         const int64_t position = a.total - a.queries + i;
         for (int64_t head = h * group; head < (h + 1) * group; head++) {
@@ -136,6 +166,7 @@ void attend(const Attend& a) {
             most = std::max(most, p[size_t(t)]);
           }
           for (int64_t t = 0; t < a.total; t++) total += p[size_t(t)] = p[size_t(t)] == -HUGE_VAL ? 0.0 : std::exp(p[size_t(t)] - most);
+          if (a.lse) a.lse[(b * a.q_heads + head) * a.queries + i] = total == 0.0 ? -HUGE_VALF : float(most + std::log(total));
           for (int64_t d = 0; d < dim; d++) {
             double sum = 0.0;
             for (int64_t t = 0; t < a.total; t++) sum += p[size_t(t)] ? p[size_t(t)] * v[size_t(t * dim + d)] : 0.0;

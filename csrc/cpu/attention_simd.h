@@ -16,6 +16,8 @@ MXQ_INLINE float min_of(V v) { return _mm512_reduce_min_ps(v); }
 template <int S>
 MXQ_INLINE W shift_left(W w) { return S ? _mm512_slli_epi32(w, S) : w; }
 MXQ_INLINE W either(W a, W b) { return _mm512_or_si512(a, b); }
+// n + 1 where a > b, else n; a NaN is above nothing.
+MXQ_INLINE W count_above(W n, V a, V b) { return _mm512_mask_add_epi32(n, _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), n, _mm512_set1_epi32(1)); }
 // Lane i of the result is the sum of r[i]: 45 instructions where 16 sums one by one take 150.
 MXQ_INLINE V sum16(const V* r) {
   V a[8], b[4];
@@ -59,6 +61,10 @@ MXQ_INLINE float min_of(V v) {
 template <int S>
 MXQ_INLINE W shift_left(W w) { return {_mm256_slli_epi32(w.a, S), _mm256_slli_epi32(w.b, S)}; }
 MXQ_INLINE W either(W x, W y) { return {_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)}; }
+MXQ_INLINE W count_above(W n, V x, V y) {  // a comparison that holds is -1
+  return {_mm256_sub_epi32(n.a, _mm256_castps_si256(_mm256_cmp_ps(x.a, y.a, _CMP_GT_OQ))),
+          _mm256_sub_epi32(n.b, _mm256_castps_si256(_mm256_cmp_ps(x.b, y.b, _CMP_GT_OQ)))};
+}
 MXQ_INLINE __m256 sum8(const V* r) {  // lane i: half of the sum of r[i], over both registers
   __m256 s[8];
   for (int i = 0; i < 8; i++) s[i] = _mm256_add_ps(r[i].a, r[i].b);
@@ -86,6 +92,9 @@ MXQ_INLINE W shift_left(W w) { return MXQ_EACH(MXQ_F); }
 #undef MXQ_F
 #define MXQ_F(m) x.m | y.m
 MXQ_INLINE W either(W x, W y) { return MXQ_EACH(MXQ_F); }
+#undef MXQ_F
+#define MXQ_F(m) n.m - (U4)(x.m > y.m)
+MXQ_INLINE W count_above(W n, V x, V y) { return MXQ_EACH(MXQ_F); }
 #undef MXQ_F
 #undef MXQ_EACH
 MXQ_INLINE float max_of(V v) {

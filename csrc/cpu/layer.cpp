@@ -57,6 +57,7 @@ struct Room {
 };
 
 char* address(int64_t a) { return reinterpret_cast<char*>(a); }
+const float* numbers(int64_t a) { return reinterpret_cast<const float*>(a); }
 
 struct Step {
   const LayerStack& stack;
@@ -118,8 +119,9 @@ struct Step {
   void attend_to(const LayerWeights& w, const LayerCache& c) const {
     const int64_t dim = stack.dim, width = stack.q_heads * dim;
     Attend a{};
-    a.key = {KEYS, uint8_t(c.key_bits), int32_t(c.key_group), int32_t(dim)};
-    a.value = {VALUES, uint8_t(c.value_bits), int32_t(c.value_group), int32_t(dim)};
+    a.kind = {{KEYS, uint8_t(c.key_bits), int32_t(c.key_group), int32_t(dim)}, {VALUES, uint8_t(c.value_bits), int32_t(c.value_group), int32_t(dim)},
+              numbers(c.key_levels), numbers(c.value_levels)};
+    a.turns = {numbers(c.page_turns), numbers(c.token_turns), c.turn_half};
     a.batch = call.batch, a.q_heads = stack.q_heads, a.kv_heads = stack.kv_heads, a.queries = call.tokens;
     a.q = {room.q, stack.type, call.tokens, call.tokens * width, dim, width};
     a.out = {room.mixed, stack.type, call.tokens, call.tokens * width, dim, width};

@@ -41,8 +41,10 @@ struct LayerCache {
   int64_t tail_k, tail_v, tail_batch, tail_head, tail_token, tail_tokens;
   int64_t into_sink;
   int64_t dropped;  // tokens before all of these, which a sliding window let go; a mask still has them
+  int64_t key_levels, value_levels;           // float*, 0 for none
+  int64_t page_turns, token_turns, turn_half;  // Turns
 };
-static_assert(sizeof(LayerCache) == 20 * sizeof(int64_t), "Python writes twenty numbers");
+static_assert(sizeof(LayerCache) == 25 * sizeof(int64_t), "Python writes twenty-five numbers");
 
 struct LayerCall {
   void* x;               // [batch][tokens][hidden]; holds the result

@@ -25,7 +25,8 @@ from ..errors import ModelError
 from ..plan.kv import KVPlan, KVSpec
 from ..plan.schema import Plan
 from ..structure import decoder_blocks
-from .cache import MARK, MxqCache, MxqCacheLayer, as_kv, need_native, page_formats
+from .cache import MARK, MxqCache, MxqCacheLayer, as_kv, need_native, page_formats, page_mix
+from .rope import check_rope, rope_of
 
 NAME = "mxq_kv"  #: of the attention function and of its mask, in transformers
 _WINDOW, _FULL, _DENSE = "mxq_window", "mxq_full", "mxq_dense"  # what our masks carry
@@ -106,9 +107,11 @@ def attention(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: 
         raise ModelError(asked, f"the mask that belongs to it did not come along (found {said})", "pass attention_mask as [batch, tokens], or none")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if layer is None or layer.get_seq_length() == key.shape[2]:  # all keys are here
-        out = _exact(module, query, key, value, _dense(attention_mask, query.shape[2]), dropout, scaling, softcap)
+        seen = _dense(attention_mask, query.shape[2])
+        out = _exact(module, query, key, value, seen, dropout, scaling, softcap)
         if layer is not None:
-            layer.store()
+            seen = seen if seen is None or seen.dtype == torch.bool or layer.mix is None else _boolean(seen, asked)[:, None]
+            layer.store(query, scale=scaling, seen=seen, softcap=softcap or 0.0)
         return out, None
     if dropout:
         raise ModelError(asked, f"dropout {dropout} in training is not supported", "call model.eval()")
@@ -193,9 +196,17 @@ def check_attention(model: nn.Module, kv: KVPlan) -> None:
     if places := sorted({str(p.device) for p in model.parameters()} - {"cpu", "meta"}):
         raise ModelError(asked, f"the packed cache is on the CPU, the model is on {places[0]}", "move the model to the CPU")
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    window = getattr(config, "sliding_window", None)
     for i, spec in enumerate(specs):
         if spec is not None:
             page_formats(spec, dim, f"layer {prefix}.{i}")
+            page_mix(spec, dim, f"layer {prefix}.{i}")
+            if spec.mixed is not None and (kinds[i] == "sliding_attention" or (window and not getattr(config, "layer_types", None))):
+                raise ModelError(f"{asked}, layer {prefix}.{i}", f"it has a sliding window, pages of {spec.mixed.name} hold tokens out of their order",
+                                 "leave mixed out for this layer")
+            if spec.pre_rope:
+                rope_of(config, i)
+                check_rope(blocks[i], i)
 
 
 def replace_attention(model: nn.Module, plan: Plan | KVPlan | KVSpec | dict | None) -> nn.Module:

@@ -8,6 +8,9 @@ One layer holds, in the order of positions::
 
 A token enters the tail (the sink while that has room). When the tail is full, its oldest 64 tokens become a page, so the newest
 ``residual`` tokens or more are always exact. Pages are separate tensors that are never moved: appending allocates one page at most.
+With bits by token (``KVSpec.mixed``) a tail is ``residual`` + 64 tokens for each page of a round, which are made together: the tokens that
+queries looked at most (``kv.salience``) fill the round's first pages. The order of tokens in pages does not matter to attention, but to masks, which
+are put into it, and to a crop, which takes it back.
 
 ``update`` stores nothing: it hands the new tokens back under a mark, and the attention function (``kv.attention``) that finds the mark
 reads this layer and appends. A model whose attention does not go that way would silently attend to the new tokens alone; here the
@@ -26,9 +29,11 @@ from ..errors import FormatError, ModelError, NativeError, PlanError, ShapeError
 from ..formats import PAGE
 from ..plan.kv import KVPlan, KVSpec
 from ..plan.schema import Plan
-from . import ops
+from . import ops, salience
+from .rope import Rope, rope_of
 from .shrink import HALF, shrink_page, shrunk
 
+_ORDER = torch.int16  # of tokens in a round
 MARK = "mxq_cache_layer"  #: attribute of the keys that ``update`` returns: the layer that they wait for
 
 
@@ -43,8 +48,8 @@ def need_native() -> None:
 def page_formats(spec: KVSpec, head_dim: int, layer: str) -> tuple[ops.PageFormat, ops.PageFormat]:
     """Formats of a layer's pages of keys and of values. Raises FormatError, which names the layer, for head dimensions that do not go."""
     try:
-        key = ops.PageFormat("keys", spec.key, min(spec.group, PAGE), head_dim)
-        value = ops.PageFormat("values", spec.value, ops.value_group(head_dim, spec.group), head_dim)
+        key = ops.PageFormat("keys", spec.key, min(spec.group, PAGE), head_dim, spec.codebook(0))
+        value = ops.PageFormat("values", spec.value, ops.value_group(head_dim, spec.group), head_dim, spec.codebook(1))
     except FormatError as e:
         raise FormatError(f"{layer}: {e.asked}", e.rule, e.fix) from None
     if spec.rotate and head_dim & (head_dim - 1):
@@ -53,17 +58,34 @@ def page_formats(spec: KVSpec, head_dim: int, layer: str) -> tuple[ops.PageForma
     return key, value
 
 
+def page_mix(spec: KVSpec, head_dim: int, layer: str) -> ops.PageMix | None:
+    """How pages of salient and of other tokens take turns; None where all tokens are alike. Raises FormatError as :func:`page_formats` does."""
+    if spec.mixed is None:
+        return None
+    return ops.PageMix(*page_formats(spec.low, head_dim, layer), spec.mixed.high, spec.mixed.pages)
+
+
 def cache_nbytes(spec: KVSpec, tokens: int, heads: int, head_dim: int, *, batch: int = 1, float_bytes: int = 2) -> int:
     """Bytes of one layer that has read ``tokens`` tokens: what :meth:`MxqCacheLayer.nbytes` will count.
 
     ``heads`` are key/value heads, ``float_bytes`` those of the model's dtype. The buffers of sink and tail count in full.
     """
     key, value = page_formats(spec, head_dim, "layer")
-    pages = max(0, (tokens - spec.sink - spec.residual) // PAGE)
-    while _shrinks(spec, key, value, pages * batch * heads):
+    room = tail_room(spec)
+    rounds = max(0, (tokens - spec.sink - spec.residual) // (room - spec.residual))
+    while _shrinks(spec, key, value, rounds * batch * heads):
         key, value = _halved(key, value)
-    exact = 2 * (spec.sink + spec.residual + PAGE) * head_dim * float_bytes
-    return batch * heads * (pages * (key.page_bytes + value.page_bytes) + exact)
+    exact = 2 * (spec.sink + room) * head_dim * float_bytes
+    mix = page_mix(spec, head_dim, "layer")
+    if mix is None:
+        return batch * heads * (rounds * (key.page_bytes + value.page_bytes) + exact)
+    each = mix.high * (key.page_bytes + value.page_bytes) + (mix.round - mix.high) * (mix.key.page_bytes + mix.value.page_bytes)
+    return batch * (heads * (rounds * each + exact) + rounds * mix.round * PAGE * _ORDER.itemsize) + salience.Salience.nbytes(batch, room)
+
+
+def tail_room(spec: KVSpec) -> int:
+    """Tokens that a tail takes until pages are made."""
+    return spec.residual + PAGE * spec.round_pages
 
 
 def _shrinks(spec: KVSpec, key: ops.PageFormat, value: ops.PageFormat, pages: int) -> bool:
@@ -96,6 +118,7 @@ class MxqCacheLayer(CacheLayerMixin):
     Args:
         spec: bits, groups, and how many tokens stay exact.
         name: what errors call the layer.
+        rope: the angles of the layer's rotary embedding, for a ``spec`` with pre_rope.
     """
 
     is_sliding = False  # windows are a matter of the mask: all tokens are kept, so that a crop can always go back
@@ -103,9 +126,12 @@ class MxqCacheLayer(CacheLayerMixin):
     is_compileable = False
     supports_early_init = False  # shapes are taken from the first keys
 
-    def __init__(self, spec: KVSpec, name: str = "layer"):
+    def __init__(self, spec: KVSpec, name: str = "layer", rope: Rope | None = None):
         super().__init__()
-        self.spec, self.name = spec, name
+        if spec.pre_rope and rope is None:
+            raise ModelError(f"{name} of a cache with pre_rope", "the angles of its rotary embedding are not known",
+                             "make the cache by MxqCache(model.config, ...)")
+        self.spec, self.name, self.rope = spec, name, rope if spec.pre_rope else None
         self._forget()
 
     def _forget(self) -> None:
@@ -115,6 +141,9 @@ class MxqCacheLayer(CacheLayerMixin):
         self.tail: tuple[torch.Tensor, torch.Tensor] | None = None
         self.sink_tokens = self.tail_tokens = 0
         self.waiting: tuple[torch.Tensor, torch.Tensor] | None = None  # given out by update, not yet read by attention
+        self.mix: ops.PageMix | None = None
+        self.orders: list[torch.Tensor] = []  # [B, tokens of a round] of each round of mixed pages: which of its tokens lies where
+        self.salience: salience.Salience | None = None
 
     def __repr__(self) -> str:
         return f"MxqCacheLayer({self.spec}, {self.get_seq_length()} tokens, {self.nbytes()} bytes)"
@@ -123,11 +152,14 @@ class MxqCacheLayer(CacheLayerMixin):
         """Allocates sink and tail for keys and values like these, [B, Hkv, any, D]."""
         batch, heads, _, dim = key_states.shape
         key, value = page_formats(self.spec, dim, self.name)
+        self.mix = page_mix(self.spec, dim, self.name)
         self.batch, self.heads, self.dim, self.dtype, self.device = batch, heads, dim, key_states.dtype, key_states.device
-        self.pages = ops.PageTable(key, value, batch * heads)
+        self.pages = self._table(key, value)
         with torch.inference_mode(False):  # or nothing could be appended outside of that mode later
             self.sink, self.tail = (tuple(key_states.new_empty(batch, heads, tokens, dim) for _ in range(2))
-                                    for tokens in (self.spec.sink, self.spec.residual + PAGE))
+                                    for tokens in (self.spec.sink, tail_room(self.spec)))
+            if self.mix is not None:
+                self.salience = salience.Salience(batch, tail_room(self.spec))
         self.is_initialized = True
 
     # -- what transformers calls ----------------------------------------------------------------------------------------------
@@ -185,18 +217,19 @@ class MxqCacheLayer(CacheLayerMixin):
         of_tail = min(gone, self.tail_tokens)
         self.tail_tokens -= of_tail
         gone -= of_tail
-        packed = PAGE * len(self.pages)
+        packed, step = PAGE * len(self.pages), self.spec.round_pages
         if of_pages := min(gone, packed):
-            whole, left = divmod(packed - of_pages, PAGE)
+            whole, left = divmod(packed - of_pages, PAGE * step)  # rounds
             if left:
-                k_codes, k_params, v_codes, v_params = self.pages[whole]
-                for x, fmt, codes, params in zip(self.tail, (self.pages.key, self.pages.value), (k_codes, v_codes), (k_params, v_params), strict=True):
-                    x[:, :, :left] = ops.unpack_page(codes, params, fmt, self.batch, self.dtype)[:, :, :left]
+                for x, states in zip(self.tail, self._round(whole), strict=True):
+                    x[:, :, :left] = states[:, :, :left]
                 self.tail_tokens = left
-            pages = [self.pages[i] for i in range(whole)]
-            self.pages = self._table()
+            pages = [self.pages[i] for i in range(whole * step)]
+            self.pages, self.orders = self._table(self.pages.key, self.pages.value), self.orders[:whole]
             for page in pages:
                 self.pages.append(*page)
+        if self.salience is not None:
+            self.salience.forget(0 if of_pages else self.tail_tokens)
         self.sink_tokens -= gone - of_pages
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
@@ -235,23 +268,38 @@ class MxqCacheLayer(CacheLayerMixin):
         """
         keys, values = self.waiting
         batch, heads, tokens, dim = query.shape
+        if window and self.mix is not None:
+            raise ModelError(f"{self.name} with a sliding window of {window} tokens and {self.spec}", "its pages hold tokens out of their order",
+                             "leave mixed out")
         out = query.new_empty(batch, tokens, heads, dim)
         query = self._turned(query)
         done, past = 0, self.get_seq_length() - tokens
         while done < tokens:
             stop = done + self._take(keys, values, done)
-            seen = mask if mask is None or mask.dim() == 2 else mask[:, done:stop]
-            ops.attend(query[:, :, done:stop], self.pages, *self._exact(self.sink, self.sink_tokens), *self._exact(self.tail, self.tail_tokens), scale=scale,
-                       causal=causal, window=window, softcap=softcap, mask=None if seen is None else seen[..., : past + stop],
-                       out=out[:, done:stop].transpose(1, 2))
+            seen = None if mask is None else (mask if mask.dim() == 2 else mask[:, done:stop])[..., : past + stop]
+            part = query[:, :, done:stop]
+            probes = self._probes(past + done, stop - done)
+            lse = None if probes is None else part.new_empty(part.shape[:3], dtype=torch.float32)
+            ops.attend(part, self.pages, *self._exact(self.sink, self.sink_tokens), *self._exact(self.tail, self.tail_tokens), scale=scale,
+                       causal=causal, window=window, softcap=softcap, mask=self._in_order_of_pages(seen), out=out[:, done:stop].transpose(1, 2), lse=lse)
+            if probes is not None:
+                self._observe(part, lse, probes, seen, scale, softcap)
             self._pack_full_tail()
             done = stop
         self.waiting = None
         return self._turned(out)  # the matrix is its own inverse
 
-    def store(self) -> None:
-        """Appends the waiting tokens, which attention has read by itself."""
-        self._append(*self.waiting)
+    def store(self, query: torch.Tensor | None = None, *, scale: float = 1.0, seen: torch.Tensor | None = None, softcap: float = 0.0) -> None:
+        """Appends the waiting tokens, the first of this layer, which attention has read by itself.
+
+        With the query [B, Hq, t, D] that did, and ``seen`` bool [B or 1, 1, t, t] or None for causal attention, mixed pages know which of them are salient.
+        """
+        keys, values = self.waiting
+        weights = None
+        if self.mix is not None and query is not None:
+            with torch.no_grad():
+                weights = salience.weights_of_prompt(query, keys, seen, scale=scale, softcap=softcap)
+        self._append(keys, values, weights)
         self.waiting = None
 
     # -- memory ---------------------------------------------------------------------------------------------------------------
@@ -260,13 +308,15 @@ class MxqCacheLayer(CacheLayerMixin):
         """Every tensor that the layer holds."""
         if not self.is_initialized:
             return []
-        return [*self.sink, *self.tail, *(t for i in range(len(self.pages)) for t in self.pages[i])]
+        extra = [] if self.salience is None else self.salience.tensors()
+        return [*self.sink, *self.tail, *(t for i in range(len(self.pages)) for t in self.pages[i]), *self.orders, *extra]
 
     def nbytes(self) -> int:
         """Bytes of all tensors that the layer holds; the room in sink and tail that is not filled yet counts too."""
         if not self.is_initialized:
             return 0
-        return self.pages.nbytes() + sum(t.nbytes for t in (*self.sink, *self.tail))
+        extra = [] if self.salience is None else self.salience.tensors()
+        return self.pages.nbytes() + sum(t.nbytes for t in (*self.sink, *self.tail, *self.orders, *extra))
 
     # -- inside ---------------------------------------------------------------------------------------------------------------
 
@@ -284,19 +334,30 @@ class MxqCacheLayer(CacheLayerMixin):
             said = [f"batch {b}, {h} heads of dimension {d} in {str(t)[6:]}" for b, h, d, t in (want, have)]
             raise ShapeError(asked, f"the cache was begun with {said[0]}, these have {said[1]}", "reset the cache, or use a new one")
 
-    def _table(self) -> ops.PageTable:
-        """No pages yet, in the layer's formats."""
-        return ops.PageTable(self.pages.key, self.pages.value, self.batch * self.heads)
+    def _table(self, key: ops.PageFormat, value: ops.PageFormat) -> ops.PageTable:
+        """No pages yet."""
+        return ops.PageTable(key, value, self.batch * self.heads, None if self.rope is None else self.rope.tables(self.spec.sink), self.mix)
 
-    def _append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        done, tokens = 0, keys.shape[2]
+    def _page_start(self, page: int) -> int:
+        """Position of a page's first token."""
+        return self.spec.sink + PAGE * page
+
+    def _append(self, keys: torch.Tensor, values: torch.Tensor, weights: tuple[torch.Tensor, torch.Tensor] | None = None) -> None:
+        """``weights``: what queries gave to these tokens, as ``salience.weights_of_prompt`` has it, for mixed pages."""
+        done, tokens, room = 0, keys.shape[2], tail_room(self.spec)
         while done < tokens:
-            if self.sink_tokens < self.spec.sink or self.tail_tokens or tokens - done < self.spec.residual + PAGE:
-                done += self._take(keys, values, done)
+            if self.sink_tokens < self.spec.sink or self.tail_tokens or tokens - done < room:
+                at, into_sink = self.tail_tokens, self.sink_tokens < self.spec.sink
+                count = self._take(keys, values, done)
+                if weights is not None and not into_sink:
+                    self.salience.add(at, *(x[..., done : done + count] for x in weights))
                 self._pack_full_tail()
-            else:  # more than the empty tail may hold: its first page need not go through it
-                self._pack(*(self._turned(x[:, :, done : done + PAGE]) for x in (keys, values)))
-                done += PAGE
+            else:  # more than the empty tail may hold: its first round need not go through it
+                count = room - self.spec.residual
+                if weights is not None:
+                    self.salience.add(0, *(x[..., done : done + count] for x in weights))
+                self._pack_round(*(self._turned(x[:, :, done : done + count]) for x in (keys, values)))
+            done += count
 
     @staticmethod
     def _exact(buffers: tuple[torch.Tensor, torch.Tensor], tokens: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -319,31 +380,89 @@ class MxqCacheLayer(CacheLayerMixin):
         return count
 
     def _pack_full_tail(self) -> None:
-        if self.tail_tokens == self.spec.residual + PAGE:
-            self._pack(*(x[:, :, :PAGE] for x in self.tail))
+        if self.tail_tokens == tail_room(self.spec):
+            gone = self.tail_tokens - self.spec.residual
+            self._pack_round(*(x[:, :, :gone] for x in self.tail))
             for x in self.tail:
-                for i in range(0, self.spec.residual, PAGE):  # a page at a time, so that source and target never overlap
-                    part = x[:, :, i + PAGE : min(i + 2 * PAGE, self.tail_tokens)]
+                for i in range(0, self.spec.residual, gone):  # as many at a time, so that source and target never overlap
+                    part = x[:, :, i + gone : min(i + 2 * gone, self.tail_tokens)]
                     x[:, :, i : i + part.shape[2]] = part
-            self.tail_tokens -= PAGE
+            self.tail_tokens -= gone
 
     def _shrink(self) -> None:
         """Halves the bits of all pages, page by page, each old one gone when the new one is there."""
         formats = self.pages.key, self.pages.value
         pages = [self.pages[i] for i in reversed(range(len(self.pages)))]
-        self.pages = ops.PageTable(*_halved(*formats), self.batch * self.heads)
+        self.pages = self._table(*_halved(*formats))
         while pages:
             codes_and_params = pages.pop()
             sides = [codes_and_params[:2], codes_and_params[2:]]
             new = [shrink_page(*side, f) if f.bits in HALF else side for side, f in zip(sides, formats, strict=True)]
             self.pages.append(*new[0], *new[1])
 
+    def _pack_round(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Makes pages of as many tokens as a round has; of mixed pages in the order of their salience, which is that of the tail's first tokens."""
+        if self.mix is None:
+            return self._pack(keys, values)
+        count = keys.shape[2]
+        rank = self.salience.score(count, self.spec.mixed.accumulated).argsort(dim=1, descending=True, stable=True)
+        salient = PAGE * self.mix.high
+        order = torch.cat([rank[:, :salient].sort(1).values, rank[:, salient:].sort(1).values], 1)
+        for i in range(0, count, PAGE):
+            part = order[:, None, i : i + PAGE, None].expand(-1, self.heads, -1, self.dim)
+            self._pack(*(x.gather(2, part) for x in (keys, values)))
+        self.orders.append(order.to(_ORDER))
+        self.salience.drop(count)
+
+    def _round(self, index: int) -> list[torch.Tensor]:
+        """Keys and values of a round in the order of their positions, as they were stored."""
+        step, out = self.spec.round_pages, []
+        for side in (0, 1):
+            pages = range(index * step, (index + 1) * step)
+            x = torch.cat([ops.unpack_page(*self.pages[i][2 * side : 2 * side + 2], self.pages.formats(i)[side], self.batch) for i in pages], 2)
+            if side == 0 and self.rope is not None:
+                x = self.rope.turned(x, self._page_start(index))
+            if self.mix is not None:
+                x = torch.empty_like(x).scatter_(2, self.orders[index].long()[:, None, :, None].expand_as(x), x)
+            out.append(x)
+        return out
+
+    def _in_order_of_pages(self, mask: torch.Tensor | None) -> torch.Tensor | None:
+        """A mask over all tokens [B, tokens] or [B, t, tokens] in the order in which pages hold them."""
+        if mask is None or not self.orders:
+            return mask
+        count = PAGE * self.spec.round_pages
+        place = torch.arange(mask.shape[-1]).repeat(self.batch, 1)
+        for i, order in enumerate(self.orders):
+            start = self.sink_tokens + count * i
+            place[:, start : start + count] = start + order
+        return mask.gather(-1, place if mask.dim() == 2 else place[:, None].expand(mask.shape))
+
+    def _probes(self, first: int, count: int) -> torch.Tensor | None:
+        """Which of ``count`` queries, the first at position ``first``, say how salient the tail's tokens are; their own are its last ones. None: none."""
+        if self.mix is None or not self.tail_tokens:
+            return None
+        newest = self.tail_tokens - (tail_room(self.spec) - salience.PERIOD)
+        probes = salience.probes_of(first, count, min(count, max(0, newest)))
+        return probes if len(probes) else None
+
+    def _observe(self, query: torch.Tensor, lse: torch.Tensor, probes: torch.Tensor, mask: torch.Tensor | None, scale: float, softcap: float) -> None:
+        if mask is not None:
+            mask = mask[..., mask.shape[-1] - self.tail_tokens :]
+            mask = mask if mask.dim() == 2 else mask[:, probes]
+        places = self.tail_tokens - query.shape[2] + probes
+        weights = salience.weights_over_tail(query[:, :, probes], self.tail[0][:, :, : self.tail_tokens], lse[:, :, probes], places, scale=scale,
+                                             softcap=softcap, mask=mask)
+        self.salience.add(0, *weights)
+
     def _pack(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Quantizes [B, Hkv, 64, D] of each side into a new page at the end. Where that would go over the budget, the others shrink first."""
         while _shrinks(self.spec, self.pages.key, self.pages.value, (len(self.pages) + 1) * self.pages.heads):
             self._shrink()
+        if self.rope is not None:
+            keys = self.rope.turned(keys, self._page_start(len(self.pages)), back=True)
         page = []
-        for x, fmt in ((keys, self.pages.key), (values, self.pages.value)):
+        for x, fmt in zip((keys, values), self.pages.formats(len(self.pages)), strict=True):
             codes, params = fmt.empty_page(self.pages.heads)
             ops.pack_page(x, fmt, codes, params)
             page += [codes, params]
@@ -357,11 +476,14 @@ class MxqCacheLayer(CacheLayerMixin):
             return
         old, self.batch = self.batch, index.shape[0]
         pages = [self.pages[i] for i in reversed(range(len(self.pages)))]
-        self.pages = self._table()
+        self.pages = self._table(self.pages.key, self.pages.value)
         while pages:
             self.pages.append(*(t.view(old, self.heads, *t.shape[1:]).index_select(0, index).flatten(0, 1) for t in pages.pop()))
         with torch.inference_mode(False):
             self.sink, self.tail = (tuple(x.index_select(0, index) for x in part) for part in (self.sink, self.tail))
+            self.orders = [x.index_select(0, index) for x in self.orders]
+            if self.salience is not None:
+                self.salience.select(index)
 
 
 class MxqCache(Cache):
@@ -373,14 +495,16 @@ class MxqCache(Cache):
         config: the model's.
         kv: a :class:`KVPlan` or its JSON form, a :class:`KVSpec` for all layers, or a Plan that has a KV section.
 
-    Layers that the plan leaves in float are layers of transformers' DynamicCache. Raises PlanError if the plan does not fit the model.
+    Layers that the plan leaves in float are layers of transformers' DynamicCache. Raises PlanError if the plan does not fit the model, ModelError for
+    pre_rope in a layer whose rotary embedding does not allow it.
     """
 
     def __init__(self, config, kv: KVPlan | KVSpec | Plan | dict):
         need_native()
         self.kv = as_kv(kv)
         layers = config.get_text_config(decoder=True).num_hidden_layers
-        super().__init__(layers=[DynamicLayer() if s is None else MxqCacheLayer(s, f"decoder layer {i}") for i, s in enumerate(self.kv.resolve(layers))])
+        super().__init__(layers=[DynamicLayer() if s is None else MxqCacheLayer(s, f"decoder layer {i}", rope_of(config, i) if s.pre_rope else None)
+                                 for i, s in enumerate(self.kv.resolve(layers))])
 
     def nbytes(self) -> int:
         """Bytes of all tensors in the cache."""

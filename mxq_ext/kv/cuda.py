@@ -69,9 +69,12 @@ class CudaPages(PageTable):
     @classmethod
     def of(cls, pages: PageTable, device: torch.device | str) -> CudaPages:
         """A copy of the pages of another table on ``device``, as they are. Raises FormatError."""
-        if getattr(pages, "rope", None) is not None:
+        if pages.rope is not None:
             raise FormatError("a KV cache of keys before the rotary embedding on a GPU", "the CUDA kernels read keys as the query meets them",
                               "keep the model on the CPU, or choose a cache of keys behind the embedding")
+        if pages.mix is not None:
+            raise FormatError("a KV cache of pages in two widths on a GPU", "the CUDA kernels read pages of one format",
+                              "keep the model on the CPU, or choose one pair of bits for all tokens")
         table = cls(pages.key, pages.value, pages.heads, device)
         for i in range(len(pages)):
             table.append(*(t.to(table.device) for t in pages[i]))
@@ -134,7 +137,7 @@ class Kernels:
              splits: int = 0) -> tuple[AttendCall, torch.Tensor, list]:
         """(what native code takes, the result's tensor, what must live as long); see :meth:`attend`. Raises ShapeError."""
         parts = {"sink_k": sink_k, "sink_v": sink_v, "tail_k": tail_k, "tail_v": tail_v}
-        total = ops._check_attend(q, pages, parts, mask, window, softcap, out, pages.device)
+        total = ops._check_attend(q, pages, parts, mask, window, softcap, out, device=pages.device)
         batch, heads, queries, d = q.shape
         if out is None:
             out = q.new_empty(batch, queries, heads, d).transpose(1, 2)

@@ -10,6 +10,7 @@ native code trusts it. Nothing here needs a gradient: inputs that require one ar
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,11 +22,13 @@ from ..errors import FormatError, ShapeError
 from ..formats import PAGE
 from ..ops import TYPES
 from ..plan.kv import BITS
+from .rope import RopeTables
 
 SIDES = ("keys", "values")
 KEY_GROUPS = (32, 64)  #: tokens that share a channel's scale
 VALUE_GROUPS = (0, 32, 64, 128)  #: channels that share a token's scale; 0: the whole head
 MAX_HEAD = 512
+LEVEL_BITS = (2, 3, 4)  #: code bits that a codebook may have
 CPU = torch.device("cpu")
 
 
@@ -44,6 +47,7 @@ class PageFormat:
         group: tokens that share a channel's scale for keys: 32 or 64. Channels that share a token's scale for values: 32, 64, 128, or 0 for
             the whole head; the last group may be ragged.
         head_dim: channels D, a multiple of 16 up to 512.
+        levels: a codebook, 2^bits ascending numbers that float16 holds, within -1 .. 1; None: codes are numbers.
 
     Raises FormatError.
     """
@@ -52,6 +56,7 @@ class PageFormat:
     bits: int
     group: int
     head_dim: int
+    levels: tuple[float, ...] | None = None
 
     def __post_init__(self):
         asked = f"a KV page of {self.bits}-bit {self.side}, group {self.group}, head dimension {self.head_dim}"
@@ -65,6 +70,8 @@ class PageFormat:
         if not isinstance(self.head_dim, int) or self.head_dim not in range(16, MAX_HEAD + 1, 16):
             raise FormatError(asked, f"the head dimension must be a multiple of 16 up to {MAX_HEAD}, found {self.head_dim!r}",
                               "keep the cache of this model in floating point")
+        if self.levels is not None and (self.bits not in LEVEL_BITS or len(self.levels) != 2**self.bits):
+            raise FormatError(asked, f"a codebook has 2^bits levels at {', '.join(map(str, LEVEL_BITS))} bits, found {len(self.levels)}", "leave levels out")
 
     @property
     def rows(self) -> int:
@@ -98,8 +105,18 @@ class PageFormat:
 
     @cached_property
     def native(self) -> tuple[int, int, int, int]:
-        """The format as native code takes it."""
+        """The format as native code takes it, without its codebook."""
         return SIDES.index(self.side), self.bits, self.group, self.head_dim
+
+    @property
+    def levels_pointer(self) -> int:
+        """Address of the codebook, float32 [2^bits]; 0 for none."""
+        return 0 if self.levels is None else _codebook(self.levels).data_ptr()
+
+
+@functools.cache  # for good: pages of these formats hold its address
+def _codebook(levels: tuple[float, ...]) -> torch.Tensor:
+    return torch.tensor(levels, dtype=torch.float32)
 
 
 def _rows(t: torch.Tensor | None) -> tuple[int, ...]:
@@ -154,13 +171,14 @@ def pack_page(x: torch.Tensor, fmt: PageFormat, codes: torch.Tensor, params: tor
     """
     x = _check_pack(x, fmt, codes, params)
     if x.numel():
-        _native.cpu.kv_pack(fmt.native, _rows(x), x.shape[0], x.shape[1], codes.data_ptr(), params.data_ptr(), torch.get_num_threads())
+        _native.cpu.kv_pack(fmt.native, _rows(x), x.shape[0], x.shape[1], codes.data_ptr(), params.data_ptr(), fmt.levels_pointer,
+                            torch.get_num_threads())
 
 
 def pack_page_ref(x: torch.Tensor, fmt: PageFormat, codes: torch.Tensor, params: torch.Tensor) -> None:
     """The twin of :func:`pack_page`."""
     x = _check_pack(x, fmt, codes, params)
-    _native.cpu.kv_pack_ref(fmt.native, _rows(x), x.shape[0], x.shape[1], codes.data_ptr(), params.data_ptr())
+    _native.cpu.kv_pack_ref(fmt.native, _rows(x), x.shape[0], x.shape[1], codes.data_ptr(), params.data_ptr(), fmt.levels_pointer)
 
 
 def _unpack(native, codes: torch.Tensor, params: torch.Tensor, fmt: PageFormat, batch: int, dtype: torch.dtype, *threads: int) -> torch.Tensor:
@@ -172,7 +190,7 @@ def _unpack(native, codes: torch.Tensor, params: torch.Tensor, fmt: PageFormat, 
     if batch < 1 or heads % batch:
         raise ShapeError(asked, f"the batch must divide the {heads} heads, it is {batch}", "give the batch that the page was packed with")
     out = torch.empty(batch, heads // batch, PAGE, fmt.head_dim, dtype=dtype)
-    native(fmt.native, codes.data_ptr(), params.data_ptr(), heads, out.data_ptr(), TYPES[dtype], *threads)
+    native(fmt.native, codes.data_ptr(), params.data_ptr(), fmt.levels_pointer, heads, out.data_ptr(), TYPES[dtype], *threads)
     return out
 
 
@@ -189,37 +207,63 @@ def unpack_page_ref(codes: torch.Tensor, params: torch.Tensor, fmt: PageFormat, 
 # ----------------------------------------------------------------------------------------------------------------- page table
 
 
+@dataclass(frozen=True)
+class PageMix:
+    """Pages of two kinds: of each ``round`` pages the first ``high`` have the formats of their table, the others ``key`` and ``value``."""
+
+    key: PageFormat
+    value: PageFormat
+    high: int
+    round: int
+
+    @property
+    def native(self) -> tuple:
+        return self.key.native, self.value.native, self.key.levels_pointer, self.value.levels_pointer, self.high, self.round
+
+
 class PageTable:
     """The pages of one layer in order, as :func:`attend` reads them. Keeps their tensors alive.
 
     Appending costs a few microseconds whatever the length; anything else (crop, reorder) is a new table over new or old tensors.
     """
 
-    __slots__ = ("key", "value", "heads", "_pages", "_pointers")
+    __slots__ = ("key", "value", "heads", "rope", "mix", "_pages", "_pointers", "_turns")
     device = CPU  # of all pages
 
-    def __init__(self, key: PageFormat, value: PageFormat, heads: int):
-        """A table of no pages, each to hold ``heads`` = B * Hkv heads. Raises FormatError if the sides do not go together."""
-        if (key.side, value.side) != SIDES or key.head_dim != value.head_dim:
-            raise FormatError(f"a KV cache of {key} and {value}", "it needs keys and values of one head dimension", "give them in this order")
-        self.key, self.value, self.heads = key, value, heads
+    def __init__(self, key: PageFormat, value: PageFormat, heads: int, rope: RopeTables | None = None, mix: PageMix | None = None):
+        """A table of no pages, each to hold ``heads`` = B * Hkv heads; with ``rope``, keys are those before the rotary embedding; with ``mix``, some pages have
+        other formats.
+
+        Raises FormatError if the formats do not go together, or the embedding turns more channels than a head has.
+        """
+        for k, v in ((key, value), *(((mix.key, mix.value),) if mix else ())):
+            if (k.side, v.side) != SIDES or {k.head_dim, v.head_dim} != {key.head_dim}:
+                raise FormatError(f"a KV cache of {k} and {v}", "it needs keys and values of one head dimension", "give them in this order")
+        if rope is not None and 2 * rope.rope.half > key.head_dim:
+            raise FormatError(f"a KV cache of {key}", f"the rotary embedding turns {2 * rope.rope.half} channels, a head has {key.head_dim}",
+                              "check the model's config")
+        self.key, self.value, self.heads, self.rope, self.mix = key, value, heads, rope, mix
         self._pages: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]] = []
         self._pointers = torch.empty(8, 4, dtype=torch.int64)
+        self._turns: torch.Tensor | None = None  # of the pages; what is held here does not go when the tables grow
 
     def append(self, k_codes: torch.Tensor, k_params: torch.Tensor, v_codes: torch.Tensor, v_params: torch.Tensor) -> None:
         """Adds a page: codes uint8 [heads, code_bytes] and params fp16 [heads, *params_shape] of both sides. Raises ShapeError."""
         asked = f"page {len(self._pages)} of a KV cache of {self.heads} heads"
-        _check_page(f"{asked}, keys", self.key, self.heads, k_codes, k_params, self.device)
-        _check_page(f"{asked}, values", self.value, self.heads, v_codes, v_params, self.device)
         n = len(self._pages)
+        key, value = self.formats(n)
+        _check_page(f"{asked}, keys", key, self.heads, k_codes, k_params, self.device)
+        _check_page(f"{asked}, values", value, self.heads, v_codes, v_params, self.device)
         if n == len(self._pointers):
             self._pointers = torch.cat([self._pointers, torch.empty_like(self._pointers)])
         self._pages.append((k_codes, k_params, v_codes, v_params))
         self._pointers[n] = torch.tensor([t.data_ptr() for t in self._pages[n]])
+        if self.rope is not None:
+            self._turns = self.rope.pages(n + 1)
 
     def __reduce__(self):
         """Copies and pickles are built anew: the addresses are those of the copied tensors."""
-        return _table_of, (self.key, self.value, self.heads, self._pages)
+        return _table_of, (self.key, self.value, self.heads, self._pages, self.rope, self.mix)
 
     def __len__(self) -> int:
         return len(self._pages)
@@ -228,18 +272,32 @@ class PageTable:
         """(k_codes, k_params, v_codes, v_params) of page ``i``."""
         return self._pages[i]
 
+    def formats(self, i: int) -> tuple[PageFormat, PageFormat]:
+        """Of the keys and the values of page ``i``."""
+        mix = self.mix
+        return (self.key, self.value) if mix is None or i % mix.round < mix.high else (mix.key, mix.value)
+
     def nbytes(self) -> int:
         """Bytes of all pages."""
-        return len(self._pages) * self.heads * (self.key.page_bytes + self.value.page_bytes)
+        if self.mix is None:
+            return len(self._pages) * self.heads * (self.key.page_bytes + self.value.page_bytes)
+        return self.heads * sum(f.page_bytes for i in range(len(self._pages)) for f in self.formats(i))
 
     @property
     def pointers(self) -> int:
         """Address of int64 [pages][4], for native code."""
         return self._pointers.data_ptr()
 
+    @property
+    def reading(self) -> tuple[int, int, int, int, int]:
+        """What native code reads pages with beside their formats: addresses of the codebooks of keys and of values, of the turns of pages and of tokens (see
+        ``RopeTables``), and half the channels that are turned; 0 for none."""
+        turns = (0, 0, 0) if self._turns is None else (self._turns.data_ptr(), self.rope.tokens.data_ptr(), self.rope.rope.half)
+        return self.key.levels_pointer, self.value.levels_pointer, *turns
 
-def _table_of(key: PageFormat, value: PageFormat, heads: int, pages: list) -> PageTable:
-    table = PageTable(key, value, heads)
+
+def _table_of(key: PageFormat, value: PageFormat, heads: int, pages: list, rope: RopeTables | None, mix: PageMix | None) -> PageTable:
+    table = PageTable(key, value, heads, rope, mix)
     for page in pages:
         table.append(*page)
     return table
@@ -248,7 +306,7 @@ def _table_of(key: PageFormat, value: PageFormat, heads: int, pages: list) -> Pa
 # --------------------------------------------------------------------------------------------------------------------- attend
 
 
-def _check_attend(q: torch.Tensor, pages: PageTable, parts: dict[str, torch.Tensor | None], mask, window: int, softcap: float, out,
+def _check_attend(q: torch.Tensor, pages: PageTable, parts: dict[str, torch.Tensor | None], mask, window: int, softcap: float, out, lse=None,
                   device: torch.device = CPU) -> int:
     """Raises ShapeError; returns the number of key tokens. Runs before every call of a kernel that may take ten microseconds: no text is made in vain."""
     d = pages.key.head_dim
@@ -285,12 +343,14 @@ def _check_attend(q: torch.Tensor, pages: PageTable, parts: dict[str, torch.Tens
         refuse(f"softcap must be positive, or 0 for none, it is {softcap}", "pass 0 for no cap")
     if out is not None and not (out.device == device and out.shape == q.shape and out.dtype == q.dtype and out.stride(3) == 1):
         refuse(f"out must be like q with channels of unit stride, it is {_say(out)}", "leave it out")
+    if lse is not None and not (lse.is_cpu and lse.dtype == torch.float32 and lse.shape == q.shape[:3] and lse.is_contiguous()):
+        refuse(f"lse must be a contiguous float32 tensor of {tuple(q.shape[:3])} on the CPU, it is {_say(lse)}", "leave it out")
     return total
 
 
-def _attend(native, q, pages, sink_k, sink_v, tail_k, tail_v, scale, causal, window, softcap, mask, out, *threads):
+def _attend(native, q, pages, sink_k, sink_v, tail_k, tail_v, scale, causal, window, softcap, mask, out, lse, *threads):
     parts = {"sink_k": sink_k, "sink_v": sink_v, "tail_k": tail_k, "tail_v": tail_v}
-    total = _check_attend(q, pages, parts, mask, window, softcap, out)
+    total = _check_attend(q, pages, parts, mask, window, softcap, out, lse)
     if out is None:
         batch, hq, tq, d = q.shape
         out = q.new_empty(batch, tq, hq, d).transpose(1, 2)
@@ -302,14 +362,16 @@ def _attend(native, q, pages, sink_k, sink_v, tail_k, tail_v, scale, causal, win
     if mask is not None:
         mask = mask if mask.stride(-1) == 1 else mask.contiguous()
         visible = mask.data_ptr(), mask.stride(0), mask.stride(1) if mask.dim() == 3 else 0
-    native(pages.key.native, pages.value.native, tuple(q.shape[:3]), _rows(q), _rows(out), (pages.pointers, len(pages), pages.heads), *map(_rows, parts), total,
-           q.shape[3] ** -0.5 if scale is None else float(scale), causal, window, softcap, visible, *threads)
+    native(pages.key.native, pages.value.native, (*q.shape[:3], 0 if lse is None else lse.data_ptr()), _rows(q), _rows(out),
+           (pages.pointers, len(pages), pages.heads, *pages.reading, () if pages.mix is None else pages.mix.native),
+           *map(_rows, parts), total, q.shape[3] ** -0.5 if scale is None else float(scale), causal, window, softcap, visible, *threads)
     return out
 
 
 def attend(q: torch.Tensor, pages: PageTable, sink_k: torch.Tensor | None = None, sink_v: torch.Tensor | None = None,
            tail_k: torch.Tensor | None = None, tail_v: torch.Tensor | None = None, *, scale: float | None = None, causal: bool = True,
-           window: int = 0, softcap: float = 0.0, mask: torch.Tensor | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
+           window: int = 0, softcap: float = 0.0, mask: torch.Tensor | None = None, out: torch.Tensor | None = None,
+           lse: torch.Tensor | None = None) -> torch.Tensor:
     """Attention of q over a cache: sink tokens, then the pages, then the tail, in this order of positions.
 
     Args:
@@ -323,16 +385,18 @@ def attend(q: torch.Tensor, pages: PageTable, sink_k: torch.Tensor | None = None
         softcap: scores become softcap * tanh(score / softcap); 0: none.
         mask: bool [B, total], the keys that may be seen (left padding), or [B, Tq, total]; or None.
         out: where the result goes, [B, Hq, Tq, D] of q's type with any strides but unit ones along D.
+        lse: float32 [B, Hq, Tq], where the logarithm of each query's sum of exponentials goes (-inf if it sees no key); or None.
 
     Returns:
         ``out``, or a fresh [B, Hq, Tq, D] view of memory in the order [B, Tq, Hq, D]. Products, sums and softmax are float32, and the order of
         all sums depends on the shapes alone: not on the number of threads. A query that sees no key gives zeros. Raises ShapeError.
     """
-    return _attend(_native.cpu.kv_attend, q, pages, sink_k, sink_v, tail_k, tail_v, scale, causal, window, softcap, mask, out, torch.get_num_threads())
+    return _attend(_native.cpu.kv_attend, q, pages, sink_k, sink_v, tail_k, tail_v, scale, causal, window, softcap, mask, out, lse, torch.get_num_threads())
 
 
 def attend_ref(q: torch.Tensor, pages: PageTable, sink_k: torch.Tensor | None = None, sink_v: torch.Tensor | None = None,
                tail_k: torch.Tensor | None = None, tail_v: torch.Tensor | None = None, *, scale: float | None = None, causal: bool = True,
-               window: int = 0, softcap: float = 0.0, mask: torch.Tensor | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
+               window: int = 0, softcap: float = 0.0, mask: torch.Tensor | None = None, out: torch.Tensor | None = None,
+               lse: torch.Tensor | None = None) -> torch.Tensor:
     """The twin of :func:`attend`: plain loops over the packed codes, double accumulation."""
-    return _attend(_native.cpu.kv_attend_ref, q, pages, sink_k, sink_v, tail_k, tail_v, scale, causal, window, softcap, mask, out)
+    return _attend(_native.cpu.kv_attend_ref, q, pages, sink_k, sink_v, tail_k, tail_v, scale, causal, window, softcap, mask, out, lse)

@@ -1,7 +1,7 @@
 """What a packed KV cache means, read from docs/formats.md alone: numpy, float64 wherever the document does not say float32.
 
 Deliberately naive: it shares no line with the C++ sources, so that a mistake in one of them shows up as a difference. ``fmt`` is anything
-with ``side``, ``bits``, ``group`` and ``head_dim``, such as ``ops.PageFormat``.
+with ``side``, ``bits``, ``group``, ``head_dim`` and ``levels``, such as ``ops.PageFormat``.
 """
 
 from __future__ import annotations
@@ -33,17 +33,24 @@ def _geometry(fmt) -> tuple[int, int, int, int]:
     return rows, columns, group, -(-rows // group)
 
 
-def quantize(matrix: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """One group [rows, columns] float32 as (codes 0 .. 2^bits - 1, scales fp16 [columns], zeros fp16 [columns])."""
+def quantize(matrix: np.ndarray, bits: int, levels: tuple[float, ...] | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """One group [rows, columns] float32 as (codes 0 .. 2^bits - 1, scales fp16 [columns], zeros fp16 [columns]); ``levels``: a codebook."""
     top = np.float32(2**bits - 1)
     bad = ~np.isfinite(matrix).all(axis=0)
     number = np.where(bad, np.float32(0), matrix)
     smallest, largest = number.min(axis=0) + np.float32(0), number.max(axis=0) + np.float32(0)  # -0 + 0 = 0
     with np.errstate(over="ignore", divide="ignore"):
-        s = np.minimum((largest - smallest) / top, np.float32(65504)).astype(np.float16)
-        z = np.clip(smallest, np.float32(-65504), np.float32(65504)).astype(np.float16)
+        half = np.float32(0.5)
+        step, zero = ((largest - smallest) / top, smallest) if levels is None else (half * largest - half * smallest, half * largest + half * smallest)
+        s = np.minimum(step, np.float32(65504)).astype(np.float16)
+        z = np.clip(zero, np.float32(-65504), np.float32(65504)).astype(np.float16)
         inverse = np.where(s == 0, np.float32(0), np.float32(1) / s.astype(np.float32))
-        codes = np.rint(np.minimum(np.maximum((number - z.astype(np.float32)) * inverse, np.float32(0)), top))
+        steps = (number - z.astype(np.float32)) * inverse
+        if levels is None:
+            codes = np.rint(np.minimum(np.maximum(steps, np.float32(0)), top))
+        else:
+            level = np.asarray(levels, np.float32)
+            codes = np.where(bad, 0, (steps[None] > (half * (level[1:] + level[:-1]))[:, None, None]).sum(0))
     nan = np.array(0x7E00, np.uint16).view(np.float16)
     return codes.astype(np.uint32), np.where(bad, nan, s), np.where(bad, nan, z)
 
@@ -61,7 +68,7 @@ def pack(x: np.ndarray, fmt) -> tuple[bytes, np.ndarray]:
     params = np.empty((groups, 2, columns), np.float16)
     for g in range(groups):
         part = slice(g * group, min((g + 1) * group, rows))
-        codes, params[g, 0], params[g, 1] = quantize(matrix[part], fmt.bits)
+        codes, params[g, 0], params[g, 1] = quantize(matrix[part], fmt.bits, fmt.levels)
         stored[part, :columns] = codes ^ (1 << (fmt.bits - 1))
     words = np.zeros((rows // 16, padded // 32, fmt.bits, 16), "<u4")
     for tile in range(rows // 16):
@@ -86,10 +93,19 @@ def unpack(codes: bytes, params: np.ndarray, fmt) -> np.ndarray:
             for code, parts in enumerate(places(fmt.bits)):
                 for word, bit, first, count in parts:
                     stored[16 * tile : 16 * tile + 16, 32 * stripe + code] |= (words[tile, stripe, word] >> bit & ((1 << count) - 1)) << first
-    q = (stored[:, :columns] ^ (1 << (fmt.bits - 1))).astype(np.float64)
+    q = (stored[:, :columns] ^ (1 << (fmt.bits - 1))).astype(np.float64) if fmt.levels is None else \
+        np.asarray(fmt.levels, np.float64)[stored[:, :columns] ^ (1 << (fmt.bits - 1))]
     of_row = np.arange(rows) // group
     matrix = params[of_row, 0].astype(np.float64) * q + params[of_row, 1].astype(np.float64)
     return matrix if fmt.side == "keys" else matrix.T
+
+
+def turn(x: np.ndarray, start: int, frequencies: np.ndarray) -> np.ndarray:
+    """x [..., tokens, D] at positions ``start`` on, each pair of channels (c, c + half) turned by position * frequencies[c], as complex numbers."""
+    half = len(frequencies)
+    angles = (start + np.arange(x.shape[-2]))[:, None] * np.asarray(frequencies, np.float64)
+    pairs = (x[..., :half] + 1j * x[..., half : 2 * half]) * np.exp(1j * angles)
+    return np.concatenate([pairs.real, pairs.imag, x[..., 2 * half :]], -1)
 
 
 def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float | None = None, causal: bool = True, window: int = 0, softcap: float = 0.0,

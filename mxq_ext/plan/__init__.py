@@ -3,8 +3,8 @@
 from .allocate import FrontPoint, choose, pareto_front, plan_of, solve
 from .joint import solve_joint, solve_kv
 from .knapsack import Allocation
-from .kv import KVPlan, KVSpec
+from .kv import KVPlan, KVSpec, Mixed
 from .schema import KEEP, Bands, Decision, Plan
 
-__all__ = ["KEEP", "Allocation", "Bands", "Decision", "FrontPoint", "KVPlan", "KVSpec", "Plan", "choose", "pareto_front", "plan_of", "solve",
+__all__ = ["KEEP", "Allocation", "Bands", "Decision", "FrontPoint", "KVPlan", "KVSpec", "Mixed", "Plan", "choose", "pareto_front", "plan_of", "solve",
            "solve_joint", "solve_kv"]

@@ -12,21 +12,80 @@ Layers count from 0 in the order of the decoder blocks. A layer that the model d
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 
 from ..errors import PlanError
 
 BITS = (2, 3, 4, 8, 16)  #: code bits of keys and of values, independently; 16 is float16
 GROUPS = (32, 64, 128)
+MAX_ROUND = 16  #: pages of one kind in a round of mixed pages
 KEEP = "keep"  #: the entry of a layer that stays in float
+NORMAL = "normal"  #: the codebooks of :data:`NORMAL_LEVELS`
+#: bits -> the levels of least mean squared error for 64 normal numbers scaled to -1 .. 1 by their own range, symmetric. Against the uniform grid from the
+#: smallest to the largest the error is 0.56 times as large at 2 bits, 0.77 at 3 and 0.84 at 4.
+NORMAL_LEVELS = {bits: (*(-x for x in reversed(upper)), *upper) for bits, upper in {
+    2: (0.1978, 0.6621), 3: (0.1025, 0.3159, 0.559, 0.8809), 4: (0.0504, 0.1522, 0.2569, 0.3672, 0.4862, 0.6188, 0.7738, 0.9688)}.items()}
 
 _FIX = 'write for example {"key": 4, "value": 4}, or {"default": {"key": 4, "value": 4}, "layers": {"0": {"key": 8, "value": 8}}}'
 
 
 def _refuse(where: str, name: str, value: object, rule: str, fix: str) -> PlanError:
     return PlanError(f"{where}: {name} {value!r}", rule, fix)
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """Bits by token (ZipCache, He et al. 2024, arXiv 2405.14256; MiKV, Yang et al. 2024, arXiv 2402.18096). Raises PlanError for values that do not exist.
+
+    Pages are made in rounds of ``high + low``: of the oldest tokens beyond the window those that queries looked at most fill ``high`` pages with the bits
+    of the spec, the others ``low`` pages with the bits given here.
+
+    Attributes:
+        key, value: code bits of tokens that are not salient.
+        high, low: pages of a round.
+        accumulated: tokens are ranked by the attention that they received in all (MiKV), and not by its mean over the queries that could see them
+            (ZipCache); the former favours old tokens.
+    """
+
+    key: int = 2
+    value: int = 2
+    high: int = 3
+    low: int = 2
+    accumulated: bool = False
+
+    def __post_init__(self):
+        where = "kv spec: mixed"
+        for name in ("key", "value"):
+            if isinstance(have := getattr(self, name), bool) or have not in BITS:
+                raise _refuse(where, name, have, f"it must be one of {', '.join(map(str, BITS))}", "choose one of them")
+        for name in ("high", "low"):
+            if isinstance(have := getattr(self, name), bool) or not isinstance(have, int) or not 1 <= have <= MAX_ROUND:
+                raise _refuse(where, name, have, f"it is a number of pages of a round, 1 to {MAX_ROUND}", "write for example 3 and 2")
+        if not isinstance(self.accumulated, bool):
+            raise _refuse(where, "accumulated", self.accumulated, "it must be true or false", "write true or false")
+
+    @property
+    def pages(self) -> int:
+        """Of a round."""
+        return self.high + self.low
+
+    @property
+    def name(self) -> str:
+        return f"mix{self.high}.{self.low}k{self.key}v{self.value}{'a' * self.accumulated}"
+
+    @staticmethod
+    def parse(value: object) -> Mixed:
+        """From its JSON object; a Mixed as it is. Raises PlanError."""
+        if isinstance(value, Mixed):
+            return value
+        names = [f.name for f in fields(Mixed)]
+        if not isinstance(value, Mapping) or any(k not in names for k in value):
+            raise _refuse("kv spec", "mixed", value, f"it is an object of {', '.join(names)}", 'write for example {"key": 2, "value": 2, "high": 3, "low": 2}')
+        return Mixed(**value)
 
 
 @dataclass(frozen=True)
@@ -44,6 +103,12 @@ class KVSpec:
             Queries are multiplied along, outputs back. Head dimensions must be powers of two.
         budget: bytes of the layer's pages (those of all sequences) at which they all shrink to half their bits, in place and from their codes: 16 to 8,
             8 to 4, 4 to 2, as often as needed (PM-KVQ); ``key`` and ``value`` are what they begin with. At 2 bits they grow on. None: never.
+        pre_rope: pages hold keys before the rotary embedding, which is applied while they are read (KVQuant; ``kv.rope``).
+        levels: codebooks in place of uniform grids: a code stands for ``s * level + z``, with ``s`` half the range of the group and ``z`` its middle.
+            ``"normal"`` for :data:`NORMAL_LEVELS`, or (levels of keys, levels of values), each 2^bits ascending numbers within -1 .. 1, which are
+            rounded to float16. Only with 2, 3 or 4 bits on both sides. None: uniform grids.
+        mixed: bits by token: ``key`` and ``value`` are those of salient tokens, the others have fewer. Not with pre_rope, whose pages are of neighbours, nor
+            with a budget or codebooks of a plan's own, which are made for one width. None: all tokens alike.
     """
 
     key: int = 4
@@ -53,6 +118,9 @@ class KVSpec:
     sink: int = 0
     rotate: bool = False
     budget: int | None = None
+    pre_rope: bool = False
+    levels: str | tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    mixed: Mixed | None = None
 
     def __post_init__(self):
         where = "kv spec"
@@ -64,20 +132,53 @@ class KVSpec:
             have = getattr(self, name)
             if isinstance(have, bool) or not isinstance(have, int) or have < 0:
                 raise _refuse(where, name, have, "it is a number of tokens, 0 or more", "write for example 64")
-        if not isinstance(self.rotate, bool):
-            raise _refuse(where, "rotate", self.rotate, "it must be true or false", "write true or false")
+        for name in ("rotate", "pre_rope"):
+            if not isinstance(have := getattr(self, name), bool):
+                raise _refuse(where, name, have, "it must be true or false", "write true or false")
+        if self.rotate and self.pre_rope:
+            raise _refuse(where, "pre_rope", True, "the Hadamard matrix of rotate mixes the channels that the rotary embedding turns", "choose one of them")
         if self.budget is not None:
             if isinstance(self.budget, bool) or not isinstance(self.budget, int) or self.budget < 1:
                 raise _refuse(where, "budget", self.budget, "it is a number of bytes, 1 or more", "leave it out for none")
             if 3 in (self.key, self.value):
                 raise _refuse(where, "budget", self.budget, "pages of 3 bits cannot be halved", "begin with 16, 8 or 4 bits")
+            if self.levels is not None:
+                raise _refuse(where, "budget", self.budget, "pages are halved from codes of uniform grids, these have codebooks", "leave one of them out")
+        if self.levels is not None:
+            object.__setattr__(self, "levels", _checked_levels(self.levels, (self.key, self.value), where))
+
+        if self.mixed is not None:
+            object.__setattr__(self, "mixed", Mixed.parse(self.mixed))
+            if self.pre_rope or self.budget is not None or self.levels not in (None, NORMAL):
+                raise _refuse(where, "mixed", self.mixed.name, "it does not go with pre_rope, a budget, or codebooks of one width", "leave one of them out")
+            if self.levels is not None:
+                _checked_levels(self.levels, (self.mixed.key, self.mixed.value), where)
+
+    @property
+    def low(self) -> KVSpec:
+        """What tokens that are not salient are kept in, for a spec with ``mixed``."""
+        return replace(self, key=self.mixed.key, value=self.mixed.value, mixed=None)
+
+    @property
+    def round_pages(self) -> int:
+        """Pages that are made at a time."""
+        return 1 if self.mixed is None else self.mixed.pages
+
+    def codebook(self, side: int) -> tuple[float, ...] | None:
+        """The levels of keys (0) or values (1), ascending; None for a uniform grid."""
+        if self.levels is None:
+            return None
+        return _halves(NORMAL_LEVELS[(self.key, self.value)[side]]) if self.levels == NORMAL else self.levels[side]
 
     @property
     def name(self) -> str:
-        """For example ``k4v2g64``, with what differs from the defaults appended: ``k4v2g64_r128_s4_rot``."""
+        """For example ``k4v2g64``, with what differs from the defaults appended: ``k4v2g64_r128_s4_rot``. ``_book``, for codebooks of a plan's own, is not
+        enough to find the spec again."""
         default = KVSpec()
         rest = [f"r{self.residual}"] * (self.residual != default.residual) + [f"s{self.sink}"] * (self.sink != default.sink) + ["rot"] * self.rotate
-        rest += [] if self.budget is None else [f"b{self.budget}"]
+        rest += [f"b{self.budget}"] * (self.budget is not None) + ["pre"] * self.pre_rope
+        rest += [] if self.levels is None else ["normal" if self.levels == NORMAL else "book"]
+        rest += [] if self.mixed is None else [self.mixed.name]
         return "_".join([f"k{self.key}v{self.value}g{self.group}", *rest])
 
     def __str__(self) -> str:
@@ -86,13 +187,18 @@ class KVSpec:
     @staticmethod
     def named(name: str) -> KVSpec:
         """The spec of a :attr:`name`; what is left out of it has its default, so ``k4v2`` will do. Raises PlanError."""
-        found = re.fullmatch(r"k(\d+)v(\d+)(?:g(\d+))?(?:_r(\d+))?(?:_s(\d+))?(_rot)?(?:_b(\d+))?", name)
+        found = re.fullmatch(r"k(\d+)v(\d+)(?:g(\d+))?(?:_r(\d+))?(?:_s(\d+))?(_rot)?(?:_b(\d+))?(_pre)?(_normal)?"
+                             r"(?:_mix(\d+)\.(\d+)k(\d+)v(\d+)(a)?)?", name)
         if found is None:
             raise PlanError(f"kv spec {name!r}", "it is k, bits of keys, v, bits of values, and what differs from the defaults of g (group), _r (residual), _s "
-                            "(sink), _rot, _b (budget), in this order", "write for example k4v2g64 or k4v2g32_r128_s4")
-        *five, _, budget = found.groups()
+                            "(sink), _rot, _b (budget), _pre (pre_rope), _normal (levels), _mix (mixed), in this order; codebooks of its own are in the "
+                            "plan's file",
+                            "write for example k4v2g64 or k4v2g32_r128_s4, or name the file")
+        *five, _, budget, pre_rope, normal, high, low, low_key, low_value, accumulated = found.groups()
         numbers = zip(("key", "value", "group", "residual", "sink", "budget"), (*five, budget), strict=True)
-        return KVSpec(**{field: int(n) for field, n in numbers if n is not None}, rotate=found[6] is not None)
+        return KVSpec(**{field: int(n) for field, n in numbers if n is not None}, rotate=found[6] is not None,
+                      pre_rope=pre_rope is not None, levels=NORMAL if normal else None,
+                      mixed=None if high is None else Mixed(int(low_key), int(low_value), int(high), int(low), accumulated is not None))
 
     @staticmethod
     def parse(value: object, where: str = "kv spec") -> KVSpec:
@@ -103,10 +209,9 @@ class KVSpec:
             raise PlanError(f"{where} {value!r}", f"an object with bits of keys and values is expected, found {type(value).__name__}", _FIX)
         names = [f.name for f in fields(KVSpec)]
         for key in value:
-            if key == "pre_rope":
-                if value[key] not in (None, False):
-                    raise _refuse(where, key, value[key], "keys are kept after the rotary embedding, there is no other way yet", "leave it out")
-            elif key not in names:
+            if key == "outliers":
+                raise _refuse(where, key, value[key], "pages hold codes alone, there is no room for sparse numbers", "leave it out, or use a width more")
+            if key not in names:
                 raise PlanError(f"{where}: key {key!r}", f"a spec has the keys {', '.join(names)}", _FIX)
         try:
             return KVSpec(**{n: value[n] for n in names if n in value})
@@ -114,8 +219,28 @@ class KVSpec:
             raise PlanError(e.asked.replace("kv spec", where, 1), e.rule, e.fix) from None
 
     def to_json(self) -> dict:
-        """Every field; without a budget there is no such key, as in plans that were written before there were any."""
-        return {k: v for k, v in asdict(self).items() if k != "budget" or v is not None}
+        """Every field, but those that came later only where they differ from their defaults: plans that were written before read the same."""
+        out = {k: v for k, v in asdict(self).items() if k not in ("budget", "pre_rope", "levels", "mixed") or v not in (None, False)}
+        return out | ({"levels": [list(x) for x in self.levels]} if isinstance(self.levels, tuple) else {})
+
+
+def _halves(levels: Sequence[float]) -> tuple[float, ...]:
+    """Rounded to float16, so that scale times level is exact in float32."""
+    return tuple(struct.unpack("e", struct.pack("e", x))[0] for x in levels)
+
+
+def _checked_levels(levels: object, bits: tuple[int, int], where: str) -> str | tuple[tuple[float, ...], tuple[float, ...]]:
+    if any(b not in NORMAL_LEVELS for b in bits):
+        raise _refuse(where, "levels", levels, f"codebooks have 2, 3 or 4 bits, the spec {bits[0]} for keys and {bits[1]} for values", "leave it out")
+    if levels == NORMAL:
+        return NORMAL
+    if not isinstance(levels, Sequence) or isinstance(levels, str) or len(levels) != 2:
+        raise _refuse(where, "levels", levels, f"it is {NORMAL!r}, or the levels of keys and those of values", f"write {NORMAL!r}")
+    for side, have, b in zip(("keys", "values"), levels, bits, strict=True):
+        numbers = isinstance(have, Sequence) and all(isinstance(x, int | float) and math.isfinite(x) and abs(x) <= 1 for x in have)
+        if not numbers or len(have) != 2**b or list(have) != sorted(have):
+            raise _refuse(where, f"levels of {side}", have, f"{b} bits have {2**b} ascending levels within -1 .. 1", f"write {NORMAL!r}, or as many numbers")
+    return _halves(levels[0]), _halves(levels[1])
 
 
 def _parse_entry(value: object, where: str) -> KVSpec | None:

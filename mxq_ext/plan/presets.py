@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from ..errors import PlanError
 from ..fileio import read_json
 from ..formats import Format
-from .kv import KVPlan, KVSpec
+from .kv import NORMAL, KVPlan, KVSpec, Mixed
 from .schema import Plan
 
 
@@ -86,16 +86,31 @@ class KVPreset:
 
 _KIVI = ("KIVI (Liu et al. 2024, arXiv 2402.02750): keys per channel by 32 tokens, values per token by 32 channels, float zeros, the newest 128 tokens exact. "
          "Pages of 64 leave that window one by one, where KIVI packs 128 keys at once and values one by one")
+_KVQUANT = ("KVQuant (Hooper et al. 2024, arXiv 2401.18079): keys before the rotary embedding, codebooks, the first tokens exact. Levels for normal numbers "
+            "instead of calibrated ones (the policy kvquant calibrates), scales of keys by 64 tokens instead of one from calibration, no sparse outliers, no "
+            "Q-Norm; up to 63 of the newest tokens are exact until their page is full")
+_TOKENS = ("the newest 64 tokens exact, and those that still wait for a round of pages; keys per channel, values per token; probes are every 16th query and "
+           "the newest 16 before a round. Tokens keep their bits")
 #: name -> policy
 KV_PRESETS: dict[str, KVPreset] = {
     "kivi4": KVPreset(KVSpec(4, 4, group=32, residual=128), _KIVI),
     "kivi2": KVPreset(KVSpec(2, 2, group=32, residual=128), _KIVI),
+    **{f"kvquant{bits}": KVPreset(KVSpec(bits, bits, residual=0, sink=4, pre_rope=True, levels=NORMAL), _KVQUANT) for bits in (4, 3, 2)},
+    "zipcache": KVPreset(KVSpec(4, 4, mixed=Mixed(2, 2, 3, 2)),
+                         "ZipCache (He et al. 2024, arXiv 2405.14256): 3 of 5 tokens with 4 bits, by the mean attention of those queries that could see "
+                         f"them, the others with 2, without its scales by channel of values; {_TOKENS}"),
+    "mikv": KVPreset(KVSpec(8, 8, mixed=Mixed(2, 2, 1, 3, accumulated=True)),
+                     "MiKV (Yang et al. 2024, arXiv 2402.18096): a quarter of the tokens with 8 bits, by accumulated attention, the others with 2; the share "
+                     f"and the bits are ours, and there is no balancer of channels; {_TOKENS}"),
 }
 
 
 @dataclass(frozen=True)
 class KVPolicy:
-    """A policy that chooses bits layer by layer from calibration (``pipeline.plan_kv``): what it measures, which pairs a layer may have, what all share."""
+    """A policy that calibrates layer by layer (``pipeline.plan_kv``): what it measures, which pairs a layer may have, what all share.
+
+    The metric :data:`CODEBOOK` chooses no bits: all layers have those asked for, and codebooks of their own.
+    """
 
     metric: str
     pairs: tuple[tuple[int, int], ...] | None
@@ -103,6 +118,7 @@ class KVPolicy:
     about: str
 
 
+CODEBOOK = "codebook"
 KV_POLICIES: dict[str, KVPolicy] = {
     "layerwise": KVPolicy("fisher", None, KVSpec(), "keys and values of each layer by themselves, second order of the KL: ours"),
     "kvtuner": KVPolicy("attention", ((8, 8), (8, 4), (4, 4), (4, 2), (2, 2)), KVSpec(group=32, residual=32),
@@ -111,16 +127,15 @@ KV_POLICIES: dict[str, KVPolicy] = {
     "pm_kvq": KVPolicy("first_order", ((4, 4), (2, 2)), KVSpec(group=64, residual=128, sink=1),
                        "PM-KVQ (Liu et al. 2025): 4 or 2 bits a layer by |g dK| + |g dV|, one sink token, 128 exact tokens. Labels are drawn from the model, "
                        "keys are grouped per channel, positions are not stretched and keys not smoothed; the shrink in place is KVSpec.budget"),
+    "kvquant": KVPolicy(CODEBOOK, None, KVSpec(residual=0, sink=4, pre_rope=True, levels=NORMAL),
+                        "KVQuant (Hooper et al. 2024, arXiv 2401.18079): keys before the rotary embedding, a codebook for the keys and one for the values of "
+                        "each layer by Fisher-weighted k-means. Scales of keys come from each 64 tokens instead of from calibration; no sparse outliers, no "
+                        "Q-Norm"),
 }
 
 #: Policies that pages cannot hold, and why. They are refused instead of being imitated.
 _REFUSED = {
-    "kvquant": ("its keys are quantized before the rotary embedding, with a codebook for each layer and sparse outliers; pages hold keys after it, on uniform "
-                "grids",
-                "the nearest that pages hold is per-channel keys with the first tokens exact: k3v3g64_s4"),
-    "zipcache": ("its tokens have bits of their own; all tokens of a page share theirs", "choose bits layer by layer instead: layerwise"),
-    "mikv": ("its tokens have bits of their own; all tokens of a page share theirs", "choose bits layer by layer instead: layerwise"),
-    "qaq": ("its tokens have bits of their own; all tokens of a page share theirs", "choose bits layer by layer instead: layerwise"),
+    "qaq": ("the bits of its tokens follow from a bound on the error of each; pages have two kinds of tokens, in fixed shares", "zipcache is the nearest"),
     "gear": ("it adds a low-rank part to what was rounded; pages hold codes alone", "use a width more, for example k4v4g32"),
 }
 
@@ -136,7 +151,7 @@ def find_kv(name: str | os.PathLike) -> KVPlan | None:
     if name in KV_PRESETS:
         return KVPlan.parse(KV_PRESETS[name].spec)
     if name in KV_POLICIES:
-        raise PlanError(f"kv preset {name!r}", "it chooses bits by calibration", "make its plan first, with pipeline.plan_kv(...), and name the file")
+        raise PlanError(f"kv preset {name!r}", "it is made by calibration", "make its plan first, with pipeline.plan_kv(...), and name the file")
     if name in _REFUSED:
         raise PlanError(f"kv preset {name!r}", *_REFUSED[name])
     if name.endswith(".json"):

@@ -45,7 +45,7 @@ _NAME = "mxq_kv_sense"
 class KVTrial(Protocol):
     """What a cache would do to one layer's keys or values; handed in, since this module knows no cache. All layers are alike."""
 
-    settings: dict  #: the fields of a KVSpec beside its bits: group, residual, sink, rotate
+    settings: dict  #: the fields of a KVSpec beside its bits: group, residual, sink, rotate, and pre_rope where it is so
     token_bytes: int  #: of one exact token, one side, all heads
 
     def round_trip(self, side: str, bits: int, x: torch.Tensor) -> torch.Tensor:
@@ -139,25 +139,41 @@ def sense_kv(model: nn.Module, tokens: torch.Tensor, bits: Sequence[int], *, tri
     """
     if metric not in METRICS:
         raise PlanError(f"KV metric {metric!r}", "it is unknown", f"choose one of {', '.join(METRICS)}")
-    tokens, settings = check_tokens(tokens).to(torch.int64), trial.settings
-    exact = settings["sink"] + settings["residual"] + PAGE
-    if tokens.shape[1] <= exact:
-        raise PlanError(f"KV sensitivity on windows of {tokens.shape[1]} tokens", f"the first page is read from token {exact + 1} on",
-                        "use longer windows, or a smaller residual")
-    blocks, head = decoder_blocks(model)[1], linears_of(model)[2] if metric != "attention" else None
+    tokens, settings, blocks = check_tokens(tokens).to(torch.int64), trial.settings, decoder_blocks(model)[1]
     loss = np.zeros((2 * len(blocks), len(bits)))
-    with frozen(model), _probed(model, settings["sink"], settings["residual"]) as probe:
-        calls = capture_calls(model, tokens)
-        for w in progress.track(range(tokens.shape[0]), "KV sensitivity"):
-            for i, layer, gradients in _walk(model, blocks, head, tokens[w : w + 1], calls, probe, window_uniform(seed, w, tokens.shape[1])):
-                for (s, side), (b, width) in itertools.product(enumerate(SIDES), enumerate(bits)):
-                    loss[2 * i + s, b] += _loss(metric, layer, gradients, s, trial.round_trip(side, width, layer.seen[s])) / tokens.shape[0]
+    for i, layer, gradients in _watched(model, tokens, settings["sink"], settings["residual"], metric != "attention", seed, progress):
+        for (s, side), (b, width) in itertools.product(enumerate(SIDES), enumerate(bits)):
+            loss[2 * i + s, b] += _loss(metric, layer, gradients, s, trial.round_trip(side, width, layer.seen[s])) / tokens.shape[0]
     for (row, b), value in np.ndenumerate(loss):
         if not is_number(value):
             raise PlanError(f"loss of the {SIDES[row % 2]} of layer {row // 2} at {bits[b]} bits", f"it is {value}", "check the model and the calibration text")
     pages = [[trial.page_bytes(side, width) for width in bits] for _ in blocks for side in SIDES]
     return KVTable(tuple(bits), loss, np.array(pages), trial.token_bytes, dict(settings),
                    {"metric": metric, "seed": seed, "windows": tokens.shape[0], "length": tokens.shape[1]})
+
+
+def watch_kv(model: nn.Module, tokens: torch.Tensor, *, sink: int, residual: int, seed: int = 0, progress: Progress = SILENT
+             ) -> Iterator[tuple[int, tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]]:
+    """(layer, keys and values, their gradients) of every window [W, T] and layer, each [1, heads, T, D]; keys after the rotary embedding.
+
+    Gradients are those of the loss, labels drawn from the model, through the queries that read a token from its page; 0 for tokens that none reads so.
+    Raises as :func:`sense_kv` does.
+    """
+    for i, layer, gradients in _watched(model, check_tokens(tokens).to(torch.int64), sink, residual, True, seed, progress):
+        yield i, layer.seen, tuple(gradients)
+
+
+def _watched(model, tokens, sink: int, residual: int, differentiate: bool, seed: int, progress: Progress) -> Iterator[tuple[int, _Layer, list | None]]:
+    """:func:`_walk` over all windows."""
+    exact = sink + residual + PAGE
+    if tokens.shape[1] <= exact:
+        raise PlanError(f"KV sensitivity on windows of {tokens.shape[1]} tokens", f"the first page is read from token {exact + 1} on",
+                        "use longer windows, or a smaller residual")
+    blocks, head = decoder_blocks(model)[1], linears_of(model)[2] if differentiate else None
+    with frozen(model), _probed(model, sink, residual) as probe:
+        calls = capture_calls(model, tokens)
+        for w in progress.track(range(tokens.shape[0]), "KV sensitivity"):
+            yield from _walk(model, blocks, head, tokens[w : w + 1], calls, probe, window_uniform(seed, w, tokens.shape[1]))
 
 
 def _walk(model, blocks, head, window, calls, probe: _Probe, uniform) -> Iterator[tuple[int, _Layer, list[torch.Tensor] | None]]:

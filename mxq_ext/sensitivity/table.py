@@ -33,7 +33,7 @@ class KVTable:
         loss: float64 [2 L, C]; row 2 i is the keys of layer i, row 2 i + 1 its values; unit as ``meta["metric"]`` says.
         page_bytes: int64 [2 L, C], a page of one sequence, all heads.
         token_bytes: of one exact token, one side of one layer, all heads.
-        settings: group, residual, sink, rotate: what all candidates have in common.
+        settings: group, residual, sink, rotate: what all candidates have in common; and pre_rope where it is so.
         meta: metric, seed, windows; plain JSON.
 
     Raises PlanError if shapes or values do not fit.
@@ -62,7 +62,7 @@ class KVTable:
              f"loss {self.loss.shape} and page_bytes {self.page_bytes.shape} must be [2 layers, {len(self.bits)} widths]")
         need(len(self.loss) and np.isfinite(self.loss).all() and (self.loss >= 0).all(), "losses must be finite and not negative")
         need((self.page_bytes > 0).all() and self.token_bytes > 0, "bytes must be positive")
-        need(isinstance(self.settings, dict) and set(self.settings) == set(self.SETTINGS), f"its settings are {', '.join(self.SETTINGS)}")
+        need(isinstance(self.settings, dict) and set(self.settings) - {"pre_rope"} == set(self.SETTINGS), f"its settings are {', '.join(self.SETTINGS)}")
 
     @property
     def layers(self) -> int:
