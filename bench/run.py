@@ -19,7 +19,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]  # the checkout wins over an installed package
 
 #: op -> module beside this file: arguments(parser), run(options) -> (results so far, Markdown of the newest) ...
-OPS = {"attention": "attention", "decode": "decode", "linear": "linear", "mixed": "mixed", "plan": "plan", "stack": "stack"}
+OPS = {"attention": "attention", "decode": "decode", "linear": "linear", "mixed": "mixed", "plan": "plan", "stack": "stack", "times": "times"}
 
 
 def main(argv: list[str] | None = None) -> None:
