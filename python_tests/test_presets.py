@@ -95,7 +95,7 @@ def test_any_part_can_be_replaced():
     for bad, match in (({"allocatr": "dp"}, "did you mean 'allocator'"), ({"allocator": "greddy"}, "did you mean 'greedy'"),
                        ({"unit": "row"}, "did you mean 'rows'"),
                        ({"transform": "hadamard"}, "transform 'hadamard'"), ({"solver": (("tolerence", 1),)}, "one of tolerance"),
-                       ({"activations": "a4"}, "a8")):
+                       ({"activations": "a4"}, "a8"), ({"scope": "unit"}, "share a budget within their linear")):
         with pytest.raises(PlanError, match=match):
             find_preset("mxq", **bad)
     with pytest.raises(PlanError, match="PART=VALUE"):
@@ -129,6 +129,16 @@ def test_sense_and_plan_by_preset(source, tmp_path):
         pipeline.plan_from_table(tmp_path / "cost.json", tmp_path / "plan.json", bits=3.2, preset="owq")
     with pytest.raises(BudgetError, match="over 0.02 less"):
         pipeline.plan_from_table(tmp_path / "cost.json", tmp_path / "plan.json", bits=6.0, preset="llm_mq")
+
+
+def test_bands_and_a_cache_are_not_planned_together(source, tmp_path):
+    with pytest.raises(PlanError, match="only plans of whole linears are joined"):
+        pipeline.quantize_checkpoint(source / "model", tmp_path / "q", nbytes=10**6, context=256, preset="owq", text=source / "calib.txt")
+
+
+def test_a_preset_brings_its_cache(source, tmp_path):
+    result = pipeline.quantize_model(small(), make_tokenizer(), bits=4.5, preset="nf4", changes={"kv": "kivi4"})
+    assert str(result.plan.kv.default) == "k4v4g32_r128" and result.model.mxq_kv is not None
 
 
 # Each paper's rule ------------------------------------------------------------------------------------------------------------------

@@ -174,6 +174,17 @@ def test_every_method_is_reached_by_name():
         choose(table, bits=3.3, method="simplex")
 
 
+@settings(max_examples=80, deadline=None)
+@given(problems())
+def test_every_point_of_the_sweep_is_optimal_for_its_own_size(problem):
+    loss, nbytes, _ = problem
+    hull, rows = knapsack.Hull(loss, nbytes), np.arange(len(loss))
+    for k in range(len(hull)):
+        choice, best = hull.choice(k), knapsack.brute(loss, nbytes, int(hull.nbytes[k]))
+        assert hull.loss[k] == pytest.approx(best.loss, rel=1e-9, abs=1e-9) == pytest.approx(float(loss[rows, choice].sum()), rel=1e-9, abs=1e-9)
+        assert int(nbytes[rows, choice].sum()) == hull.nbytes[k]
+
+
 def test_the_front_makes_choices_when_asked():
     table = big_table(9)
     front = pareto_front(table)

@@ -487,12 +487,6 @@ class Hull:
         return np.array([i.index[p] for i, p in zip(self._problem.items, positions, strict=True)], dtype=np.int64)
 
 
-def hull_front(loss, nbytes) -> list[tuple[int, float, np.ndarray]]:
-    """(bytes, loss, choice [U]) of every point of :class:`Hull`; for small tables, since every choice is written out."""
-    hull = Hull(loss, nbytes)
-    return [(int(hull.nbytes[k]), float(hull.loss[k]), hull.choice(k)) for k in range(len(hull))]
-
-
 def full_front(loss, nbytes, max_states: int = MAX_STATES) -> list[tuple[int, float, np.ndarray]]:
     """(bytes, loss, choice [U]) of every Pareto-optimal choice, smallest first: the value function of the dynamic program.
 

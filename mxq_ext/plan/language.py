@@ -71,6 +71,8 @@ class Preset:
                 raise PlanError(f"{part} {value!r} of a preset", f"it is one of {', '.join(str(k).lower() for k in known)}",
                                 f"did you mean {close[0]!r}?" if close else "choose one of them")
 
+        if self.scope == "unit" and self.unit not in ("rows", "cols"):
+            raise PlanError(f"scope unit of a preset by {self.unit}", "only rows and columns share a budget within their linear", "use the scope model")
         for name, value in self.solver:
             if name not in SOLVER or isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
                 raise PlanError(f"solver limit {name}={value!r} of a preset", f"it is a number >= 0 for one of {', '.join(SOLVER)}", "correct or remove it")
