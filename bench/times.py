@@ -13,15 +13,20 @@ import os
 import random
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 
 from mxq_ext.bench import TABLE_FORMATS, time_table
 from mxq_ext.evaluate import speed
+from mxq_ext.formats import Format
 from mxq_ext.hf import demo_model_path, load_model
 from mxq_ext.nn import replace_linear
-from mxq_ext.plan import Plan
+from mxq_ext.plan import Plan, choose, solve
 from mxq_ext.plan.times import TimeTable
-from mxq_ext.structure import find_units
+from mxq_ext.sensitivity.table import CostTable
+from mxq_ext.structure import Unit, find_units
+
+BITS = 4.3
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,6 +38,21 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prefill", type=int, default=128)
     parser.add_argument("--formats", type=lambda text: text.split(","), default=list(TABLE_FORMATS))
     parser.add_argument("--table", help="a file to keep the time table in, or to read it from when it is there")
+
+
+def limited(times: TimeTable, units: list[Unit], names: list[str]) -> Plan:
+    """A plan of 4.3 stored bits whose time is limited halfway between that of the best plan of this size and of the fastest, for losses that fall
+    fourfold per bit."""
+    formats = [Format.parse(f) for f in names]
+    nbytes, numel = np.array([[f.nbytes(*u.shape) for f in formats] for u in units]), np.array([u.numel for u in units])
+    loss = numel[:, None] * 4.0 ** (-8 * nbytes / numel[:, None]) * np.random.default_rng(0).lognormal(0, 1, (len(units), 1))
+    shapes = {u.name: {"shape": list(u.shape), "layer": u.layer, "embedding": u.kind == "embedding", "tied": list(u.tied)} for u in units}
+    table = times.fill(CostTable([u.name for u in units], names, loss, nbytes, numel, meta={"shapes": shapes}))
+    free = choose(table, bits=BITS).choice
+    fastest = choose(CostTable(table.units, names, table.seconds, nbytes, numel), bits=BITS).choice
+    rest, rows = times.rest[1] / 1e3, np.arange(len(units))
+    limit = rest + 1e3 * float(table.seconds[rows, free].sum() + table.seconds[rows, fastest].sum()) / 2
+    return solve(table, bits=BITS, max_seconds=times.room(limit), quantizer={"name": "rtn"}, meta={"limit_ms": limit})
 
 
 def run(options: argparse.Namespace) -> Iterator[tuple[dict, str]]:
@@ -50,11 +70,15 @@ def run(options: argparse.Namespace) -> Iterator[tuple[dict, str]]:
     plans = {f"random {i}": Plan(units={u.name: generator.choice(names) for u in units}, quantizer={"name": "rtn"}) for i in range(options.plans)}
     plans |= {f: Plan.uniform(f, quantizer={"name": "rtn"}) for f in names[:2]}
     rows, lines = [], ["| plan | predicted decode ms | measured | error | predicted prefill ms | measured | error |", "| --- |" + " ---: |" * 6]
+    plans["under a limit"] = limited(times, units, list(dict.fromkeys([*options.formats, *times.meta["reference"]])))
     for name, plan in plans.items():
         want = times.predict(units, plan.resolve(units))
         got = speed(replace_linear(copy.deepcopy(model), plan, fuse="auto"), prefill=options.prefill, repeats=options.repeats)
         row = {"plan": name, "stored_bits": plan.stored_bits(units), "predicted": want,
                "measured": {"decode_ms": 1e3 / got["decode_tokens_per_s"], "prefill_ms": 1e3 * options.prefill / got["prefill_tokens_per_s"]}}
+        if "limit_ms" in plan.meta:
+            row["limit_ms"] = plan.meta["limit_ms"]
+            name += f" of {row['limit_ms']:.2f} ms"
         rows.append(row)
         cells = [f"{want[k]:.2f} | {row['measured'][k]:.2f} | {want[k] / row['measured'][k] - 1:+.1%}" for k in ("decode_ms", "prefill_ms")]
         lines.append(f"| {name} | {' | '.join(cells)} |")

@@ -10,6 +10,7 @@ from conftest import make_model, make_tokenizer
 
 from mxq_ext import banding, checkpoint, pipeline
 from mxq_ext.banding import Layout, choose_layouts, compose
+from mxq_ext.decoding import Decoder
 from mxq_ext.errors import BudgetError, MxqError, PlanError
 from mxq_ext.formats import Format
 from mxq_ext.plan import Bands, Plan
@@ -56,6 +57,8 @@ def test_every_preset_of_the_literature_runs_saves_and_reloads_bit_equal(source,
     loaded, ids = checkpoint.load(tmp_path / "q", fuse=None), torch.arange(30)[None]
     with torch.no_grad():
         assert torch.equal(loaded(ids).logits, again.model(ids).logits)
+        fast = checkpoint.load(tmp_path / "q", fuse="layer")  # every layer in one native call, bands, permutations and sparse parts included
+        assert torch.allclose(Decoder(fast).step(ids), Decoder(loaded).step(ids), rtol=1e-3, atol=1e-3 if PRESETS[name].activations == "a8" else 1e-5)
     for unit in find_units(loaded):
         q = loaded.get_submodule(unit.name).qtensor()
         assert torch.equal(q.dequantize(), again.model.get_submodule(unit.name).qtensor().dequantize())

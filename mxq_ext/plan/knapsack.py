@@ -209,11 +209,11 @@ def _fill(items: list[Item], steps: Steps, budget: int) -> np.ndarray:
             positions[u], room = stop, room - dm
         else:
             blocked[u] = True  # the later steps of this item start from the one that was not taken
-    m, s, _ = _padded(items)
+    m, s, count = _padded(items)
     rows = np.arange(len(items))
     while True:
         # The largest candidate that fits is the best that fits: losses fall with bytes.
-        best = (m <= (m[rows, positions] + room)[:, None]).sum(axis=1) - 1
+        best = np.minimum((m <= (m[rows, positions] + room)[:, None]).sum(axis=1), count) - 1
         drop = s[rows, positions] - s[rows, best]
         u = int(drop.argmax())
         if drop[u] <= 0:
