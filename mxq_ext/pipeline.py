@@ -203,9 +203,10 @@ def quantize_model(model: nn.Module, tokenizer, *, bits: float | None = None, nb
         plan = uniform_plan(find_units(model), chosen, bits=bits, nbytes=nbytes)
     check_request(find_units(model), chosen, plan, bits=bits, nbytes=nbytes)
     if context is not None:
-        if chosen.unit != "linear" or chosen.allocator == "uniform":
-            raise PlanError(f"weights by {chosen.unit} ({chosen.allocator}) and a cache in one budget", "only plans of whole linears are joined with a cache",
-                            "drop context, or --set kv=k4v4g64 beside the weights' own budget")
+        if chosen.unit != "linear" or chosen.allocator == "uniform" or chosen.kv is not None:
+            what = f"a cache as {chosen.kv}" if chosen.kv is not None else f"weights by {chosen.unit} ({chosen.allocator})"
+            raise PlanError(f"{what} and a budget for weights and cache together", "only plans of whole linears are joined with a cache, whose bits they plan",
+                            "drop context, or set kv beside the weights' own budget")
         check_joint(model, chosen, kv or KVSpec(), nbytes=nbytes, context=context, batch=batch)
     with working_directory(work) as directory:
         table = stats = None
@@ -226,7 +227,7 @@ def quantize_model(model: nn.Module, tokenizer, *, bits: float | None = None, nb
                 else:
                     read = None if text is None else texts.read_text(text)
                     table.kv = make_kv_table(model, kv_tokens(tokenizer, read, context), kv, progress=progress)
-                    plan = solve_joint(table, nbytes=nbytes, context=context, batch=batch, quantizer=chosen.quantizer())
+                    plan = solve_joint(table, nbytes=nbytes, context=context, batch=batch, method=chosen.allocator, quantizer=chosen.quantizer())
             cache = plan.kv if chosen.kv is None else find_kv(chosen.kv)
             plan = dataclasses.replace(plan, activations=chosen.activations, kv=cache)
             if context is None:
@@ -472,6 +473,9 @@ def plan_from_table(cost_path, out, *, bits: float | None = None, nbytes: int | 
     table to its candidates, and gives allocator, quantizer, activations and cache; the table must have been measured with its metric. ``times`` names
     a time table of this machine: then the plan's meta and the result say what the plan will take, and ``max_ms_per_token`` limits it.
     """
+    if context is not None and find_preset(preset, **(changes or {})).kv is not None:
+        raise PlanError(f"a plan for a context of {context} tokens by a preset with a cache of its own", "the cache's bits are planned, or named, not both",
+                        "drop context, or the preset's kv")
     if max_ms_per_token is not None and (times is None or context is not None):
         raise BudgetError(f"a plan of at most {max_ms_per_token} ms for a token", "it needs a time table, and no budget for a cache beside it",
                           "measure one with `mxq bench MODEL --table times.json`, and give it as --times")

@@ -137,6 +137,8 @@ def test_sense_and_plan_by_preset(source, tmp_path):
 def test_bands_and_a_cache_are_not_planned_together(source, tmp_path):
     with pytest.raises(PlanError, match="only plans of whole linears are joined"):
         pipeline.quantize_checkpoint(source / "model", tmp_path / "q", nbytes=10**6, context=256, preset="owq", text=source / "calib.txt")
+    with pytest.raises(PlanError, match="a cache as kivi4 and a budget"):
+        pipeline.quantize_checkpoint(source / "model", tmp_path / "q", nbytes=10**6, context=256, changes={"kv": "kivi4"}, text=source / "calib.txt")
 
 
 def test_a_preset_brings_its_cache(source, tmp_path):

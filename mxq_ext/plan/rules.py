@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ..errors import MxqError, PlanError
+from ..errors import BudgetError, MxqError, PlanError
 from . import knapsack
 from .knapsack import Allocation, Problem, Steps
 
@@ -33,11 +33,11 @@ def threshold(loss, nbytes, budget: int) -> Allocation:
         raise PlanError(f"threshold rule on {len(p.loss)} units", "no candidate is possible for all of them", "use another allocator, such as dp")
     size = p.nbytes.sum(axis=0)
     whole = whole[np.argsort(size[whole], kind="stable")]
-    fits = [c for c in whole if size[c] <= budget]
-    base = p.nbytes[:, whole[0]]
-    if not fits:  # units of unequal cost: the smallest candidate of each may still fit, but that is no threshold
-        Problem.of(np.zeros((1, 1)), base.sum()[None, None]).require(budget)
-    low = fits[-1]
+    least = int(size[whole[0]])
+    if least > budget:  # the smallest candidate of each unit may still fit, but that is no threshold
+        raise BudgetError(f"budget of {budget:,} bytes for {len(p.loss)} units in one candidate",
+                          f"the smallest for all of them takes {least:,} bytes, {least - budget:,} more", f"allow {least:,} bytes, or use dp")
+    low = [c for c in whole if size[c] <= budget][-1]
     choice = np.full(len(p.loss), low)
     wider = [c for c in whole if size[c] > size[low]]
     if wider:
