@@ -33,6 +33,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="a Hugging Face directory or a GGUF file")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--plans", type=int, default=4, help="random mixed plans")
+    parser.add_argument("--uniform", type=int, default=2, help="uniform plans, of the first formats")
     parser.add_argument("--rounds", type=int, default=3, help="of the time table")
     parser.add_argument("--repeats", type=int, default=3, help="prompts of each measurement")
     parser.add_argument("--prefill", type=int, default=128)
@@ -68,8 +69,8 @@ def run(options: argparse.Namespace) -> Iterator[tuple[dict, str]]:
             times.save(options.table)
     names = [f for f in options.formats if f not in times.meta["reference"]]
     plans = {f"random {i}": Plan(units={u.name: generator.choice(names) for u in units}, quantizer={"name": "rtn"}) for i in range(options.plans)}
-    plans |= {f: Plan.uniform(f, quantizer={"name": "rtn"}) for f in names[:2]}
-    rows, lines = [], ["| plan | predicted decode ms | measured | error | predicted prefill ms | measured | error |", "| --- |" + " ---: |" * 6]
+    plans |= {f: Plan.uniform(f, quantizer={"name": "rtn"}) for f in names[: options.uniform]}
+    rows, head = [], ["| plan | predicted decode ms | measured | error | predicted prefill ms | measured | error |", "| --- |" + " ---: |" * 6]
     plans["under a limit"] = limited(times, units, list(dict.fromkeys([*options.formats, *times.meta["reference"]])))
     for name, plan in plans.items():
         want = times.predict(units, plan.resolve(units))
@@ -81,6 +82,6 @@ def run(options: argparse.Namespace) -> Iterator[tuple[dict, str]]:
             name += f" of {row['limit_ms']:.2f} ms"
         rows.append(row)
         cells = [f"{want[k]:.2f} | {row['measured'][k]:.2f} | {want[k] / row['measured'][k] - 1:+.1%}" for k in ("decode_ms", "prefill_ms")]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    result = {"threads": options.threads, "rest_us": times.meta["rest_us"], "rows": rows, "refused": []}
-    yield result, "\n".join(lines)
+        result = {"threads": options.threads, "rest_us": times.meta["rest_us"], "rows": rows, "refused": []}
+        yield result, "\n".join([*head, f"| {name} | {' | '.join(cells)} |"])
+        head = []
