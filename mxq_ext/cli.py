@@ -188,6 +188,8 @@ Batch = Annotated[int | None, typer.Option("--batch", min=1, help="Sequences in 
 PresetName = Annotated[str | None, typer.Option("--preset", help="A named choice for every part of the line; `mxq presets` lists them.")]
 Changes = Annotated[list[str] | None, typer.Option("--set", metavar="PART=VALUE", help="Replace a part of the preset, for example "
                                                    "allocator=greedy or options.damp=0.02; may be given several times.")]
+TimesFile = Annotated[Path | None, typer.Option("--times", help="A table by `mxq bench MODEL --table`: tells what the plan will take.")]
+MaxMs = Annotated[float | None, typer.Option("--max-ms-per-token", help="With --times: a limit on the time of a token.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, and nothing else there.")]
 
 
@@ -214,7 +216,7 @@ def quantize(model: Model, out: Out, bits: Bits = None, nbytes: Bytes = None,
              uniform: Annotated[str | None, typer.Option("--format", help="One format for all, instead of a budget: w4g64.")] = None,
              plan: Annotated[Path | None, typer.Option("--plan", help="A plan made by `mxq plan`, instead of a budget.")] = None,
              stats: Annotated[Path | None, typer.Option("--stats", help="A directory written by `mxq calibrate`, instead of calibrating.")] = None,
-             context: Context = None, batch: Batch = None,
+             context: Context = None, batch: Batch = None, times: TimesFile = None, max_ms_per_token: MaxMs = None,
              work: Annotated[Path | None, typer.Option("--work", help="Directory of intermediate files; default OUT.work.")] = None,
              overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
              as_json: Json = False) -> None:
@@ -229,7 +231,8 @@ def quantize(model: Model, out: Out, bits: Bits = None, nbytes: Bytes = None,
         result = pipeline.quantize_checkpoint(
             model, out, overwrite=overwrite, progress=progress,
             **_given(bits=bits, nbytes=nbytes, preset=preset, changes=_changes(changes, preset), text=text, candidates=chosen, metric=metric,
-                     method=method, activations=activations, windows=windows, uniform=uniform, plan=plan, stats=stats, context=context, batch=batch, work=work))
+                     method=method, activations=activations, windows=windows, uniform=uniform, plan=plan, stats=stats, context=context, batch=batch, work=work,
+                     times=times, max_ms_per_token=max_ms_per_token))
     _show(result, f"quantized {model} -> {out}", as_json)
 
 
@@ -261,8 +264,7 @@ def sense(model: Model, stats: Annotated[Path, typer.Argument(metavar="STATS", h
 def plan(cost: Annotated[Path, typer.Argument(metavar="COST", help="A table written by `mxq sense`.")],
          out: Out, bits: Bits = None, nbytes: Bytes = None, preset: PresetName = None, changes: Changes = None,
          context: Context = None, batch: Batch = None,
-         times: Annotated[Path | None, typer.Option("--times", help="A table by `mxq bench MODEL --table`: tells what the plan will take.")] = None,
-         max_ms_per_token: Annotated[float | None, typer.Option("--max-ms-per-token", help="With --times: a limit on the time of a token.")] = None,
+         times: TimesFile = None, max_ms_per_token: MaxMs = None,
          front: Annotated[Path | None, typer.Option("--front", help="Also write the whole front of size against loss as CSV.")] = None,
          as_json: Json = False) -> None:
     """Choose a format for each unit: the least loss within a budget, exactly solved."""

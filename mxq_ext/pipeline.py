@@ -161,7 +161,7 @@ def quantize_by_plan(model: nn.Module, plan: Plan, trials: Trials, progress: Pro
 def quantize_model(model: nn.Module, tokenizer, *, bits: float | None = None, nbytes: int | None = None, plan: Plan | str | None = None,
                    text: str | os.PathLike | None = None, preset: str | Preset | None = None, candidates=None, metric: str | None = None,
                    method: str | None = None, weighting: str | None = None, activations: str | None = None, changes: dict | None = None,
-                   windows: int = WINDOWS,
+                   windows: int = WINDOWS, times: str | os.PathLike | None = None, max_ms_per_token: float | None = None,
                    stats_dir: str | os.PathLike | None = None, work: str | os.PathLike | None = None, context: int | None = None, batch: int = 1,
                    kv: KVSpec | None = None, progress: Progress = SILENT) -> Result:
     """Calibrates, senses, plans and quantizes ``model`` in place.
@@ -174,6 +174,8 @@ def quantize_model(model: nn.Module, tokenizer, *, bits: float | None = None, nb
             any others by name.
         activations: how the linears will read their input, ``"a16"`` or ``"a8"``; None leaves it to the plan, or to the preset.
         windows: calibration windows of 512 tokens.
+        times: a time table of this machine (``mxq bench MODEL --table``): the plan's meta then says what it will take (``predicted``), and
+            ``max_ms_per_token`` limits a plan of whole linears.
         stats_dir: what ``mxq calibrate`` wrote for this model; then ``text`` and ``windows`` are not used.
         work: directory of intermediate files; kept, and reused by a later call. A temporary one when None.
         context, batch: with them ``nbytes`` is a budget of the weights and of a cache of that many tokens and sequences together, and the plan has a KV
@@ -208,6 +210,11 @@ def quantize_model(model: nn.Module, tokenizer, *, bits: float | None = None, nb
             raise PlanError(f"{what} and a budget for weights and cache together", "only plans of whole linears are joined with a cache, whose bits they plan",
                             "drop context, or set kv beside the weights' own budget")
         check_joint(model, chosen, kv or KVSpec(), nbytes=nbytes, context=context, batch=batch)
+    clock = None if times is None else TimeTable.load(times)
+    if max_ms_per_token is not None and (clock is None or plan is not None or chosen.unit != "linear" or context is not None):
+        raise BudgetError(f"at most {max_ms_per_token:g} ms for a token", "it needs a time table, and a search over whole linears without a cache beside them",
+                          "give --times, and a preset whose unit is linear")
+    limit = None if max_ms_per_token is None else clock.room(max_ms_per_token)
     with working_directory(work) as directory:
         table = stats = None
         if stats_dir is not None:
@@ -222,16 +229,19 @@ def quantize_model(model: nn.Module, tokenizer, *, bits: float | None = None, nb
                 layouts, plan = banding.choose_layouts(model, tokens, stats, chosen, bits=bits, nbytes=nbytes, progress=progress)
             else:
                 table = make_table(model, tokens, stats, chosen, directory, progress)
+                table = table if limit is None else clock.fill(table)
                 if context is None:
-                    plan = solve(table, bits=bits, nbytes=nbytes, method=chosen.allocator, quantizer=chosen.quantizer())
+                    plan = solve(table, bits=bits, nbytes=nbytes, method=chosen.allocator, max_seconds=limit, quantizer=chosen.quantizer())
                 else:
                     read = None if text is None else texts.read_text(text)
                     table.kv = make_kv_table(model, kv_tokens(tokenizer, read, context), kv, progress=progress)
                     plan = solve_joint(table, nbytes=nbytes, context=context, batch=batch, method=chosen.allocator, quantizer=chosen.quantizer())
             cache = plan.kv if chosen.kv is None else find_kv(chosen.kv)
             plan = dataclasses.replace(plan, activations=chosen.activations, kv=cache)
-            if context is None:
+            if context is None and limit is None:  # under a time limit fewer bytes may be the best
                 check_spent(chosen, plan.stored_bits(units), 8 * nbytes / sum(u.numel for u in units) if bits is None else bits)
+        if clock is not None:
+            plan.meta = plan.meta | {"predicted": clock.predict(units, plan.resolve(units))}
         plan.save(directory / "plan.json")
         width = next(model.parameters()).element_size()
         nbytes, stored = plan.predicted_bytes(units, width)["total"], plan.stored_bits(units, width)
@@ -522,6 +532,7 @@ def kv_counts(plan: Plan, layers: int) -> dict[str, int]:
 def quantize_checkpoint(model_path, out, *, bits: float | None = None, nbytes: int | None = None, preset: str | Preset | None = None, text=None,
                         candidates=None, metric: str | None = None, method: str | None = None, changes: dict | None = None, windows: int = WINDOWS,
                         activations: str | None = None, uniform: str | None = None, plan=None, stats=None, work=None, overwrite: bool = False,
+                        times=None, max_ms_per_token: float | None = None,
                         context: int | None = None, batch: int = 1, progress: Progress = SILENT) -> dict:
     """``mxq quantize``: the whole line on paths. Resumes from ``work`` (default ``<out>.work``, removed after success)."""
     out = Path(out)
@@ -530,6 +541,7 @@ def quantize_checkpoint(model_path, out, *, bits: float | None = None, nbytes: i
     directory = Path(work) if work is not None else out.with_name(out.name + ".work")
     result = quantize_model(model, tokenizer, bits=bits, nbytes=nbytes, plan=uniform if plan is None else Path(plan), text=text, preset=preset,
                             candidates=candidates, metric=metric, method=method, activations=activations, changes=changes, windows=windows, stats_dir=stats,
+                            times=times, max_ms_per_token=max_ms_per_token,
                             work=directory, context=context, batch=batch, progress=progress)
     checkpoint.save(result.model, out, tokenizer, result.plan, overwrite=overwrite, progress=progress)
     units = find_units(result.model)
@@ -540,6 +552,7 @@ def quantize_checkpoint(model_path, out, *, bits: float | None = None, nbytes: i
         shutil.rmtree(directory)
     return {"out": str(out), "stored_bits": result.stored_bits, "predicted_bytes": result.nbytes, "bytes_on_disk": written,
             "checkpoint_bytes": checkpoint.bytes_on_disk(out)["total"], "formats": result.plan.counts(units),
+            **({} if times is None else {"predicted": result.plan.meta["predicted"]}),
             **({} if context is None else {"cache": kv_counts(result.plan, result.table.kv.layers), "joint": result.plan.meta["joint"]})}
 
 

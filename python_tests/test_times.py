@@ -105,6 +105,21 @@ def test_a_plan_under_a_time_limit(cost):
         pipeline.plan_from_table(cost / "cost.json", cost / "limited.json", bits=4.6, max_ms_per_token=1.0)
 
 
+def test_quantize_under_a_time_limit(cost, tmp_path):
+    def run(out, **options):
+        return pipeline.quantize_checkpoint(cost / "model", tmp_path / out, candidates=FORMATS, stats=cost / "stats", work=tmp_path / "work",
+                                            times=cost / "times.json", **options)
+
+    free = run("a", bits=4.6)
+    limit = 0.98 * free["predicted"]["decode_ms"]
+    got = run("b", bits=4.6, max_ms_per_token=limit)
+    assert got["predicted"]["decode_ms"] <= limit * (1 + 1e-9) and got["bytes_on_disk"] <= 4.6 * free["bytes_on_disk"] / free["stored_bits"]
+    assert Plan.load(tmp_path / "b" / "plan.json").meta["predicted"] == got["predicted"]
+    for options in ({"uniform": "w8g32"}, {"bits": 4.6, "preset": "skim"}):
+        with pytest.raises(BudgetError, match="a search over whole linears"):
+            run("c", max_ms_per_token=limit, **options)
+
+
 def test_product_times_are_medians_less_the_call(monkeypatch):
     asked = []
 
