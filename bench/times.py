@@ -2,7 +2,9 @@
 
     python bench/run.py --op times --threads 1 --out times-cpu.json
 
-Weights are rounded to nearest: their values do not matter for speed. The model is the demo's unless ``--model`` names another.
+Weights are rounded to nearest: their values do not matter for speed. The model is the demo's unless ``--model`` names another. A machine's speed drifts,
+and more so with neighbours: a uniform model is measured before and after each plan, and ``drift`` is how its time compares with the foretold one.
+``error`` is of the times as they are, ``of drift`` that of the prediction times the drift of its minutes.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from mxq_ext.sensitivity.table import CostTable
 from mxq_ext.structure import Unit, find_units
 
 BITS = 4.3
+KINDS = ("decode_ms", "prefill_ms")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,18 +73,28 @@ def run(options: argparse.Namespace) -> Iterator[tuple[dict, str]]:
     names = [f for f in options.formats if f not in times.meta["reference"]]
     plans = {f"random {i}": Plan(units={u.name: generator.choice(names) for u in units}, quantizer={"name": "rtn"}) for i in range(options.plans)}
     plans |= {f: Plan.uniform(f, quantizer={"name": "rtn"}) for f in names[: options.uniform]}
-    rows, head = [], ["| plan | predicted decode ms | measured | error | predicted prefill ms | measured | error |", "| --- |" + " ---: |" * 6]
+    rows, head = [], ["| plan | what | predicted ms | measured | error | drift | error of drift |", "| --- | --- |" + " ---: |" * 5]
     plans["under a limit"] = limited(times, units, list(dict.fromkeys([*options.formats, *times.meta["reference"]])))
+    base = Plan.uniform(times.meta["reference"][-1], quantizer={"name": "rtn"})
+    whole, alone = replace_linear(copy.deepcopy(model), base, fuse="auto"), times.predict(units, base.resolve(units))
     for name, plan in plans.items():
         want = times.predict(units, plan.resolve(units))
-        got = speed(replace_linear(copy.deepcopy(model), plan, fuse="auto"), prefill=options.prefill, repeats=options.repeats)
-        row = {"plan": name, "stored_bits": plan.stored_bits(units), "predicted": want,
-               "measured": {"decode_ms": 1e3 / got["decode_tokens_per_s"], "prefill_ms": 1e3 * options.prefill / got["prefill_tokens_per_s"]}}
+        quantized = replace_linear(copy.deepcopy(model), plan, fuse="auto")
+        before, got, after = (milliseconds(m, options) for m in (whole, quantized, whole))
+        drift = {k: (before[k] + after[k]) / 2 / alone[k] for k in KINDS}
+        row = {"plan": name, "stored_bits": plan.stored_bits(units), "predicted": want, "measured": got, "drift": drift}
         if "limit_ms" in plan.meta:
             row["limit_ms"] = plan.meta["limit_ms"]
             name += f" of {row['limit_ms']:.2f} ms"
         rows.append(row)
-        cells = [f"{want[k]:.2f} | {row['measured'][k]:.2f} | {want[k] / row['measured'][k] - 1:+.1%}" for k in ("decode_ms", "prefill_ms")]
         result = {"threads": options.threads, "rest_us": times.meta["rest_us"], "rows": rows, "refused": []}
-        yield result, "\n".join([*head, f"| {name} | {' | '.join(cells)} |"])
+        lines = [f"| {name} | {k} | {want[k]:.2f} | {got[k]:.2f} | {want[k] / got[k] - 1:+.1%} | {drift[k]:.2f} | {want[k] * drift[k] / got[k] - 1:+.1%} |"
+                 for k in KINDS]
+        yield result, "\n".join([*head, *lines])
         head = []
+
+
+def milliseconds(model: torch.nn.Module, options: argparse.Namespace) -> dict[str, float]:
+    """Of a decoded token and of the prompt, as ``TimeTable.predict`` names them."""
+    got = speed(model, prefill=options.prefill, repeats=options.repeats)
+    return {"decode_ms": 1e3 / got["decode_tokens_per_s"], "prefill_ms": 1e3 * options.prefill / got["prefill_tokens_per_s"]}
