@@ -20,7 +20,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]  # the checkout wins over an installed package
 
 #: op -> module beside this file: arguments(parser), run(options) -> (results so far, Markdown of the newest) ...
-OPS = {"attention": "attention", "decode": "decode", "linear": "linear", "mixed": "mixed", "stack": "stack"}
+OPS = {"attention": "attention", "decode": "decode", "linear": "linear", "mixed": "mixed", "plan": "plan", "stack": "stack", "times": "times"}
 #: The same on a GPU; such a module also has check_device() and where(), what to say of the device.
 CUDA_OPS = {"linear": "linear_cuda"}
 

@@ -22,7 +22,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .errors import BudgetError, MxqError, MxqWarning
+from .errors import BudgetError, MxqError, MxqWarning, PlanError
 from .formats import Format
 from .progress import Progress
 
@@ -93,6 +93,15 @@ def _given(**options: Any) -> dict[str, Any]:
 def _formats(text: str | None) -> list[str] | None:
     """``"w4g64, w8"`` -> ``["w4g64", "w8"]``, each a valid name. Raises FormatError."""
     return None if text is None else [Format.parse(name.strip()).name for name in text.split(",") if name.strip()]
+
+
+def _changes(settings: list[str] | None, preset: str | None) -> dict[str, Any] | None:
+    """The parts that ``--set`` replaces. Raises PlanError."""
+    if not settings:
+        return None
+    from .plan.presets import parse_changes
+
+    return parse_changes(settings, preset)
 
 
 def _plain(value: Any) -> Any:
@@ -176,6 +185,11 @@ Metric = Annotated[str | None, typer.Option("--metric", help="How the loss of a 
 KV = Annotated[str | None, typer.Option("--kv", help="How keys and values are cached: k4v2g64, a preset such as kivi, a plan's file, or none.")]
 Context = Annotated[int | None, typer.Option("--context", min=1, help="Tokens of a cache that --bytes covers too: its bits are planned with the weights'.")]
 Batch = Annotated[int | None, typer.Option("--batch", min=1, help="Sequences in that cache; 1 without it.")]
+PresetName = Annotated[str | None, typer.Option("--preset", help="A named choice for every part of the line; `mxq presets` lists them.")]
+Changes = Annotated[list[str] | None, typer.Option("--set", metavar="PART=VALUE", help="Replace a part of the preset, for example "
+                                                   "allocator=greedy or options.damp=0.02; may be given several times.")]
+TimesFile = Annotated[Path | None, typer.Option("--times", help="A table by `mxq bench MODEL --table`: tells what the plan will take.")]
+MaxMs = Annotated[float | None, typer.Option("--max-ms-per-token", help="With --times: a limit on the time of a token.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, and nothing else there.")]
 
 
@@ -194,7 +208,7 @@ def _one_budget(what: str, **budgets: Any) -> None:
 
 @verb
 def quantize(model: Model, out: Out, bits: Bits = None, nbytes: Bytes = None,
-             preset: Annotated[str | None, typer.Option("--preset", help="A named choice of candidates, metric and method.")] = None,
+             preset: PresetName = None, changes: Changes = None,
              text: Text = None, candidates: Candidates = None, metric: Metric = None,
              method: Annotated[str | None, typer.Option("--method", help="gptq, rtn, hqq or kmeans.")] = None,
              activations: Annotated[str | None, typer.Option("--activations", help="How linears read their input: a16 exactly, a8 as int8, faster.")] = None,
@@ -202,7 +216,7 @@ def quantize(model: Model, out: Out, bits: Bits = None, nbytes: Bytes = None,
              uniform: Annotated[str | None, typer.Option("--format", help="One format for all, instead of a budget: w4g64.")] = None,
              plan: Annotated[Path | None, typer.Option("--plan", help="A plan made by `mxq plan`, instead of a budget.")] = None,
              stats: Annotated[Path | None, typer.Option("--stats", help="A directory written by `mxq calibrate`, instead of calibrating.")] = None,
-             context: Context = None, batch: Batch = None,
+             context: Context = None, batch: Batch = None, times: TimesFile = None, max_ms_per_token: MaxMs = None,
              work: Annotated[Path | None, typer.Option("--work", help="Directory of intermediate files; default OUT.work.")] = None,
              overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
              as_json: Json = False) -> None:
@@ -216,8 +230,9 @@ def quantize(model: Model, out: Out, bits: Bits = None, nbytes: Bytes = None,
     with Progress() as progress:
         result = pipeline.quantize_checkpoint(
             model, out, overwrite=overwrite, progress=progress,
-            **_given(bits=bits, nbytes=nbytes, preset=preset, text=text, candidates=chosen, metric=metric, method=method, activations=activations,
-                     windows=windows, uniform=uniform, plan=plan, stats=stats, context=context, batch=batch, work=work))
+            **_given(bits=bits, nbytes=nbytes, preset=preset, changes=_changes(changes, preset), text=text, candidates=chosen, metric=metric,
+                     method=method, activations=activations, windows=windows, uniform=uniform, plan=plan, stats=stats, context=context, batch=batch, work=work,
+                     times=times, max_ms_per_token=max_ms_per_token))
     _show(result, f"quantized {model} -> {out}", as_json)
 
 
@@ -233,7 +248,7 @@ def calibrate(model: Model, out: Out, text: Text = None, windows: Windows = None
 
 @verb
 def sense(model: Model, stats: Annotated[Path, typer.Argument(metavar="STATS", help="A directory written by `mxq calibrate`.")],
-          out: Out, candidates: Candidates = None, metric: Metric = None,
+          out: Out, preset: PresetName = None, candidates: Candidates = None, metric: Metric = None,
           kv: Annotated[str | None, typer.Option("--kv", help="Also measure a cache of the group, window and sink of this spec: k4v4g64_r64.")] = None,
           as_json: Json = False) -> None:
     """Estimate what each candidate format costs in each unit, and write the table."""
@@ -241,22 +256,42 @@ def sense(model: Model, stats: Annotated[Path, typer.Argument(metavar="STATS", h
     from . import pipeline
 
     with Progress() as progress:
-        result = pipeline.sense_model(model, stats, out, progress=progress, **_given(candidates=chosen, metric=metric, kv=kv))
+        result = pipeline.sense_model(model, stats, out, progress=progress, **_given(preset=preset, candidates=chosen, metric=metric, kv=kv))
     _show(result, f"cost table in {out}", as_json)
 
 
 @verb
 def plan(cost: Annotated[Path, typer.Argument(metavar="COST", help="A table written by `mxq sense`.")],
-         out: Out, bits: Bits = None, nbytes: Bytes = None,
+         out: Out, bits: Bits = None, nbytes: Bytes = None, preset: PresetName = None, changes: Changes = None,
          context: Context = None, batch: Batch = None,
+         times: TimesFile = None, max_ms_per_token: MaxMs = None,
          front: Annotated[Path | None, typer.Option("--front", help="Also write the whole front of size against loss as CSV.")] = None,
          as_json: Json = False) -> None:
     """Choose a format for each unit: the least loss within a budget, exactly solved."""
     _one_budget("plan", bits=bits, nbytes=nbytes)
     from . import pipeline
 
-    result = pipeline.plan_from_table(cost, out, **_given(bits=bits, nbytes=nbytes, context=context, batch=batch, front=front))
+    result = pipeline.plan_from_table(cost, out, **_given(bits=bits, nbytes=nbytes, preset=preset, changes=_changes(changes, preset),
+                                                              times=times, max_ms_per_token=max_ms_per_token, context=context, batch=batch,
+                                                              front=front))
     _show(result, f"plan in {out}", as_json)
+
+
+@verb
+def presets(name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One preset, with its formula, departures and what it lacks.")] = None,
+            as_json: Json = False) -> None:
+    """The presets: unit, candidates, metric, allocator and quantizer of each, and the paper that it is from."""
+    from . import pipeline
+    from .plan.presets import find_preset
+
+    rows = pipeline.describe_presets()
+    if name is not None:
+        find_preset(name)  # raises
+        _show(next(r for r in rows if r["name"] == name), f"preset {name}", as_json)
+    elif as_json:
+        print(json.dumps(rows, default=_plain))
+    else:
+        _table([{k: r[k] for k in ("name", "runs", "unit", "metric", "allocator", "quantizer", "candidates", "source")} for r in rows], "presets")
 
 
 @verb
@@ -323,10 +358,22 @@ def bench(checkpoint: Annotated[Path | None, typer.Argument(metavar="CHECKPOINT"
           formats: Annotated[str | None, typer.Option("--formats", help="Of the single layers, for example w4g64,nf4g64.")] = None,
           size: Annotated[int, typer.Option("--size", min=1, help="Of the single layers: SIZE x SIZE.")] = 4096,
           rows: Annotated[int, typer.Option("--rows", min=1, help="Of their input: 1 as in decoding, hundreds as in prefill.")] = 1,
+          table: Annotated[Path | None, typer.Option("--table", help="Time every shape of the float model CHECKPOINT in every format, for `mxq plan --times`, "
+                                                     "and write that here.")] = None,
           as_json: Json = False) -> None:
     """Tokens per second of CHECKPOINT; without one, a linear layer in each format against torch's float32."""
     chosen = _formats(formats)
-    if checkpoint is None:
+    if table is not None:
+        if checkpoint is None:
+            raise PlanError(f"mxq bench --table {table}", "the model whose shapes are to be timed is missing", "write mxq bench MODEL --table FILE")
+        from . import pipeline
+        from .bench import time_table
+
+        with Progress() as progress:
+            times = time_table(pipeline.load(checkpoint)[0], progress=progress, **_given(formats=chosen))
+        times.save(table)
+        result = {"out": str(table), "entries": len(times.us), "rest_ms": {f"{m} rows": t / 1e3 for m, t in times.rest.items()}, **times.meta}
+    elif checkpoint is None:
         from .bench import linear_speed
 
         result = linear_speed(n=size, k=size, rows=rows, **_given(formats=chosen))

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -26,7 +27,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from . import checkpoint
+from . import banding, checkpoint
 from . import text as texts
 from .decoding import end_tokens, greedy
 from .errors import BudgetError, CheckpointError, ModelError, MxqError, PlanError, QuantizationError
@@ -36,17 +37,20 @@ from .nn import quantized_modules, replace_linear
 from .nn.swap import as_plan
 from .plan import KVPlan, KVSpec, Plan, pareto_front, solve, solve_joint, solve_kv
 from .plan.kv import BITS, NORMAL_LEVELS
-from .plan.presets import CODEBOOK, KV_POLICIES, Preset, find_kv, find_preset
+from .plan.language import Preset
+from .plan.presets import CODEBOOK, KV_POLICIES, PRESETS, find_kv, find_preset
+from .plan.times import TimeTable
 from .progress import SILENT, Progress
 from .qtensor import QTensor
 from .quantizers import find_method, make_options
+from .quantizers.base import METHODS as QUANTIZERS
 from .sensitivity import CostTable, KVTable, sense, sense_kv
 from .sensitivity.kv import SIDES, watch_kv
-from .sensitivity.metrics import find_metric
+from .sensitivity.metrics import METRICS, find_metric
 from .stats import Stats, calibrate
 from .stats.store import model_fingerprint
 from .structure import Unit, find_units
-from .trials import Trials, short_hash
+from .trials import Trials, code_hash, kept, short_hash
 
 WINDOWS = 48  #: calibration windows of LENGTH tokens
 LENGTH = 512
@@ -179,8 +183,9 @@ def quantize_by_plan(model: nn.Module, plan: Plan, trials: Trials, progress: Pro
 
 
 def quantize_model(model: nn.Module, tokenizer, *, bits: float | None = None, nbytes: int | None = None, plan: Plan | str | None = None,
-                   text: str | os.PathLike | None = None, preset: str | None = None, candidates=None, metric: str | None = None,
-                   method: str | None = None, weighting: str | None = None, activations: str | None = None, windows: int = WINDOWS,
+                   text: str | os.PathLike | None = None, preset: str | Preset | None = None, candidates=None, metric: str | None = None,
+                   method: str | None = None, weighting: str | None = None, activations: str | None = None, changes: dict | None = None,
+                   windows: int = WINDOWS, times: str | os.PathLike | None = None, max_ms_per_token: float | None = None,
                    stats_dir: str | os.PathLike | None = None, work: str | os.PathLike | None = None, context: int | None = None, batch: int = 1,
                    kv: KVSpec | None = None, progress: Progress = SILENT) -> Result:
     """Calibrates, senses, plans and quantizes ``model`` in place.
@@ -189,9 +194,12 @@ def quantize_model(model: nn.Module, tokenizer, *, bits: float | None = None, nb
         bits: average stored bits per weight over all units, scales and tables counted; or ``nbytes``, the same as bytes; or ``plan``, a Plan,
             a plan file or a format name, which skips the search. Exactly one of the three.
         text: path of a UTF-8 text file to calibrate on; None takes the built-in text and as much written by the model itself.
-        preset: a name of ``presets.PRESETS``; ``candidates``, ``metric``, ``method`` and ``weighting`` replace parts of it.
-        activations: how the linears will read their input, ``"a16"`` or ``"a8"``; None leaves it to the plan.
+        preset: a name of ``presets.PRESETS``, or a Preset; ``candidates``, ``metric``, ``method`` and ``weighting`` replace parts of it, ``changes``
+            any others by name.
+        activations: how the linears will read their input, ``"a16"`` or ``"a8"``; None leaves it to the plan, or to the preset.
         windows: calibration windows of 512 tokens.
+        times: a time table of this machine (``mxq bench MODEL --table``): the plan's meta then says what it will take (``predicted``), and
+            ``max_ms_per_token`` limits a plan of whole linears.
         stats_dir: what ``mxq calibrate`` wrote for this model; then ``text`` and ``windows`` are not used.
         work: directory of intermediate files; kept, and reused by a later call. A temporary one when None.
         context, batch: with them ``nbytes`` is a budget of the weights and of a cache of that many tokens and sequences together, and the plan has a KV
@@ -206,7 +214,9 @@ def quantize_model(model: nn.Module, tokenizer, *, bits: float | None = None, nb
         raise PlanError(f"quantize_model(bits={bits}, nbytes={nbytes}, plan={plan})", "exactly one of the three must be given", "drop the others")
     if context is not None and nbytes is None:
         raise BudgetError(f"quantize_model(context={context}) with bits={bits}, plan={plan}", "weights and cache have one budget in bytes", "pass nbytes=")
-    chosen = find_preset(preset, candidates=candidates, metric=metric, method=method, weighting=weighting)
+    named = {"candidates": candidates, "metric": metric, "method": method, "weighting": weighting, "activations": activations}
+    chosen = find_preset(preset, **{**(changes or {}), **{k: v for k, v in named.items() if v is not None}})
+    check_parts(chosen, preset)
     if quantized_modules(model):
         raise ModelError("quantize_model", "the model is quantized already", "load the float model")
     if plan is not None:
@@ -215,9 +225,20 @@ def quantize_model(model: nn.Module, tokenizer, *, bits: float | None = None, nb
         plan = as_plan(plan, quantizer=chosen.quantizer())
         chosen = quantizer_of(plan, chosen, method=method, weighting=weighting)
         plan = dataclasses.replace(plan, quantizer=chosen.quantizer(), activations=activations or plan.activations)
+    elif chosen.allocator == "uniform":
+        plan = uniform_plan(find_units(model), chosen, bits=bits, nbytes=nbytes)
     check_request(find_units(model), chosen, plan, bits=bits, nbytes=nbytes)
     if context is not None:
+        if chosen.unit != "linear" or chosen.allocator == "uniform" or chosen.kv is not None:
+            what = f"a cache as {chosen.kv}" if chosen.kv is not None else f"weights by {chosen.unit} ({chosen.allocator})"
+            raise PlanError(f"{what} and a budget for weights and cache together", "only plans of whole linears are joined with a cache, whose bits they plan",
+                            "drop context, or set kv beside the weights' own budget")
         check_joint(model, chosen, kv or KVSpec(), nbytes=nbytes, context=context, batch=batch)
+    clock = None if times is None else TimeTable.load(times)
+    if max_ms_per_token is not None and (clock is None or plan is not None or chosen.unit != "linear" or context is not None):
+        raise BudgetError(f"at most {max_ms_per_token:g} ms for a token", "it needs a time table, and a search over whole linears without a cache beside them",
+                          "give --times, and a preset whose unit is linear")
+    limit = None if max_ms_per_token is None else clock.room(max_ms_per_token)
     with working_directory(work) as directory:
         table = stats = None
         if stats_dir is not None:
@@ -226,19 +247,32 @@ def quantize_model(model: nn.Module, tokenizer, *, bits: float | None = None, nb
             read = None if text is None else texts.read_text(text)
             tokens = calibration_tokens(model, tokenizer, directory, text=read, windows=windows, progress=progress)
             stats = calibrate_for(model, tokens, chosen, directory, progress)
+        units, layouts = find_units(model), None
         if plan is None:
-            table = make_table(model, tokens, stats, chosen, directory, progress)
-            if context is None:
-                plan = solve(table, bits=bits, nbytes=nbytes, quantizer=chosen.quantizer())
+            if chosen.unit != "linear":
+                layouts, plan = banding.choose_layouts(model, tokens, stats, chosen, bits=bits, nbytes=nbytes, progress=progress)
             else:
-                read = None if text is None else texts.read_text(text)
-                table.kv = make_kv_table(model, kv_tokens(tokenizer, read, context), kv, progress=progress)
-                plan = solve_joint(table, nbytes=nbytes, context=context, batch=batch, quantizer=chosen.quantizer())
-            plan = dataclasses.replace(plan, activations=activations)
+                table = make_table(model, tokens, stats, chosen, directory, progress)
+                table = table if limit is None else clock.fill(table)
+                if context is None:
+                    plan = solve(table, bits=bits, nbytes=nbytes, method=chosen.allocator, max_seconds=limit, quantizer=chosen.quantizer())
+                else:
+                    read = None if text is None else texts.read_text(text)
+                    table.kv = make_kv_table(model, kv_tokens(tokenizer, read, context), kv, progress=progress)
+                    plan = solve_joint(table, nbytes=nbytes, context=context, batch=batch, method=chosen.allocator, quantizer=chosen.quantizer())
+            cache = plan.kv if chosen.kv is None else find_kv(chosen.kv)
+            plan = dataclasses.replace(plan, activations=chosen.activations, kv=cache)
+            if context is None and limit is None:  # under a time limit fewer bytes may be the best
+                check_spent(chosen, plan.stored_bits(units), 8 * nbytes / sum(u.numel for u in units) if bits is None else bits)
+        if clock is not None:
+            plan.meta = plan.meta | {"predicted": clock.predict(units, plan.resolve(units))}
         plan.save(directory / "plan.json")
-        units, width = find_units(model), next(model.parameters()).element_size()
+        width = next(model.parameters()).element_size()
         nbytes, stored = plan.predicted_bytes(units, width)["total"], plan.stored_bits(units, width)
-        qtensors = quantize_by_plan(model, plan, Trials(directory / "trials", model, stats, chosen), progress)
+        if layouts is not None:
+            qtensors = quantize_by_layouts(model, layouts, stats, chosen, directory, progress)
+        else:
+            qtensors = quantize_by_plan(model, plan, Trials(directory / "trials", model, stats, chosen), progress)
         replace_linear(model, plan, qtensors=qtensors, progress=SILENT)
     return Result(model, plan, table, stats if work is not None else None, stored, nbytes)
 
@@ -254,6 +288,73 @@ def working_directory(work: str | os.PathLike | None) -> Iterator[Path]:
         yield Path(work)
 
 
+def missing_parts(preset: Preset) -> list[str]:
+    """What a preset needs that does not exist here, one text each; empty for one that can run."""
+    out = list(preset.missing)
+    if preset.method != "auto" and preset.method not in QUANTIZERS:
+        out.append(f"the quantizer {preset.method}")
+    if preset.metric not in (METRICS if preset.unit == "linear" else banding.LINE_METRICS):
+        out.append(f"the metric {preset.metric} for a {preset.unit}")
+    return out
+
+
+def check_parts(preset: Preset, name: str | Preset | None) -> None:
+    """Raises for a preset that cannot run: PlanError for what is missing by design, the error of the step for a misspelt part."""
+    base = find_preset(name)
+    if preset.method != base.method or base.method in QUANTIZERS:
+        make_options(preset.method if preset.method != "auto" else "gptq", dict(preset.options))
+    if preset.metric != base.metric and preset.unit == "linear":
+        find_metric(preset.metric)
+    missing = missing_parts(preset)
+    if missing:
+        label = name if isinstance(name, str) else "made by hand"
+        raise PlanError(f"preset {label}", f"it cannot run yet, it needs {'; '.join(missing)}", "choose another (mxq presets lists them), or replace the part")
+
+
+def uniform_plan(units: list[Unit], preset: Preset, *, bits: float | None, nbytes: int | None) -> Plan:
+    """The largest of the candidates that fits, for all units. Raises BudgetError if none does, or if the budget lies between two of them by more than
+    the preset's tolerance, with their stored bits."""
+    numel, formats = sum(u.numel for u in units), [Format.parse(c) for c in preset.candidates]
+    budget = bits * numel / 8 if nbytes is None else nbytes
+    sizes = sorted((sum(f.nbytes(*u.shape) for u in units), f.name) for f in formats)
+    fits = [s for s in sizes if s[0] <= budget * (1 + 1e-12)]
+    if not fits:
+        raise BudgetError(f"budget of {8 * budget / numel:.6g} stored bits in one format",
+                          f"the smallest candidate, {sizes[0][1]}, takes {8 * sizes[0][0] / numel:.4f}", "allow as much, or add a smaller candidate")
+    plan = Plan.uniform(fits[-1][1], quantizer=preset.quantizer(), activations=preset.activations)
+    plan.kv = None if preset.kv is None else find_kv(preset.kv)
+    check_spent(preset, plan.stored_bits(units), 8 * budget / numel, [f"{name} {8 * size / numel:.4f}" for size, name in sizes])
+    return plan
+
+
+def check_spent(preset: Preset, stored: float, asked: float, others: Sequence[str] = ()) -> None:
+    """Raises BudgetError if ``stored`` bits are less than was ``asked`` by more than the preset's tolerance."""
+    if preset.tolerance is not None and asked - stored > preset.tolerance:
+        listed = f" (its candidates for all units: {', '.join(others)})" if others else ""
+        raise BudgetError(f"a plan of {asked:.4f} stored bits from {', '.join(preset.candidates)}",
+                          f"the largest that the preset makes of it has {stored:.4f}, over {preset.tolerance:g} less{listed}",
+                          f"ask for {math.ceil(stored * 1e4) / 1e4:.4f}, or --set solver.tolerance={math.ceil((asked - stored) * 100) / 100:g}")
+
+
+def quantize_by_layouts(model: nn.Module, layouts: dict[str, banding.Layout], stats: Stats, preset: Preset, work: Path,
+                        progress: Progress = SILENT) -> dict[str, QTensor]:
+    """QTensors of every unit in its layout; each kept under ``work/bands-<key>/`` as it is made, so that an interrupted run goes on."""
+    modules, out = dict(model.named_modules()), {}
+    key = short_hash({"model": model_fingerprint(model), "quantizer": preset.quantizer(), "metric": preset.metric, "code": code_hash(), "stats": stats.meta})
+    for name, layout in progress.track(list(layouts.items()), "quantize"):
+        weight = modules[name].weight.detach().float()
+
+        def make(name=name, layout=layout, weight=weight) -> QTensor:
+            seen = {}
+            if name in stats:
+                fisher = stats.fisher(name) if preset.metric == "fisher_diag" else None
+                seen = {"hessian": stats.hessian(name, preset.weighting), "fisher": fisher}
+            return banding.compose(weight, layout, preset, **seen)
+
+        out[name] = kept(work / f"bands-{key}" / f"{name}.{layout.digest()[:12]}.safetensors", weight, make)
+    return out
+
+
 def check_request(units: list[Unit], preset: Preset, plan: Plan | None, *, bits: float | None, nbytes: int | None) -> None:
     """Everything that can be wrong with a request and needs no calibration to tell. Raises the error that the step itself would raise."""
     make_options(preset.method if preset.method != "auto" else "gptq", dict(preset.options))
@@ -264,6 +365,8 @@ def check_request(units: list[Unit], preset: Preset, plan: Plan | None, *, bits:
             if decision is not None and not isinstance(decision, Format):
                 raise PlanError(f"bands of unit {name}", "the pipeline makes one format per unit", "use replace_linear(model, plan, stats)")
             formats += [decision] if decision is not None else []
+    elif preset.unit != "linear":
+        return  # bands are counted when they are made: their bytes depend on what is seen
     else:
         find_metric(preset.metric)
         sizes = np.array([[f.nbytes(*u.shape) for f in formats] for u in units])
@@ -306,7 +409,7 @@ def open_stats(directory: str | os.PathLike, model: nn.Module) -> tuple[Stats, t
 
 def needs_fisher(preset: Preset) -> bool:
     """Whether a preset reads weight-sized Fisher diagonals, which cost a file as large as the model."""
-    return preset.metric == "fisher_diag" or preset.method == "kmeans"
+    return preset.metric == "fisher_diag" or (preset.method == "kmeans" and preset.unit == "linear")
 
 
 def needed_weightings(preset: Preset) -> tuple[str, ...]:
@@ -322,6 +425,14 @@ def quantizer_of(plan: Plan, preset: Preset, *, method: str | None, weighting: s
     if not isinstance(moments, str):
         raise PlanError(f"the plan's weighting {moments!r}", "the pipeline uses one kind of second moments", "name one, or use replace_linear")
     return dataclasses.replace(preset, method=method or named, weighting=weighting or moments, options=tuple(options.items()) if method is None else ())
+
+
+def describe_presets() -> list[dict]:
+    """``mxq presets``: one dict of plain values per preset, its parts in the order of the plan language, then where it is from and what it lacks."""
+    return [{"name": name, "runs": not missing_parts(p), "unit": p.unit, "candidates": list(p.candidates), "metric": p.metric, "allocator": p.allocator,
+             "quantizer": p.method, "transform": p.transform, "activations": p.activations or "a16", "kv": p.kv or "as it is", "solver": dict(p.solver),
+             "about": p.about, "source": p.source, "formula": p.formula, "departures": list(p.departures), "missing": missing_parts(p)}
+            for name, p in PRESETS.items()]
 
 
 # Verbs: the same on paths -----------------------------------------------------------------------------------------------------------
@@ -350,17 +461,20 @@ def calibrate_model(model_path, out, *, text_path=None, windows: int = WINDOWS, 
     return {"out": str(out), "text": texts.text_hash(texts.calibration_text() if text is None else text), **stats.meta}
 
 
-def sense_model(model_path, stats_dir, out, *, candidates=None, metric: str | None = None, kv: str | None = None, progress: Progress = SILENT) -> dict:
+def sense_model(model_path, stats_dir, out, *, preset: str | None = None, candidates=None, metric: str | None = None, kv: str | None = None,
+                progress: Progress = SILENT) -> dict:
     """``mxq sense``: writes the CostTable to the JSON file ``out`` (and a CSV beside it); trials are kept beside the Stats.
 
     ``kv`` names a spec whose group, residual, sink and rotate a cache would have; then the table also says what its bits cost.
     """
     spec = None if kv is None else KVSpec.named(kv)
-    preset = find_preset(None, candidates=candidates, metric=metric)
+    chosen = find_preset(preset, candidates=candidates, metric=metric)
+    check_parts(chosen, preset)
+    need_linear(chosen, "a cost table")
     model, tokenizer = load(model_path)
     stats, tokens = open_stats(stats_dir, model)
-    trials = Trials(Path(stats_dir) / "trials", model, stats, preset)
-    table = sense(model, tokens, stats, preset.candidates, metric=preset.metric, trial=trials, progress=progress)
+    trials = Trials(Path(stats_dir) / "trials", model, stats, chosen)
+    table = sense(model, tokens, stats, chosen.candidates, metric=chosen.metric, trial=trials, progress=progress)
     if spec is not None:
         table.kv = make_kv_table(model, kv_tokens(tokenizer), spec, progress=progress)
     table.save(out)
@@ -368,28 +482,69 @@ def sense_model(model_path, stats_dir, out, *, candidates=None, metric: str | No
     rows = [{"format": f, "loss": loss, "nbytes": size, "stored_bits": table.stored_bits(size)} for f in table.formats for loss, size in [table.uniform(f)]]
     cache = [] if table.kv is None else [{"bits": b, "loss_keys": float(table.kv.loss[::2, i].sum()), "loss_values": float(table.kv.loss[1::2, i].sum())}
                                          for i, b in enumerate(table.kv.bits)]
-    return {"out": str(out), "metric": preset.metric, "units": len(table.units), "uniform": rows} | ({"cache": cache} if cache else {})
+    return {"out": str(out), "metric": chosen.metric, "units": len(table.units), "uniform": rows} | ({"cache": cache} if cache else {})
 
 
-def plan_from_table(cost_path, out, *, bits: float | None = None, nbytes: int | None = None, context: int | None = None, batch: int = 1, front=None) -> dict:
+def need_linear(preset: Preset, what: str) -> None:
+    """Raises PlanError for presets that choose below whole linears, from the weights themselves."""
+    if preset.unit != "linear" or preset.allocator == "uniform":
+        raise PlanError(f"{what} for a preset by {preset.unit} and {preset.allocator}", "it needs the weights, and no costs of whole linears",
+                        "use mxq quantize --preset, which plans as it goes")
+
+
+def units_of(table: CostTable) -> list[Unit]:
+    """Units by the names and shapes in a cost table's meta: enough to count and time a plan, without the model."""
+    places = table.meta["shapes"]
+    return [Unit(u, "embedding" if places[u]["embedding"] else "linear", tuple(places[u]["shape"]), places[u]["layer"], u.rpartition(".")[2],
+                 tuple(places[u]["tied"])) for u in table.units]
+
+
+def plan_from_table(cost_path, out, *, bits: float | None = None, nbytes: int | None = None, preset: str | Preset | None = None, changes: dict | None = None,
+                    times=None, max_ms_per_token: float | None = None, context: int | None = None, batch: int = 1, front=None) -> dict:
     """``mxq plan``: solves for a budget and writes the Plan; ``front`` names a CSV for the whole front of the weights.
 
-    With ``context`` the budget is in bytes, and covers the weights and a cache of ``batch`` sequences of that many tokens.
+    With ``context`` the budget is in bytes, and covers the weights and a cache of ``batch`` sequences of that many tokens. A ``preset`` narrows the
+    table to its candidates, and gives allocator, quantizer, activations and cache; the table must have been measured with its metric. ``times`` names
+    a time table of this machine: then the plan's meta and the result say what the plan will take, and ``max_ms_per_token`` limits it.
     """
+    if context is not None and find_preset(preset, **(changes or {})).kv is not None:
+        raise PlanError(f"a plan for a context of {context} tokens by a preset with a cache of its own", "the cache's bits are planned, or named, not both",
+                        "drop context, or the preset's kv")
+    if max_ms_per_token is not None and (times is None or context is not None):
+        raise BudgetError(f"a plan of at most {max_ms_per_token} ms for a token", "it needs a time table, and no budget for a cache beside it",
+                          "measure one with `mxq bench MODEL --table times.json`, and give it as --times")
     if context is not None and nbytes is None:
         raise BudgetError(f"a plan for a context of {context} tokens with bits={bits}", "weights and cache have one budget in bytes", "give it as --bytes")
-    table = CostTable.load(cost_path)
+    table, chosen = CostTable.load(cost_path), find_preset(preset, **(changes or {}))
+    if preset is not None:
+        check_parts(chosen, preset)
+        need_linear(chosen, "a plan from a cost table")
+        if table.meta.get("metric") != chosen.metric:
+            raise PlanError(f"a plan by preset {preset} from {cost_path}", f"its metric is {chosen.metric}, the table's {table.meta.get('metric')}",
+                            f"measure it with `mxq sense --preset {preset}`, or --set metric={table.meta.get('metric')}")
+        table = table.subset(chosen.candidates)
+    clock = None if times is None else TimeTable.load(times)
+    if clock is not None:
+        table = clock.fill(table)
     if context is None:
-        plan = solve(table, bits=bits, nbytes=nbytes, quantizer=find_preset(None).quantizer())
+        limit = None if max_ms_per_token is None else clock.room(max_ms_per_token)
+        plan = solve(table, bits=bits, nbytes=nbytes, method=chosen.allocator, max_seconds=limit, quantizer=chosen.quantizer())
     else:
-        plan = solve_joint(table, nbytes=nbytes, context=context, batch=batch, quantizer=find_preset(None).quantizer())
+        plan = solve_joint(table, nbytes=nbytes, context=context, batch=batch, method=chosen.allocator, quantizer=chosen.quantizer())
+    plan = dataclasses.replace(plan, activations=chosen.activations, kv=plan.kv if chosen.kv is None else find_kv(chosen.kv))
+    if bits is not None and max_ms_per_token is None:  # under a time limit fewer bytes may be the best
+        check_spent(chosen, plan.meta["stored_bits"], bits)
+    if clock is not None:
+        units = units_of(table)
+        plan.meta["predicted"] = clock.predict(units, plan.resolve(units))
     plan.save(out)
     if front is not None:
         from .fileio import write_text
 
         points = pareto_front(table)
-        write_text(front, "nbytes,stored_bits,loss\n" + "".join(f"{p.nbytes},{table.stored_bits(p.nbytes):.6f},{p.loss:.9g}\n" for p in points))
-    shown = {"out": str(out), "formats": plan.counts(), **{k: plan.meta[k] for k in ("nbytes", "stored_bits", "loss") if k in plan.meta}}
+        rows = zip(points.nbytes.tolist(), points.loss.tolist(), strict=True)
+        write_text(front, "nbytes,stored_bits,loss\n" + "".join(f"{size},{table.stored_bits(size):.6f},{loss:.9g}\n" for size, loss in rows))
+    shown = {"out": str(out), "formats": plan.counts(), **{k: plan.meta[k] for k in ("nbytes", "stored_bits", "loss", "predicted") if k in plan.meta}}
     return shown if context is None else shown | {"cache": kv_counts(plan, table.kv.layers), "joint": plan.meta["joint"]}
 
 
@@ -398,9 +553,10 @@ def kv_counts(plan: Plan, layers: int) -> dict[str, int]:
     return dict(Counter(str(s or "keep") for s in plan.kv.resolve(layers)).most_common())
 
 
-def quantize_checkpoint(model_path, out, *, bits: float | None = None, nbytes: int | None = None, preset: str | None = None, text=None,
-                        candidates=None, metric: str | None = None, method: str | None = None, windows: int = WINDOWS,
+def quantize_checkpoint(model_path, out, *, bits: float | None = None, nbytes: int | None = None, preset: str | Preset | None = None, text=None,
+                        candidates=None, metric: str | None = None, method: str | None = None, changes: dict | None = None, windows: int = WINDOWS,
                         activations: str | None = None, uniform: str | None = None, plan=None, stats=None, work=None, overwrite: bool = False,
+                        times=None, max_ms_per_token: float | None = None,
                         context: int | None = None, batch: int = 1, progress: Progress = SILENT) -> dict:
     """``mxq quantize``: the whole line on paths. Resumes from ``work`` (default ``<out>.work``, removed after success)."""
     out = Path(out)
@@ -408,8 +564,9 @@ def quantize_checkpoint(model_path, out, *, bits: float | None = None, nbytes: i
     model, tokenizer = load(model_path)
     directory = Path(work) if work is not None else out.with_name(out.name + ".work")
     result = quantize_model(model, tokenizer, bits=bits, nbytes=nbytes, plan=uniform if plan is None else Path(plan), text=text, preset=preset,
-                            candidates=candidates, metric=metric, method=method, activations=activations, windows=windows, stats_dir=stats, work=directory,
-                            context=context, batch=batch, progress=progress)
+                            candidates=candidates, metric=metric, method=method, activations=activations, changes=changes, windows=windows, stats_dir=stats,
+                            times=times, max_ms_per_token=max_ms_per_token,
+                            work=directory, context=context, batch=batch, progress=progress)
     checkpoint.save(result.model, out, tokenizer, result.plan, overwrite=overwrite, progress=progress)
     units = find_units(result.model)
     written = written_bytes(out, result.plan, units)
@@ -419,6 +576,7 @@ def quantize_checkpoint(model_path, out, *, bits: float | None = None, nbytes: i
         shutil.rmtree(directory)
     return {"out": str(out), "stored_bits": result.stored_bits, "predicted_bytes": result.nbytes, "bytes_on_disk": written,
             "checkpoint_bytes": checkpoint.bytes_on_disk(out)["total"], "formats": result.plan.counts(units),
+            **({} if times is None else {"predicted": result.plan.meta["predicted"]}),
             **({} if context is None else {"cache": kv_counts(result.plan, result.table.kv.layers), "joint": result.plan.meta["joint"]})}
 
 

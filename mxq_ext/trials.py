@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 
 from .fileio import load_tensors, save_tensors
 from .formats import Format
-from .plan.presets import Preset
+from .plan.language import Preset
 from .qtensor import QTensor
 from .quantizers import prepare_hessian, quantize
 from .stats import Stats
@@ -26,7 +27,7 @@ def code_hash() -> str:
     digest = hashlib.sha256()
     package = Path(__file__).parent
     files = [*package.glob("quantizers/*.py"), *package.glob("sensitivity/*.py"), *package.glob("stats/*.py")]
-    for path in sorted([*files, *(package / f"{n}.py" for n in ("formats", "pack", "qtensor", "trials"))]):
+    for path in sorted([*files, *(package / f"{n}.py" for n in ("formats", "pack", "qtensor", "trials", "banding"))]):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
@@ -34,6 +35,20 @@ def code_hash() -> str:
 def short_hash(settings: dict) -> str:
     """Twelve hex digits of a JSON object, for file names."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def kept(path: Path, weight: torch.Tensor, make: Callable[[], QTensor]) -> QTensor:
+    """The QTensor in ``path`` if it was made of this very ``weight``, else what ``make`` gives, which is written there."""
+    digest = hashlib.sha256(weight.contiguous().numpy().tobytes()).hexdigest()
+    if path.exists():
+        tensors, meta = load_tensors(path)
+        if meta["weight"] == digest:
+            q = QTensor.from_tensors(json.loads(meta["qtensor"]), tensors)
+            q.info = json.loads(meta["info"])
+            return q
+    q = make()
+    save_tensors(path, q.to_tensors(), {"qtensor": json.dumps(q.meta()), "info": json.dumps(q.info), "weight": digest})
+    return q
 
 
 class Trials:
@@ -54,16 +69,7 @@ class Trials:
 
     def __call__(self, unit: Unit, weight: torch.Tensor, fmt: Format) -> QTensor:
         """The QTensor of ``weight`` [N, K] in ``fmt``, from its file if there is one of this very weight."""
-        path, digest = self.path(unit, fmt), hashlib.sha256(weight.contiguous().numpy().tobytes()).hexdigest()
-        if path.exists():
-            tensors, meta = load_tensors(path)
-            if meta["weight"] == digest:
-                q = QTensor.from_tensors(json.loads(meta["qtensor"]), tensors)
-                q.info = json.loads(meta["info"])
-                return q
-        q = self._quantize(unit, weight, fmt)
-        save_tensors(path, q.to_tensors(), {"qtensor": json.dumps(q.meta()), "info": json.dumps(q.info), "weight": digest})
-        return q
+        return kept(self.path(unit, fmt), weight, lambda: self._quantize(unit, weight, fmt))
 
     def _quantize(self, unit: Unit, weight: torch.Tensor, fmt: Format) -> QTensor:
         method, options = self.preset.method, dict(self.preset.options)

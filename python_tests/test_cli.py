@@ -17,7 +17,7 @@ from mxq_ext import cli
 from mxq_ext.errors import ModelError, MxqWarning
 from mxq_ext.plan import Plan
 
-VERBS = ["quantize", "calibrate", "sense", "plan", "eval", "generate", "inspect", "bench", "doctor", "demo"]
+VERBS = ["quantize", "calibrate", "sense", "plan", "presets", "eval", "generate", "inspect", "bench", "doctor", "demo"]
 ROOT = Path(__file__).parents[1]
 
 
@@ -60,6 +60,42 @@ def test_quantize_passes_what_was_given_and_nothing_else(record):
     assert done.exit_code == 0, done.output
     assert without(seen, "progress") == {"model_path": Path("m"), "out": Path("out"), "bits": 3.5, "overwrite": False}
     assert "stored_bits  3.5" in done.stdout and "12,345" in done.stdout
+
+
+def test_parts_of_a_preset_reach_the_pipeline(record):
+    seen = record("pipeline.quantize_checkpoint", {})
+    done = run("quantize", "m", "-o", "out", "--bits", 3, "--preset", "owq", "--set", "allocator=greedy", "--set", "options.damp=0.05")
+    assert done.exit_code == 0, done.output
+    assert seen["changes"] == {"allocator": "greedy", "options": (("clip_power", 2.4), ("damp", 0.05))} and seen["preset"] == "owq"
+    seen = record("pipeline.plan_from_table", {})
+    done = run("plan", "c.json", "-o", "p.json", "--bits", 3, "--preset", "llm_mq", "--set", "allocator=milp", "--times", "t.json", "--max-ms-per-token", 7.5)
+    assert done.exit_code == 0, done.output
+    assert without(seen, "cost_path", "out") == {"bits": 3.0, "preset": "llm_mq", "changes": {"allocator": "milp"}, "times": Path("t.json"),
+                                                 "max_ms_per_token": 7.5}
+    seen = record("pipeline.sense_model", {})
+    assert run("sense", "m", "s", "-o", "c.json", "--preset", "llm_mq").exit_code == 0 and seen["preset"] == "llm_mq"
+
+
+def test_presets_are_listed():
+    rows = json.loads(run("presets", "--json").stdout)
+    assert {"mxq", "slim_llm", "uniform_rtn"} <= {r["name"] for r in rows} and all(r["source"] for r in rows)
+    text = run("presets").stdout
+    assert "slim_llm" in text and "double_pointer" in text
+    one = json.loads(run("presets", "spqr", "--json").stdout)
+    assert one["runs"] is False and "3 bits" in one["missing"][0]
+    assert run("presets", "spqt").exit_code != 0
+
+
+def test_a_time_table_is_written(record, tmp_path):
+    from mxq_ext.plan.times import TimeTable
+
+    record("pipeline.load", ("model", None))
+    seen = record("bench.time_table", TimeTable({(8, 8, "w8", 1): 3.0}, {1: 2000.0}, {"threads": 1}))
+    done = run("bench", "m", "--table", tmp_path / "t.json", "--formats", "w8,w4g64", "--json")
+    assert done.exit_code == 0, done.output
+    assert seen["model"] == "model" and seen["formats"] == ["w8", "w4g64"] and json.loads(done.stdout)["rest_ms"] == {"1 rows": 2.0}
+    assert TimeTable.load(tmp_path / "t.json").us == {(8, 8, "w8", 1): 3.0}
+    assert run("bench", "--table", tmp_path / "t.json").exit_code != 0
 
 
 def test_quantize_passes_every_option(record):

@@ -23,7 +23,7 @@ LEVELS = [
     ["quantizers", "kv"],
     ["nn"],
     ["checkpoint", "hf"],
-    ["evaluate", "trials", "pipeline"],
+    ["evaluate", "trials", "banding", "pipeline"],
     ["report", "bench", "doctor", "demo", "cli", "__main__"],
 ]
 POSITION = {name: (level, place) for level, row in enumerate(LEVELS) for place, name in enumerate(row)}

@@ -110,6 +110,87 @@ def test_obq_equals_the_explicit_inverse(setting):
     assert METRICS["obq"](Context(model, tokens, stats)).loss(unit, delta, [delta])[0] == pytest.approx(want, rel=1e-3)
 
 
+def outputs(model, name, tokens):
+    """Inputs [t, K] of a linear over all windows, by a hook."""
+    seen = []
+    handle = model.get_submodule(name).register_forward_hook(lambda m, args, out: seen.append(args[0].detach().flatten(0, 1)))
+    with torch.no_grad():
+        model(tokens)
+    handle.remove()
+    return torch.cat(seen)
+
+
+@pytest.mark.parametrize("role", ["q_proj", "down_proj"])
+def test_output_and_activation_equal_sums_over_the_inputs(setting, role):
+    model, tokens, stats, units = setting
+    unit = next(u for u in units if u.role == role)
+    delta = torch.randn(unit.shape, generator=torch.Generator().manual_seed(8))
+    x = outputs(model, unit.name, tokens).double()
+    weight = model.get_submodule(unit.name).weight
+    got = {m: METRICS[m](Context(model, tokens, stats)).loss(unit, weight, [delta])[0] for m in ("output", "activation")}
+    assert got["output"] == pytest.approx(float((x @ delta.double().T).square().sum(1).mean()), rel=1e-4)
+    assert got["activation"] == pytest.approx(sum(float(x[:, j].square().mean() * delta[:, j].double().square().sum()) for j in range(x.shape[1])), rel=1e-4)
+
+
+def test_fisher_diagonal_equals_squared_gradients_of_windows(setting):
+    from mxq_ext.stats.walk import sample_labels, window_uniform
+
+    model, tokens, stats, units = setting
+    unit = next(u for u in units if u.role == "v_proj")
+    weight = model.get_submodule(unit.name).weight
+    delta = torch.randn(unit.shape, generator=torch.Generator().manual_seed(6))
+    total = torch.zeros(unit.shape)
+    for w in range(len(tokens)):
+        logits = model(tokens[w : w + 1]).logits[0]
+        labels = sample_labels(logits.detach(), window_uniform(0, w, tokens.shape[1]))
+        total += torch.autograd.grad(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"), weight)[0].square() / len(tokens)
+    want = 0.5 * float((total * delta.square()).sum()) / tokens.shape[1]
+    assert METRICS["fisher_diag"](Context(model, tokens, stats)).loss(unit, weight, [delta])[0] == pytest.approx(want, rel=0.02)
+
+
+@pytest.mark.parametrize(("alone", "probes", "tolerance"), [(True, 60, 0.2), (False, 240, 0.3)])
+def test_hutchinson_estimates_the_trace_of_the_hessian_of_the_kl(setting, alone, probes, tolerance):
+    """Against the exact trace of one layer's Gauss-Newton matrix: sum over tokens of |J^T (diag p - p p^T)^(1/2)|^2, row by row of the Jacobian."""
+    from mxq_ext.progress import SILENT
+
+    model, tokens, stats, units = setting
+    unit = next(u for u in units if u.role == "v_proj" and u.layer == 1)
+    weight = model.get_submodule(unit.name).weight
+    window = tokens[:1, :4]
+
+    class Many(METRICS["hutchinson"]):
+        PROBES, TOKENS = probes, 4
+
+    metric = Many(Context(model, window, stats))
+    metric.prepare([unit] if alone else units, SILENT)
+    logits = model(window).logits[0]
+    p = logits.detach().double().softmax(-1)
+    exact = 0.0
+    for t in range(4):
+        rows = torch.stack([torch.autograd.grad(logits[t, v], weight, retain_graph=True)[0].flatten() for v in range(logits.shape[1])]).double()
+        exact += float((p[t] * rows.square().sum(1)).sum() - (p[t] @ rows).square().sum())
+    assert metric.trace[unit.name] * 4 == pytest.approx(exact, rel=tolerance)
+    delta = torch.randn(unit.shape)
+    assert metric.loss(unit, weight, [delta])[0] == pytest.approx(0.5 * metric.trace[unit.name] / weight.numel() * float(delta.square().sum()), rel=1e-5)
+    assert all(q.requires_grad for q in model.parameters())  # as before
+
+
+def test_kl_slope_is_the_loss_of_its_own_noise(setting):
+    """linear_kl of a candidate whose error is the probe's own noise, at its size: the KL that two whole forwards measure."""
+    from mxq_ext.progress import SILENT
+
+    model, tokens, stats, units = setting
+    metric = METRICS["linear_kl"](Context(model, tokens, stats, seed=4))
+    metric.prepare(units, SILENT)
+    place = [u.name for u in units if u.name in stats].index("model.layers.1.mlp.up_proj")
+    unit = next(u for u in units if u.name == "model.layers.1.mlp.up_proj")
+    weight, h = model.get_submodule(unit.name).weight.detach(), stats.hessian(unit.name)
+    noise = torch.randn(unit.shape, generator=torch.Generator().manual_seed(4 + place))
+    noise *= (metric.SIZE * energy(weight, h) / energy(noise, h)) ** 0.5
+    want = kl_by_hand(model, unit.name, noise, tokens[: metric.WINDOWS])
+    assert metric.loss(unit, weight, [noise])[0] == pytest.approx(want, rel=2e-3)
+
+
 def test_fisher_diagonal_needs_its_statistics(tmp_path):
     model = make_model()
     tokens = torch.randint(0, 256, (1, 16), generator=torch.Generator().manual_seed(0))
@@ -180,7 +261,7 @@ def test_an_untied_embedding_has_a_price(tmp_path, metric):
     row = table.loss[table.units.index("model.embed_tokens")]
     w = model.model.embed_tokens.weight.detach()
     delta = quantize(w, "w2g32_asym", method="auto").dequantize() - w
-    if metric in ("output", "obq"):
+    if metric in ("output", "obq", "activation"):
         want = float(torch.nn.functional.embedding(tokens, delta).square().sum(-1).mean())
     else:
         want = kl_by_hand(model, "model.embed_tokens", delta, tokens[:1])

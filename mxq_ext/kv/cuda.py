@@ -39,7 +39,7 @@ class AttendCall(ctypes.Structure):
 
 
 def _check_format(fmt: PageFormat) -> None:
-    if getattr(fmt, "levels", None) is not None:
+    if fmt.levels is not None:
         raise FormatError(f"a KV page of {fmt.bits}-bit {fmt.side} with a codebook on a GPU", "the CUDA kernels read uniform grids and float16",
                           "keep the model on the CPU, or choose a cache without codebooks")
 

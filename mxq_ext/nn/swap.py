@@ -201,7 +201,7 @@ def _meta(unit: Unit, decision: Format | Bands) -> dict:
         return shape_meta(unit.shape, decision)
     meta = shape_meta(unit.shape, "fp16")
     meta["rectangles"] = [[r0, r1, c0, c1, f.name] for r0, r1, c0, c1, f in decision.rectangles(unit.shape, unit.name)]
-    meta[f"perm_{decision.axis}"] = decision.permute
+    meta[f"perm_{decision.axis}"], meta["sparse"] = decision.permute, decision.sparse > 0
     return meta
 
 
@@ -247,8 +247,9 @@ def _fill(weight: torch.Tensor, decision: Format | Bands, options: dict) -> QTen
     """One call for a Format; one per band otherwise, each with its own part of the Hessian (errors do not cross bands)."""
     if isinstance(decision, Format):
         return quantize_weight(weight, decision, **options)
-    if decision.permute:
-        raise PlanError(f"bands {decision} with a permutation", "which rows or columns go where is not in the plan",
+    if decision.permute or decision.sparse:
+        what = "permutation" if decision.permute else "sparse part"
+        raise PlanError(f"bands {decision} with a {what}", "which rows, columns or values those are is not in the plan",
                         "pass the finished weight in qtensors=")
     rects: list[Rectangle] = []
     for r0, r1, c0, c1, fmt in decision.rectangles(tuple(weight.shape)):

@@ -20,7 +20,11 @@ from ..errors import BudgetError, PlanError
 from ..sensitivity.table import CostTable
 from . import knapsack
 from .knapsack import Allocation
+from .rules import METHODS
 from .schema import PATTERN, Plan, closest, compile_pattern
+
+#: Relative gap at which HiGHS stops where it has two constraints: proving the last hundredth of a per cent takes minutes.
+TIMED_GAP = 1e-4
 
 Groups = Sequence[Sequence[str]]
 Allowed = Mapping[str, Sequence[str]]
@@ -42,6 +46,7 @@ class _Merged:
     loss: np.ndarray  # float64 [G, F]
     nbytes: np.ndarray  # int64 [G, F]
     row: np.ndarray  # int64 [U], which row decides for a unit
+    seconds: np.ndarray | None  # float64 [G, F]
 
 
 def _merge(table: CostTable, groups: Groups | None, allowed: Allowed | None) -> _Merged:
@@ -93,7 +98,11 @@ def _merge(table: CostTable, groups: Groups | None, allowed: Allowed | None) -> 
     merged_loss, merged_bytes = np.zeros((len(leaders), len(table.formats))), np.zeros((len(leaders), len(table.formats)), dtype=np.int64)
     np.add.at(merged_loss, row, loss)
     np.add.at(merged_bytes, row, table.nbytes)
-    return _Merged(merged_loss, merged_bytes, row)
+    seconds = None
+    if table.seconds is not None:
+        seconds = np.zeros_like(merged_loss)
+        np.add.at(seconds, row, table.seconds)
+    return _Merged(merged_loss, merged_bytes, row, seconds)
 
 
 def budget_bytes(table: CostTable, bits: float | None = None, nbytes: int | None = None) -> int:
@@ -116,19 +125,23 @@ def budget_bytes(table: CostTable, bits: float | None = None, nbytes: int | None
 
 
 def choose(table: CostTable, *, bits: float | None = None, nbytes: int | None = None, method: str = "dp", groups: Groups | None = None,
-           allowed: Allowed | None = None) -> Allocation:
+           allowed: Allowed | None = None, max_seconds: float | None = None) -> Allocation:
     """Best candidate per unit within a budget, with the proof of how good it is; see :class:`Allocation`.
 
     Args:
         bits: average stored bits over all units of the table; or ``nbytes``: total bytes.
-        method: ``dp`` (exact, default), ``milp`` (exact, HiGHS), ``lagrangian``, ``greedy``, ``brute``.
+        method: ``dp`` (exact, default), ``milp`` (exact, HiGHS), ``lagrangian``, ``greedy``, ``threshold``, ``nsga2``, ``brute``.
         groups: lists of unit names that must share one format.
         allowed: unit name or ``re:`` pattern -> candidates that it may take.
+        max_seconds: also, the table's ``seconds`` must sum to at most this. The integer program decides then, whatever ``method`` says of an exact one.
 
     Raises BudgetError if nothing fits (with the shortfall in bytes and the smallest feasible stored bits), PlanError for unknown names.
     """
-    if method not in knapsack.METHODS:
-        raise PlanError(f"allocation method {method!r}", f"the methods are {', '.join(knapsack.METHODS)}", "use the default, dp")
+    if method not in METHODS:
+        raise PlanError(f"allocation method {method!r}", f"the methods are {', '.join(METHODS)}", "use the default, dp")
+    if max_seconds is not None and (table.seconds is None or method not in ("dp", "milp")):
+        rule = "the cost table holds no times" if table.seconds is None else f"{method} knows one constraint only"
+        raise PlanError(f"a plan of at most {1e3 * max_seconds:.6g} ms by {method}", rule, "measure times with `mxq bench --table`, and use the method milp")
     merged = _merge(table, groups, allowed)
     budget = budget_bytes(table, bits, nbytes)
     least = knapsack.Problem.of(merged.loss, merged.nbytes).smallest
@@ -138,7 +151,10 @@ def choose(table: CostTable, *, bits: float | None = None, nbytes: int | None = 
         raise BudgetError(f"budget of {asked_bits:.6g} stored bits ({budget:,} bytes) for {len(table.units)} units",
                           f"the smallest choice of {', '.join(table.formats)}{constrained} takes {least:,} bytes, {least - budget:,} more",
                           f"allow at least {math.ceil(table.stored_bits(least) * 1e4) / 1e4:.4f} stored bits, or add a smaller candidate")
-    a = knapsack.METHODS[method](merged.loss, merged.nbytes, budget)
+    if max_seconds is None:
+        a = METHODS[method](merged.loss, merged.nbytes, budget)
+    else:
+        a = knapsack.milp(merged.loss, merged.nbytes, budget, seconds=merged.seconds, max_seconds=max_seconds, gap=TIMED_GAP)
     return Allocation(a.choice[merged.row], a.loss, a.nbytes, a.bound, a.exact, a.method)
 
 
@@ -155,21 +171,48 @@ def plan_of(table: CostTable, choice: Sequence[int] | np.ndarray, *, quantizer: 
 
 
 def solve(table: CostTable, *, bits: float | None = None, nbytes: int | None = None, method: str = "dp", groups: Groups | None = None,
-          allowed: Allowed | None = None, quantizer: dict | None = None, meta: dict | None = None) -> Plan:
+          allowed: Allowed | None = None, max_seconds: float | None = None, quantizer: dict | None = None, meta: dict | None = None) -> Plan:
     """The Plan of :func:`choose`. Its meta has, beside those of :func:`plan_of`, ``allocation``: method, budget_bytes, bits, exact, gap."""
-    a = choose(table, bits=bits, nbytes=nbytes, method=method, groups=groups, allowed=allowed)
+    a = choose(table, bits=bits, nbytes=nbytes, method=method, groups=groups, allowed=allowed, max_seconds=max_seconds)
     how = {"method": a.method, "budget_bytes": budget_bytes(table, bits, nbytes), "bits": None if bits is None else float(bits),
            "exact": a.exact, "gap": a.gap}
     return plan_of(table, a.choice, quantizer=quantizer, meta={"allocation": how} | (meta or {}))
 
 
+class Front(Sequence):
+    """The hull of the trade between bytes and loss as a sequence of :class:`FrontPoint`, smallest first.
+
+    Attributes:
+        nbytes: int64 [P], loss: float64 [P]; rising and falling strictly. A point's choice is made when the point is taken out, so that a model in
+            tens of thousands of bands has its front at once.
+    """
+
+    def __init__(self, hull: knapsack.Hull, row: np.ndarray):
+        self.nbytes, self.loss, self._hull, self._row = hull.nbytes, hull.loss, hull, row
+
+    def __len__(self) -> int:
+        return len(self._hull)
+
+    def __getitem__(self, k):
+        if isinstance(k, slice):
+            return [self[i] for i in range(*k.indices(len(self)))]
+        k = range(len(self))[k]
+        return FrontPoint(int(self.nbytes[k]), float(self.loss[k]), self._hull.choice(k)[self._row])
+
+    def within(self, nbytes: int) -> FrontPoint | None:
+        """The best point of at most ``nbytes``, None if there is none."""
+        k = int(np.searchsorted(self.nbytes, nbytes, side="right")) - 1
+        return None if k < 0 else self[k]
+
+
 def pareto_front(table: CostTable, *, exact: bool = False, groups: Groups | None = None,
-                 allowed: Allowed | None = None) -> list[FrontPoint]:
+                 allowed: Allowed | None = None) -> Sequence[FrontPoint]:
     """The trade between bytes and loss, smallest first; bytes rise and losses fall strictly.
 
-    By default the vertices of the front's convex hull: each is optimal for its own size, and between two of them at most one unit's step
-    can be gained. ``exact=True`` gives every Pareto-optimal choice, and raises PlanError where those are too many to list.
+    By default a :class:`Front`, the vertices of the front's convex hull: each is optimal for its own size, and between two of them at most one
+    unit's step can be gained. ``exact=True`` lists every Pareto-optimal choice, and raises PlanError where those are too many.
     """
     merged = _merge(table, groups, allowed)
-    front = (knapsack.full_front if exact else knapsack.hull_front)(merged.loss, merged.nbytes)
-    return [FrontPoint(m, s, choice[merged.row]) for m, s, choice in front]
+    if not exact:
+        return Front(knapsack.Hull(merged.loss, merged.nbytes), merged.row)
+    return [FrontPoint(m, s, choice[merged.row]) for m, s, choice in knapsack.full_front(merged.loss, merged.nbytes)]

@@ -20,6 +20,7 @@ from ..sensitivity.table import CostTable, KVTable
 from . import knapsack
 from .allocate import Allowed, Groups, _merge, budget_bytes, plan_of
 from .kv import KVPlan, KVSpec
+from .rules import METHODS
 from .schema import Plan
 
 Pairs = Sequence[tuple[int, int]]
@@ -86,7 +87,7 @@ def solve_kv(table: KVTable, *, bits: float | None = None, nbytes: int | None = 
         width = np.array([k + v for k, v in units.pairs]) if units.pairs else np.array(table.bits)
         sizes = np.broadcast_to(width, units.loss.shape).copy()
         budget = int(np.floor(2 * table.layers * bits + 1e-9))
-    a = knapsack.METHODS[method](units.loss, sizes, budget)
+    a = METHODS[method](units.loss, sizes, budget)
     return kv_plan_of(table, units.bits(table, a.choice))
 
 
@@ -114,7 +115,7 @@ def solve_joint(table: CostTable, *, nbytes: int, context: int, batch: int = 1, 
     if budget < least:
         raise BudgetError(f"budget of {budget:,} bytes for {len(table.units)} units and a cache of {batch} x {context} tokens",
                           f"the smallest choice takes {least:,} bytes, {least - budget:,} more", "allow more, or plan for a shorter context")
-    a = knapsack.METHODS[method](loss, sizes, budget)
+    a = METHODS[method](loss, sizes, budget)
     of_weights, of_cache = a.choice[:rows][merged.row], a.choice[rows:]
     at = np.arange(more)
     cache = {"nbytes": int(units.nbytes[at, of_cache].sum()), "loss": float(units.loss[at, of_cache].sum())}

@@ -31,6 +31,8 @@ from ..errors import BudgetError, MxqError, PlanError
 TOLERANCE = 1e-12
 #: Dynamic programming keeps at most this many states per unit before it gives up exactness (and says so).
 MAX_STATES = 1 << 15
+#: Units that dynamic programming searches first, before all, when more are undecided.
+CORE = 256
 #: Largest number of combinations that :func:`brute` walks through.
 MAX_BRUTE = 1 << 21
 
@@ -98,20 +100,24 @@ class Problem:
             raise PlanError(asked, f"unit {int(np.argmin(np.isfinite(loss).any(axis=1)))} has no candidate of finite loss",
                             "allow it at least one")
         nbytes = nbytes.astype(np.int64)
-        items, lowest = [], []
-        for m, s in zip(nbytes, loss, strict=True):
-            order = np.lexsort((s, m))  # by bytes, then by loss
-            order = order[np.isfinite(s[order])]
-            before = np.concatenate(([np.inf], np.minimum.accumulate(s[order])[:-1]))
-            order = order[s[order] < before]  # keep only what is better than everything that is no larger
-            lowest.append(float(s[order[-1]]))
-            items.append(Item(order, m[order], s[order] - lowest[-1]))
+        # All units at once: a model in column bands has tens of thousands of them.
+        order = np.lexsort((loss, nbytes), axis=1)  # by bytes, then by loss
+        m, sorted_loss = np.take_along_axis(nbytes, order, 1), np.take_along_axis(loss, order, 1)
+        before = np.concatenate((np.full((len(loss), 1), np.inf), np.minimum.accumulate(sorted_loss, axis=1)[:, :-1]), axis=1)
+        better = sorted_loss < before  # keep only what is better than everything that is no larger; +inf never is
+        lowest = sorted_loss.min(axis=1)
+        shifted = sorted_loss - lowest[:, None]
+        items = [Item(o[k], x[k], y[k]) for o, x, y, k in zip(order, m, shifted, better, strict=True)]
         return Problem(items, loss, nbytes, math.fsum(lowest))
 
     @property
     def smallest(self) -> int:
         """Bytes of the smallest possible choice."""
         return sum(int(i.nbytes[0]) for i in self.items)
+
+    def seconds(self, seconds) -> np.ndarray:
+        """``seconds`` float64 [U, F] with +inf where a candidate cannot be chosen: the losses of a plan that is to be fast."""
+        return np.where(np.isfinite(self.loss), seconds, np.inf)
 
     def require(self, budget: int) -> int:
         """``budget`` as an int. Raises BudgetError, with the shortfall, if even the smallest choice is larger."""
@@ -141,25 +147,28 @@ class Steps:
     """
 
     def __init__(self, items: list[Item]):
-        rows = []
-        for u, item in enumerate(items):
-            hull, gains = [0], []
-            m, s = item.nbytes.tolist(), item.loss.tolist()
-            for c in range(1, len(m)):
-                while True:
-                    gain = (s[hull[-1]] - s[c]) / (m[c] - m[hull[-1]])
-                    if not gains or gains[-1] > gain:
-                        break
-                    hull.pop()
-                    gains.pop()
-                hull.append(c)
-                gains.append(gain)
-            rows += [(g, u, a, b, m[b] - m[a], s[a] - s[b]) for g, a, b in zip(gains, hull[:-1], hull[1:], strict=True)]
-        rows.sort(key=lambda r: -r[0])  # stable, so the steps of an item stay in order
-        columns = list(zip(*rows, strict=True)) or [()] * 6
-        self.gain, self.ds = (np.array(columns[k], dtype=np.float64) for k in (0, 5))
-        self.item, self.start, self.stop, self.dm = (np.array(columns[k], dtype=np.int64) for k in (1, 2, 3, 4))
-        self.base = sum(int(i.nbytes[0]) for i in items)
+        m, s, count = _padded(items)
+        rows, at, last = np.arange(len(items)), np.zeros(len(items), dtype=np.int64), np.full(len(items), np.inf)
+        found: list[tuple[np.ndarray, ...]] = []
+        # Around the hulls of all items together: from each one's candidate to the later one of the best gain, the farthest of equals.
+        for _ in range(m.shape[1] - 1):
+            later = (np.arange(m.shape[1]) > at[:, None]) & (np.arange(m.shape[1]) < count[:, None])
+            dm, ds = m - m[rows, at][:, None], s[rows, at][:, None] - s
+            gain = np.where(later, ds / np.where(later, dm, 1), -1.0)
+            stop = gain.shape[1] - 1 - gain[:, ::-1].argmax(axis=1)
+            live = np.flatnonzero(gain[rows, stop] > 0)
+            if not len(live):
+                break
+            stop = stop[live]
+            # Rounding could make a later gain of an item exceed an earlier one by a unit in the last place: the order must hold.
+            last[live] = np.minimum(last[live], gain[live, stop])
+            found.append((last[live], live, at[live], stop, dm[live, stop], ds[live, stop]))
+            at[live] = stop
+        columns = [np.concatenate([f[k] for f in found]) if found else np.empty(0) for k in range(6)]
+        order = np.argsort(-columns[0], kind="stable")  # stable, so the steps of an item stay in order
+        self.gain, self.ds = (columns[k][order].astype(np.float64) for k in (0, 5))
+        self.item, self.start, self.stop, self.dm = (columns[k][order].astype(np.int64) for k in (1, 2, 3, 4))
+        self.base = int(m[:, 0].sum()) if len(items) else 0
 
     def relaxation(self, mask: np.ndarray | slice = slice(None)) -> tuple[np.ndarray, np.ndarray]:
         """(extra bytes, loss) after 0, 1, 2, ... steps, of all items or of those whose steps ``mask`` picks.
@@ -177,6 +186,16 @@ class Steps:
         return out
 
 
+def _padded(items: list[Item]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(bytes int64 [U, W], losses float64 [U, W], candidates of each int64 [U]); a row is filled up with its last candidate."""
+    count = np.array([len(i.index) for i in items], dtype=np.int64)
+    if not len(items):
+        return np.zeros((0, 1), dtype=np.int64), np.zeros((0, 1)), count
+    ends = np.cumsum(count)
+    flat = (ends - count)[:, None] + np.minimum(np.arange(count.max()), count[:, None] - 1)
+    return np.concatenate([i.nbytes for i in items])[flat], np.concatenate([i.loss for i in items])[flat], count
+
+
 def _loss(items: list[Item], positions) -> float:
     return math.fsum(i.loss[p] for i, p in zip(items, positions, strict=True))
 
@@ -190,18 +209,17 @@ def _fill(items: list[Item], steps: Steps, budget: int) -> np.ndarray:
             positions[u], room = stop, room - dm
         else:
             blocked[u] = True  # the later steps of this item start from the one that was not taken
+    m, s, count = _padded(items)
+    rows = np.arange(len(items))
     while True:
-        best = (0.0, -1, -1)
-        for u, (item, p) in enumerate(zip(items, positions, strict=True)):
-            q = int(np.searchsorted(item.nbytes, item.nbytes[p] + room, side="right")) - 1  # the largest that fits is the best that fits
-            drop = float(item.loss[p] - item.loss[q])
-            if drop > best[0]:
-                best = drop, u, q
-        _, u, q = best
-        if u < 0:
+        # The largest candidate that fits is the best that fits: losses fall with bytes.
+        best = np.minimum((m <= (m[rows, positions] + room)[:, None]).sum(axis=1), count) - 1
+        drop = s[rows, positions] - s[rows, best]
+        u = int(drop.argmax())
+        if drop[u] <= 0:
             return positions
-        room -= int(items[u].nbytes[q] - items[u].nbytes[positions[u]])
-        positions[u] = q
+        room -= int(m[u, best[u]] - m[u, positions[u]])
+        positions[u] = best[u]
 
 
 def lagrangian(loss, nbytes, budget: int) -> Allocation:
@@ -253,11 +271,22 @@ def _fix(items: list[Item], steps: Steps, budget: int, best: float) -> list[np.n
     k = int(np.searchsorted(extra, room, side="right")) - 1
     multiplier = steps.gain[k] if k < len(steps.gain) else 0.0
     bound = float(np.interp(room, extra, least))
-    out = []
-    for item in items:
-        cost = item.loss + multiplier * (item.nbytes - item.nbytes[0])
-        out.append(np.flatnonzero(bound + (cost - cost.min()) < best * (1 - TOLERANCE)))
-    return out
+    m, s, count = _padded(items)
+    cost = s + multiplier * (m - m[:, :1])
+    alive = (bound + (cost - cost.min(axis=1, keepdims=True)) < best * (1 - TOLERANCE)) & (np.arange(m.shape[1]) < count[:, None])
+    return [np.flatnonzero(row) for row in alive]
+
+
+def _core(items: list[Item], steps: Steps, budget: int, size: int = CORE) -> list[Item]:
+    """The items with all but those of the ``size`` steps around the relaxation's break held where the relaxation has them.
+
+    A change of an item near the break costs least per byte. What is found among these is nearly always so close to the optimum that reduced
+    costs then decide almost all other items (Pisinger's core).
+    """
+    k = int(np.searchsorted(steps.relaxation()[0], budget - steps.base, side="right")) - 1
+    held = steps.positions(k, len(items))
+    free = set(steps.item[max(0, k - size // 2) : k + size // 2].tolist())
+    return [i if u in free else i.take(held[u : u + 1]) for u, i in enumerate(items)]
 
 
 def dp(loss, nbytes, budget: int, *, max_states: int = MAX_STATES) -> Allocation:
@@ -282,6 +311,13 @@ def dp(loss, nbytes, budget: int, *, max_states: int = MAX_STATES) -> Allocation
     best = _fill(p.items, steps, budget)
     best_loss = _loss(p.items, best)
     kept = _fix(p.items, steps, budget, best_loss)
+    if sum(len(k) > 1 for k in kept) > CORE:
+        core = _core(p.items, steps, budget)
+        found, _ = _search(core, budget, best_loss, max_states)
+        if found is not None:
+            best = np.array([int(np.flatnonzero(i.index == c.index[f])[0]) for i, c, f in zip(p.items, core, found, strict=True)])
+            best_loss = _loss(p.items, best)
+            kept = _fix(p.items, steps, budget, best_loss)
     if any(len(k) == 0 for k in kept):  # some unit has no candidate left that could improve on `best`, so nothing does
         return p.allocation(best, best_loss, "dp", True)
     found, missed = _search([i.take(k) for i, k in zip(p.items, kept, strict=True)], budget, best_loss, max_states)
@@ -342,12 +378,16 @@ def _search(items: list[Item], budget: int, limit: float, max_states: int) -> tu
     return positions, missed
 
 
-def milp(loss, nbytes, budget: int, *, time_limit: float | None = None) -> Allocation:
+def milp(loss, nbytes, budget: int, *, seconds=None, max_seconds: float | None = None, time_limit: float | None = None, gap: float = 0.0) -> Allocation:
     """scipy's HiGHS on the integer program, from the unreduced table: a check of :func:`dp` that shares none of its reasoning.
 
+    Args:
+        seconds: float [U, F] >= 0, and ``max_seconds``: a second constraint, ``sum_u seconds[u, c_u] <= max_seconds``.
+        time_limit: seconds that HiGHS may take; gap: relative gap at which it may stop.
+
     Bytes are counted from the smallest candidate in units of their common step, which is exact. HiGHS itself works with tolerances:
-    if its rounded solution exceeds the budget it runs again with less, and the result is not called exact. Raises MxqError if it
-    finds no solution (within ``time_limit`` seconds, when given).
+    if its rounded solution exceeds a limit it runs again with less, and the result is not called exact. Raises BudgetError if no choice is
+    within both limits, with the least time that the bytes allow; MxqError if HiGHS finds no solution (within ``time_limit``, when given).
     """
     from scipy.optimize import Bounds, LinearConstraint
     from scipy.optimize import milp as highs
@@ -359,31 +399,50 @@ def milp(loss, nbytes, budget: int, *, time_limit: float | None = None) -> Alloc
     unit, column = np.nonzero(possible)
     lowest = np.where(possible, p.nbytes, np.iinfo(np.int64).max).min(axis=1)
     m, s = (p.nbytes - lowest[:, None])[possible], (p.loss - np.where(possible, p.loss, np.inf).min(axis=1, keepdims=True))[possible]
+    t = None if seconds is None else _seconds(p, seconds, max_seconds)[possible]
     step = max(1, int(np.gcd.reduce(m)))
     # HiGHS stops at an absolute gap of 1e-6: losses are scaled so that this is a millionth of a millionth of the largest.
     scale = 1e6 / s.max() if s.max() > 0 else 1.0
     one = csr_array((np.ones(len(unit)), (unit, np.arange(len(unit)))), shape=(len(p.loss), len(unit)))
-    room, bound, clean = (budget - int(lowest.sum())) // step, -math.inf, True
+    room, ticks, bound, clean = (budget - int(lowest.sum())) // step, 1.0, -math.inf, True
     while True:
-        weight = LinearConstraint(csr_array(m[None, :] / step), -np.inf, room)
-        options = {"mip_rel_gap": 0.0} | ({} if time_limit is None else {"time_limit": time_limit})
-        r = highs(s * scale, constraints=[LinearConstraint(one, 1, 1), weight], integrality=np.ones(len(s)), bounds=Bounds(0, 1),
-                  options=options)
+        limits = [LinearConstraint(one, 1, 1), LinearConstraint(csr_array(m[None, :] / step), -np.inf, room)]
+        if t is not None:
+            limits.append(LinearConstraint(csr_array(t[None, :] / max_seconds), -np.inf, ticks))
+        options = {"mip_rel_gap": gap} | ({} if time_limit is None else {"time_limit": time_limit})
+        r = highs(s * scale, constraints=limits, integrality=np.ones(len(s)), bounds=Bounds(0, 1), options=options)
         if r.x is None:
+            if r.status == 2 and t is not None:
+                fast = milp(p.seconds(seconds), p.nbytes, budget)  # the least time within the same bytes
+                if fast.loss > max_seconds:
+                    raise BudgetError(f"{budget:,} bytes and {1e3 * max_seconds:.6g} ms for {len(p.loss)} units",
+                                      f"the fastest choice of that size takes {1e3 * fast.loss:.6g} ms", "allow more time, fewer bytes, or faster candidates")
             raise MxqError(f"milp allocation of {len(p.loss)} units x {p.loss.shape[1]} candidates",
-                           f"HiGHS gave no solution ({r.message})", "use method='dp'")
+                           f"HiGHS gave no solution ({r.message})", "use method='dp'" if t is None else "allow a little more time or bytes")
         bound = float(r.mip_dual_bound) / scale if clean else bound
         picked = np.flatnonzero(r.x > 0.5)
         over = int(m[picked].sum()) - (budget - int(lowest.sum()))
-        if over <= 0:
+        late = 0.0 if t is None else math.fsum(t[picked]) / max_seconds - 1
+        if over <= 0 and late <= 0:
             break
-        room, clean = room - -(-over // step), False
+        room, ticks, clean = room - max(0, -(-over // step)), ticks - max(0.0, 2 * late), False
     choice = np.empty(len(p.loss), dtype=np.int64)
     choice[unit[picked]] = column[picked]
     rows = np.arange(len(choice))
     total, least = math.fsum(p.loss[rows, choice]), math.fsum(np.where(possible, p.loss, np.inf).min(axis=1))
-    exact = clean and r.status == 0
+    exact = clean and r.status == 0 and gap == 0
     return Allocation(choice, total, int(p.nbytes[rows, choice].sum()), total if exact else min(total, least + bound), exact, "milp")
+
+
+def _seconds(p: Problem, seconds, max_seconds: float | None) -> np.ndarray:
+    """Checked times float64 [U, F]. Raises PlanError, BudgetError."""
+    times = np.asarray(seconds, np.float64)
+    if times.shape != p.loss.shape or not (times[np.isfinite(p.loss)] >= 0).all() or not np.isfinite(times[np.isfinite(p.loss)]).all():
+        raise PlanError(f"times {times.shape} of {p.loss.shape} candidates", "each candidate that may be chosen needs a finite time >= 0",
+                        "measure the missing ones with `mxq bench --table`")
+    if max_seconds is None or not (math.isfinite(max_seconds) and max_seconds > 0):
+        raise BudgetError(f"a time limit of {max_seconds}", "it is a positive number of seconds", "pass for example max_seconds=0.01")
+    return times
 
 
 def brute(loss, nbytes, budget: int) -> Allocation:
@@ -406,21 +465,26 @@ def brute(loss, nbytes, budget: int) -> Allocation:
 METHODS = {"dp": dp, "milp": milp, "lagrangian": lagrangian, "greedy": greedy, "brute": brute}
 
 
-def hull_front(loss, nbytes) -> list[tuple[int, float, np.ndarray]]:
-    """(bytes, loss, choice [U]) of every vertex of the Pareto front's lower convex hull, smallest first; the whole front in one walk.
+class Hull:
+    """The vertices of the Pareto front's lower convex hull, smallest first; choices are made when they are asked for.
 
-    Steps of equal gain are separate points, so that the front is as fine as the relaxation is exact.
+    Attributes:
+        nbytes: int64 [P], loss: float64 [P]. Steps of equal gain are separate points, so that the front is as fine as the relaxation is exact.
     """
-    p = Problem.of(loss, nbytes)
-    steps = Steps(p.items)
-    extra, least = steps.relaxation()
-    choice = np.array([i.index[0] for i in p.items])
-    out = [(steps.base, float(least[0]) + p.offset, choice)]
-    for k, (u, stop) in enumerate(zip(steps.item, steps.stop, strict=True), 1):
-        choice = choice.copy()
-        choice[u] = p.items[u].index[stop]
-        out.append((steps.base + int(extra[k]), float(least[k]) + p.offset, choice))
-    return out
+
+    def __init__(self, loss, nbytes):
+        self._problem = p = Problem.of(loss, nbytes)
+        self._steps = steps = Steps(p.items)
+        extra, least = steps.relaxation()
+        self.nbytes, self.loss = steps.base + extra, least + p.offset
+
+    def __len__(self) -> int:
+        return len(self.nbytes)
+
+    def choice(self, k: int) -> np.ndarray:
+        """int64 [U]: candidate of each unit at point ``k``."""
+        positions = self._steps.positions(range(len(self))[k], len(self._problem.items))
+        return np.array([i.index[p] for i, p in zip(self._problem.items, positions, strict=True)], dtype=np.int64)
 
 
 def full_front(loss, nbytes, max_states: int = MAX_STATES) -> list[tuple[int, float, np.ndarray]]:

@@ -1,79 +1,85 @@
-"""Presets: which candidates, metric, quantizer and second moments a run uses, as data. ``mxq quantize --preset NAME`` picks one.
+"""Presets of the whole line, as data: unit x candidates x metric x allocator x quantizer x transform x activations x KV x solver budget.
 
-A preset holds names only; ``pipeline.py`` resolves them. Any field can be replaced on the command line or in Python.
+``mxq presets`` lists them with their sources, ``mxq quantize --preset NAME`` runs one, ``--set PART=VALUE`` replaces any part, and so does
+``find_preset(name, part=value)`` in Python. A preset holds names only; ``pipeline.py`` resolves them. Those of the literature, in ``frameworks.py``, say
+where they depart from their papers, and what is missing where one cannot run yet: then it is refused, never approximated.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..errors import PlanError
 from ..fileio import read_json
 from ..formats import Format
+from .frameworks import CONTROLS, FRAMEWORKS
 from .kv import NORMAL, KVPlan, KVSpec, Mixed
+from .language import DEFAULT_CANDIDATES, Preset
 from .schema import Plan
 
-
-@dataclass(frozen=True)
-class Preset:
-    """One choice for each step of the line.
-
-    Attributes:
-        candidates: format names that the plan may mix.
-        metric: a name of ``sensitivity.METRICS``.
-        method: a quantizer, or ``"auto"``.
-        weighting: which second moments the quantizer minimizes the error under: ``none``, ``attention`` or ``gradient``.
-        options: further options of the quantizer.
-        about: one sentence.
-    """
-
-    candidates: tuple[str, ...]
-    metric: str = "fisher"
-    method: str = "gptq"
-    weighting: str = "attention"
-    options: tuple[tuple[str, object], ...] = ()
-    about: str = ""
-
-    def quantizer(self) -> dict:
-        """The ``quantizer`` section of a Plan."""
-        return {"name": self.method, "weighting": self.weighting, **dict(self.options)}
-
-
-#: What the solver takes at 2.5 to 4 stored bits when it is offered everything: integer zero points, since a symmetric grid loses a level that
-#: 2 bits cannot spare; groups of 128, which leave more bytes for code bits than groups of 32 bring; at 3 bits a symmetric g64 between them.
-DEFAULT_CANDIDATES = ("w2g64_asym", "w3g128_asym", "w3g64", "w4g128_asym", "w4g64_asym", "w8g128_asym")
-
-PRESETS: dict[str, Preset] = {
+_OURS: dict[str, Preset] = {
     "mxq": Preset(DEFAULT_CANDIDATES,
                   about="GPTQ with positions of keys and values weighted by the attention they receive, second-order KL as cost: the default"),
     "gradient": Preset(DEFAULT_CANDIDATES, weighting="gradient",
                        about="positions weighted by the squared gradient of each layer's output instead (GuidedQuant, 2025)"),
-    "linear_kl": Preset(DEFAULT_CANDIDATES, metric="linear_kl", about="cost = KL slope from noise probes times relative output error (HIGGS, 2024)"),
     "anchored_kl": Preset(DEFAULT_CANDIDATES, metric="anchored_kl", about="cost = KL measured with the coarsest candidate, scaled by second order"),
-    "llm_mq": Preset(("w2g128_asym", "w3g128_asym", "w4g128_asym"), metric="first_order", weighting="none",
-                     about="layer bits 2, 3, 4 by first-order |g.dW| (LLM-MQ, 2023), without its sparse outliers"),
     "output_error": Preset(DEFAULT_CANDIDATES, metric="output", weighting="none", about="cost = squared output error; a control, known to be a bad cost"),
     "rtn": Preset(DEFAULT_CANDIDATES, method="rtn", about="round to nearest under the default plan search; a control"),
     "lut": Preset(("lut2", "lut3", "lut4", "w8g128_asym"), about="k-means tables per row with error feedback"),
 }
 
 
-def find_preset(name: str | None, **changes) -> Preset:
-    """A preset by name (None: the default), with the fields in ``changes`` that are not None replaced.
+#: name -> Preset: ours, those of the literature, and the controls.
+PRESETS: dict[str, Preset] = {**_OURS, **FRAMEWORKS, **CONTROLS}
 
-    Raises PlanError for an unknown name, FormatError for a bad candidate.
+
+def find_preset(name: str | Preset | None, **changes) -> Preset:
+    """A preset by name (None: the default), or one made by hand, with the parts in ``changes`` that are not None replaced.
+
+    Raises PlanError for an unknown name, part or value, FormatError for a bad candidate.
     """
-    name = name or "mxq"
-    if name not in PRESETS:
-        close = difflib.get_close_matches(name, PRESETS, n=1)
-        raise PlanError(f"preset {name!r}", f"the presets are {', '.join(PRESETS)}", f"did you mean {close[0]!r}?" if close else "choose one of them")
+    if not isinstance(name, Preset):
+        name = name or "mxq"
+        if name not in PRESETS:
+            close = difflib.get_close_matches(name, PRESETS, n=1)
+            raise PlanError(f"preset {name!r}", f"the presets are {', '.join(PRESETS)}", f"did you mean {close[0]!r}?" if close else "choose one of them")
+        name = PRESETS[name]
     changes = {k: v for k, v in changes.items() if v is not None}
+    parts = [f.name for f in dataclasses.fields(Preset)]
+    for part in changes:
+        if part not in parts:
+            close = difflib.get_close_matches(part, parts, n=1)
+            raise PlanError(f"part {part!r} of a preset", f"its parts are {', '.join(parts)}", f"did you mean {close[0]!r}?" if close else "choose one of them")
     if "candidates" in changes:
         changes["candidates"] = tuple(Format.parse(c).name for c in changes["candidates"])
-    return dataclasses.replace(PRESETS[name], **changes)
+    return dataclasses.replace(name, **changes)
+
+
+def parse_changes(settings: Sequence[str], preset: str | None) -> dict[str, object]:
+    """``["allocator=greedy", "options.damp=0.02"]`` -> changes for :func:`find_preset`; values are JSON where they can be, else text.
+
+    ``options.NAME`` and ``solver.NAME`` change one of the pairs of ``preset``. Raises PlanError for what has no ``=``.
+    """
+    base, out = find_preset(preset), {}
+    for text in settings:
+        key, equals, raw = text.partition("=")
+        if not equals or not key:
+            raise PlanError(f"--set {text!r}", "PART=VALUE is expected", "write for example --set allocator=greedy")
+        try:
+            value = json.loads(raw)
+        except json.JSONDecodeError:
+            value = raw
+        part, _, inner = key.partition(".")
+        if inner and part in ("options", "solver"):
+            out[part] = tuple((dict(out.get(part, getattr(base, part))) | {inner: value}).items())
+        else:
+            out[key] = [c.strip() for c in raw.split(",")] if key == "candidates" else value
+    return out
 
 
 @dataclass(frozen=True)

@@ -87,11 +87,13 @@ class Bands:
             propagate errors from left to right need the most precise columns last.
         permute: the unit stores an int32 permutation of that axis, so that any rows (columns) can be gathered in a band. Without it
             the bands cover the weight in its own order.
+        sparse: fp16 values that are added to the bands, wherever they lie (``qtensor.Sparse``); 0: there is no such part.
     """
 
     axis: str
     parts: tuple[tuple[int, Format], ...]
     permute: bool = False
+    sparse: int = 0
 
     @property
     def name(self) -> str:
@@ -105,10 +107,13 @@ class Bands:
     def parse(value: Mapping, where: str) -> Bands:
         """Bands of a JSON entry ``{"rows"|"cols": [[count, format], ...], "permute": bool}``. Raises PlanError."""
         axis = "rows" if "rows" in value else "cols"
-        if set(value) - {axis, "permute"} or axis not in value:
+        if set(value) - {axis, "permute", "sparse"} or axis not in value:
             raise PlanError(f"{where} {dict(value)!r}",
-                            "an entry object has exactly one of the keys format, rows, cols, and permute beside the last two",
+                            "an entry object has exactly one of the keys format, rows, cols, and permute and sparse beside the last two",
                             _ENTRY_FIX)
+        sparse = value.get("sparse", 0)
+        if not isinstance(sparse, int) or isinstance(sparse, bool) or sparse < 0:
+            raise PlanError(f"{where}: sparse {sparse!r}", "it must be the number of values of the sparse part, an integer >= 0", "write for example 1000")
         permute = value.get("permute", False)
         if not isinstance(permute, bool):
             raise PlanError(f"{where}: permute {permute!r}", f"it must be true or false, found {type(permute).__name__}",
@@ -134,7 +139,7 @@ class Bands:
                                 f"code bits must not fall from band to band ({parts[-1][1].bits} to {fmt.bits})",
                                 "put the most precise band last")
             parts.append((count, fmt))
-        return Bands(axis, tuple(parts), permute)
+        return Bands(axis, tuple(parts), permute, sparse)
 
     def rectangles(self, shape: tuple[int, int], name: str = "unit") -> list[tuple[int, int, int, int, Format]]:
         """(r0, r1, c0, c1, Format) that tile a weight of ``shape`` [N, K]. Raises PlanError if the counts do not sum to the axis."""
@@ -150,13 +155,14 @@ class Bands:
         return out
 
     def nbytes(self, rows: int, cols: int) -> int:
-        """Exact stored bytes of a [rows, cols] weight, the permutation included (4 bytes per entry)."""
+        """Exact stored bytes of a [rows, cols] weight, permutation (4 bytes per entry) and sparse part (a start per row, 6 bytes per value) included."""
         dense = sum(f.nbytes(r1 - r0, c1 - c0) for r0, r1, c0, c1, f in self.rectangles((rows, cols)))
+        dense += 4 * (rows + 1) + 6 * self.sparse if self.sparse else 0
         return dense + (4 * (rows if self.axis == "rows" else cols) if self.permute else 0)
 
     def to_json(self) -> dict:
         out = {self.axis: [[c, f.name] for c, f in self.parts]}
-        return out | {"permute": True} if self.permute else out
+        return out | ({"permute": True} if self.permute else {}) | ({"sparse": self.sparse} if self.sparse else {})
 
 
 #: What a plan decides for a unit: a Format, Bands, or None for float.

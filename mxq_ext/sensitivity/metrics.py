@@ -9,6 +9,8 @@ name            loss of D                                                       
 ==============  ===========================================================================  =======================================
 output          tr(D H D^T), H the plain second moment of the input                          OBQ / GPTQ, Frantar et al. 2022
 obq             sum D_ij^2 / [H^-1]_jj                                                       OBS saliency; SpQR, SliM-LLM
+activation      sum_ij E[x_j^2] D_ij^2, the norm of each input channel                       CMPQ 2024; AWQ, Lin et al. 2023
+hutchinson      tr(G) / n * |D|^2, tr(G) of the KL's Hessian by Hutchinson's estimator       HAWQ-V2, Dong et al. 2020
 fisher          1/2 E_t[|g_t|^2/N . |D x_t|^2], g the gradient at the layer's output         K-FAC-like; GuidedQuant 2025
 fisher_diag     1/2 sum F_ij D_ij^2, F the mean squared weight gradient                      SqueezeLLM, Kim et al. 2023
 first_order     mean over windows of |<g, D>| / tokens                                       LLM-MQ 2023
@@ -16,8 +18,8 @@ linear_kl       a tr(D H D^T) / tr(W H W^T), a = KL per unit of relative noise  
 anchored_kl     KL measured with the coarsest candidate, the others in ratio of ``fisher``   ours
 ==============  ===========================================================================  =======================================
 
-``fisher``, ``linear_kl`` and ``anchored_kl`` are in nats per token, so their sums over units predict the KL of a plan; ``output``
-and ``obq`` have no common unit across layers and are there for comparison with the literature.
+``fisher``, ``linear_kl`` and ``anchored_kl`` are in nats per token, so their sums over units predict the KL of a plan; ``output``,
+``obq`` and ``activation`` have no common unit across layers and are there for comparison with the literature.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..errors import PlanError
 from ..progress import Progress
@@ -99,6 +102,61 @@ class OBQ(Metric):
 
     def lookup_loss(self, unit, deltas):
         return self._row_errors(deltas)
+
+
+class Activation(Metric):
+    """sum_ij E[x_j^2] D_ij^2: the error of the output if the input channels were uncorrelated."""
+
+    def loss(self, unit, weight, deltas):
+        power = self.context.stats.channels(unit.name)["meansq"]
+        return [float((d.square() @ power).sum(dtype=torch.float64)) for d in deltas]
+
+    def lookup_loss(self, unit, deltas):
+        return self._row_errors(deltas)
+
+
+class Hutchinson(Metric):
+    """1/2 tr(G_l) / n_l * |D|^2 per token: HAWQ-V2's loss of a layer with n_l weights, G the Hessian of KL(float || model) at the float weights.
+
+    tr(G_l) is estimated for all units together, in E[v^T G v] with v = +-1 on every weight: one double backward through the whole model per probe,
+    on the first ``TOKENS`` tokens of a window each. The KL's gradient is zero there and its Hessian is the Gauss-Newton matrix, so that no trace is
+    negative but for the noise of the probes (which is cut off). The other units' share of a probe is noise, which is why there are many. Needs
+    about five copies of the weights in memory.
+    """
+
+    PROBES = 16
+    TOKENS = 64
+
+    def prepare(self, units, progress):
+        model, tokens = self.context.model, self.context.tokens
+        modules = dict(model.named_modules())
+        weights = {u.name: modules[u.name].weight for u in units}
+        self.trace = dict.fromkeys(weights, 0.0)
+        generator = torch.Generator().manual_seed(self.context.seed)
+        required = {p: p.requires_grad for p in weights.values()}
+        try:
+            for p in weights.values():
+                p.requires_grad_(True)
+            for i in progress.track(range(self.PROBES), "trace probes"):
+                window = tokens[i % len(tokens), : self.TOKENS][None]
+                signs = [torch.randint(0, 2, p.shape, generator=generator).to(p.dtype).mul_(2).sub_(1) for p in weights.values()]
+                # Only composite attention can be differentiated twice.
+                with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+                    logp = torch.log_softmax(model(window, use_cache=False).logits.float(), dim=-1)
+                    reference = logp.detach()
+                    kl = (reference.exp() * (reference - logp)).sum()
+                    gradients = torch.autograd.grad(kl, list(weights.values()), create_graph=True)
+                    products = torch.autograd.grad(sum((g * v).sum() for g, v in zip(gradients, signs, strict=True)), list(weights.values()))
+                for name, v, product in zip(weights, signs, products, strict=True):
+                    self.trace[name] += float((v * product).sum(dtype=torch.float64)) / window.numel() / self.PROBES
+                del logp, kl, gradients, products
+        finally:
+            for p, flag in required.items():
+                p.requires_grad_(flag)
+
+    def loss(self, unit, weight, deltas):
+        mean = max(0.0, self.trace[unit.name]) / weight.numel()
+        return [0.5 * mean * float(d.square().sum(dtype=torch.float64)) for d in deltas]
 
 
 class Fisher(Metric):
@@ -190,6 +248,8 @@ class AnchoredKL(Fisher):
 METRICS: dict[str, type[Metric]] = {
     "output": OutputError,
     "obq": OBQ,
+    "activation": Activation,
+    "hutchinson": Hutchinson,
     "fisher": Fisher,
     "fisher_diag": FisherDiagonal,
     "first_order": FirstOrder,

@@ -55,5 +55,7 @@ def sense(model: nn.Module, tokens: torch.Tensor, stats: Stats, candidates: Sequ
             if not is_number(value):
                 raise PlanError(f"loss of {unit.name} as {formats[f]} under metric {metric}", f"it is {value}", "check the model and the calibration text")
             loss[u, f], nbytes[u, f] = value, q.nbytes()
+    # Enough of the units to count and time a plan without the model.
+    shapes = {u.name: {"shape": list(u.shape), "layer": u.layer, "embedding": u.kind == "embedding", "tied": list(u.tied)} for u in units}
     return CostTable([u.name for u in units], [f.name for f in formats], loss, nbytes, np.array([u.numel for u in units]),
-                     meta={"metric": metric, "seed": seed, "stats": stats.meta})
+                     meta={"metric": metric, "seed": seed, "stats": stats.meta, "shapes": shapes})

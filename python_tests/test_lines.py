@@ -1,0 +1,54 @@
+"""Scores of rows, columns and elements against plain loops."""
+
+import pytest
+import torch
+
+from mxq_ext.sensitivity import lines
+
+
+@pytest.fixture
+def layer():
+    g = torch.Generator().manual_seed(5)
+    x = torch.randn(40, 9, generator=g) @ torch.randn(9, 9, generator=g)
+    return torch.randn(6, 9, generator=g), 0.1 * torch.randn(6, 9, generator=g), x, x.T @ x / 40
+
+
+def test_column_salience_is_that_of_the_columns_not_yet_fixed(layer):
+    """U_jj^2 = [(H_{j:,j:})^-1]_jj, each inverse taken by itself; a dead column counts as if its input had unit power."""
+    weight, _, _, h = layer
+    h[:, 4] = h[4, :] = 0
+    damped = h.double() + 0.01 * h.diagonal().double().mean() * torch.eye(9, dtype=torch.float64)
+    damped[4, 4] = 1
+    want = [float(weight[:, j].double().square().sum() / torch.linalg.inv(damped[j:, j:])[0, 0]) for j in range(9)]
+    assert lines.column_salience(weight, h).tolist() == pytest.approx(want, rel=1e-5)
+
+
+def test_errors_of_columns_and_rows_are_those_of_the_outputs(layer):
+    weight, delta, x, h = layer
+    y = x.double() @ delta.double().T
+    assert lines.row_error(delta, h).tolist() == pytest.approx(y.square().mean(0).tolist(), rel=1e-4)
+    alone = [float((x[:, j : j + 1] @ delta[:, j : j + 1].T).square().sum(1).mean()) for j in range(9)]  # the error of one column alone
+    assert lines.column_error(delta, h).tolist() == pytest.approx(alone, rel=1e-4)
+    assert lines.column_norm(h).tolist() == pytest.approx([float(x[:, j].norm()) / 40**0.5 for j in range(9)], rel=1e-4)
+
+
+def test_row_taylor_is_first_and_second_order_with_the_whole_fisher(layer):
+    _, delta, x, _ = layer
+    gradients = [torch.randn(40, 6, generator=torch.Generator().manual_seed(s)) for s in range(3)]
+    products = torch.stack([lines.row_products(delta, x, g) for g in gradients])
+    weight_gradients = torch.stack([g.T @ x for g in gradients]).double()  # [windows, N, K]
+    for i in range(6):
+        d, g = delta[i].double(), weight_gradients[:, i]
+        fisher = sum(torch.outer(w, w) for w in g) / 3
+        assert float(lines.row_taylor(products)[i]) == pytest.approx(abs(float(g.mean(0) @ d + 0.5 * d @ fisher @ d)), rel=1e-3)
+
+
+def test_outliers_lie_beyond_the_quartiles():
+    w = torch.arange(1.0, 101.0).view(10, 10)
+    score = lines.outlier_score(w)
+    assert float(score[0, 0]) == pytest.approx((25.75 - 1) / 49.5) and float(score[9, 9]) == pytest.approx((100 - 75.25) / 49.5)
+    assert (score[3:7] == 0).all()
+    w[4, 4] = -1000
+    mask = lines.largest(lines.outlier_score(w), 3)
+    assert mask.sum() == 3 and mask[4, 4] and mask[0, 0] and mask[9, 9]
+    assert torch.isfinite(lines.outlier_score(torch.zeros(3, 3))).all() and lines.largest(w, 0).sum() == 0

@@ -1,0 +1,405 @@
+"""Presets as data, their refusals, each one end to end on a tiny model, and each paper's rule on a small layer against a plain computation."""
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_model, make_tokenizer
+
+from mxq_ext import banding, checkpoint, pipeline
+from mxq_ext.banding import Layout, choose_layouts, compose
+from mxq_ext.decoding import Decoder
+from mxq_ext.errors import BudgetError, MxqError, PlanError
+from mxq_ext.formats import Format
+from mxq_ext.plan import Bands, Plan
+from mxq_ext.plan.presets import PRESETS, find_preset, parse_changes
+from mxq_ext.quantizers import quantize
+from mxq_ext.stats import calibrate
+from mxq_ext.stats.walk import sample_labels, window_uniform
+from mxq_ext.structure import find_units
+
+TEXT = "It is a truth that a test needs a text, and any text will do for a model whose weights are random numbers. " * 40
+RUN = sorted(n for n, p in PRESETS.items() if p.source != "ours" and not pipeline.missing_parts(p))
+#: What each is asked for on the tiny model (hidden 128), within reach of its formats; most is what lies between.
+BITS = {"mixllm": 6.0, "owq": 7.0, "slim_llm": 3.2, "squeezellm": 4.4, "uniform_hqq": 4.0, "nf4": 4.5}
+
+
+def small():
+    return make_model(hidden=128, intermediate=192, seed=3)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    path = tmp_path_factory.mktemp("source")
+    small().save_pretrained(path / "model")
+    make_tokenizer().save_pretrained(path / "model")
+    (path / "calib.txt").write_text(TEXT)
+    return path
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory):
+    model = small()
+    tokens = torch.randint(0, 256, (3, 40), generator=torch.Generator().manual_seed(0))
+    return model, tokens, calibrate(model, tokens, tmp_path_factory.mktemp("stats"), fisher=True, fisher_windows=3)
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_every_preset_of_the_literature_runs_saves_and_reloads_bit_equal(source, tmp_path, name):
+    bits = BITS.get(name, 4.2)
+    result = pipeline.quantize_checkpoint(source / "model", tmp_path / "q", bits=bits, text=source / "calib.txt", windows=3, preset=name,
+                                          changes={"solver": (("tolerance", 0.5),)}, work=tmp_path / "work")
+    assert bits - 0.5 <= result["stored_bits"] <= bits + 1e-9 and result["predicted_bytes"] == result["bytes_on_disk"]
+    again = pipeline.quantize_model(small(), make_tokenizer(), bits=bits, text=source / "calib.txt", windows=3, preset=name,
+                                    changes={"solver": (("tolerance", 0.5),)}, work=tmp_path / "work")
+    loaded, ids = checkpoint.load(tmp_path / "q", fuse=None), torch.arange(30)[None]
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, again.model(ids).logits)
+        fast = checkpoint.load(tmp_path / "q", fuse="layer")  # every layer in one native call, bands, permutations and sparse parts included
+        assert torch.allclose(Decoder(fast).step(ids), Decoder(loaded).step(ids), rtol=1e-3, atol=1e-3 if PRESETS[name].activations == "a8" else 1e-5)
+    for unit in find_units(loaded):
+        q = loaded.get_submodule(unit.name).qtensor()
+        assert torch.equal(q.dequantize(), again.model.get_submodule(unit.name).qtensor().dequantize())
+    assert loaded.mxq_plan.activations == PRESETS[name].activations
+
+
+def test_what_cannot_run_names_what_is_missing(source, tmp_path):
+    lacking = {n: pipeline.missing_parts(p) for n, p in PRESETS.items() if pipeline.missing_parts(p)}
+    assert set(RUN).isdisjoint(lacking) and {"spqr", "pb_llm", "sfmp"} <= set(lacking)
+    for name, parts in lacking.items():
+        with pytest.raises(PlanError, match="cannot run yet") as e:
+            pipeline.quantize_checkpoint(source / "model", tmp_path / "q", bits=4, preset=name)
+        assert all(part in str(e.value) for part in parts)
+    assert not (tmp_path / "q.work").exists()
+    listed = {r["name"]: r for r in pipeline.describe_presets()}
+    assert set(listed) == set(PRESETS) and all(r["runs"] == (not r["missing"]) for r in listed.values())
+    assert all(r["source"] and r["about"] for r in listed.values())
+
+
+@pytest.mark.parametrize(("name", "bits", "match"), [
+    ("uniform_rtn", 3.7, "w3g32_asym 3.6"), ("uniform_rtn", 1.0, "smallest candidate, w2g128_asym"), ("llm_mq", 8.0, "over 0.02 less"),
+    ("slim_llm", 3.6, "over 0.02 less"), ("slim_llm", 3.0, "smallest choice takes"), ("squeezellm", 3.5, "smallest choice takes"),
+    ("owq", 2.0, "smallest choice"),
+])
+def test_budgets_that_a_preset_cannot_spend(source, tmp_path, name, bits, match):
+    with pytest.raises(BudgetError, match=match):
+        pipeline.quantize_checkpoint(source / "model", tmp_path / "q", bits=bits, text=source / "calib.txt", windows=3, preset=name)
+
+
+def test_any_part_can_be_replaced():
+    p = find_preset("llm_mq", metric="fisher", allocator="greedy", candidates=["w2g64", "w8"])
+    assert (p.metric, p.allocator, p.candidates, p.method) == ("fisher", "greedy", ("w2g64", "w8"), "gptq")
+    assert dataclasses.replace(p, kv="kivi2").kv == "kivi2" and find_preset(p, unit="rows").unit == "rows"
+    changes = parse_changes(["options.damp=0.02", "options.refit=false", "candidates=w4g64, w8", "solver.tolerance=1", "activations=a8"], "owq")
+    p = find_preset("owq", **changes)
+    assert dict(p.options) == {"clip_power": 2.4, "damp": 0.02, "refit": False} and p.tolerance == 1 and p.activations == "a8"
+    for bad, match in (({"allocatr": "dp"}, "did you mean 'allocator'"), ({"allocator": "greddy"}, "did you mean 'greedy'"),
+                       ({"unit": "row"}, "did you mean 'rows'"),
+                       ({"transform": "hadamard"}, "transform 'hadamard'"), ({"solver": (("tolerence", 1),)}, "one of tolerance"),
+                       ({"activations": "a4"}, "a8"), ({"scope": "unit"}, "share a budget within their linear")):
+        with pytest.raises(PlanError, match=match):
+            find_preset("mxq", **bad)
+    with pytest.raises(PlanError, match="PART=VALUE"):
+        parse_changes(["greedy"], None)
+
+
+@pytest.mark.parametrize(("changes", "match"), [
+    ({"metric": "fisher", "unit": "rows"}, "metric fisher for a rows"), ({"unit": "rows", "metric": "column_norm"}, "no loss for each candidate"),
+    ({"unit": "cols", "metric": "column_error", "allocator": "share"}, "share goes with elements"),
+    ({"unit": "cols", "metric": "column_error", "allocator": "uniform"}, "uniform with linears"),
+    ({"unit": "cols", "metric": "column_error", "allocator": "double_pointer", "candidates": ["w3g64", "w8"]}, "equal steps of bits"),
+])
+def test_parts_that_do_not_go_together(setting, changes, match):
+    model, tokens, stats = setting
+    preset = find_preset("mxq", **changes)
+    with pytest.raises(MxqError, match=match):
+        pipeline.check_parts(preset, None)
+        choose_layouts(model, tokens, stats, preset, bits=4)
+
+
+def test_sense_and_plan_by_preset(source, tmp_path):
+    pipeline.calibrate_model(source / "model", tmp_path / "stats", text_path=source / "calib.txt", windows=2)
+    pipeline.sense_model(source / "model", tmp_path / "stats", tmp_path / "cost.json", preset="llm_mq")
+    pipeline.plan_from_table(tmp_path / "cost.json", tmp_path / "plan.json", bits=3.2, preset="llm_mq",
+                             changes={"allocator": "milp", "kv": "kivi4", "solver": (("tolerance", 0.5),)})
+    plan = Plan.load(tmp_path / "plan.json")
+    assert plan.meta["allocation"]["method"] == "milp" and plan.quantizer["weighting"] == "none" and plan.kv is not None
+    with pytest.raises(PlanError, match="its metric is linear_kl, the table's first_order"):
+        pipeline.plan_from_table(tmp_path / "cost.json", tmp_path / "plan.json", bits=3.2, preset="linear_kl")
+    with pytest.raises(PlanError, match="needs the weights"):
+        pipeline.plan_from_table(tmp_path / "cost.json", tmp_path / "plan.json", bits=3.2, preset="owq")
+    with pytest.raises(BudgetError, match="over 0.02 less"):
+        pipeline.plan_from_table(tmp_path / "cost.json", tmp_path / "plan.json", bits=6.0, preset="llm_mq")
+
+
+def test_bands_and_a_cache_are_not_planned_together(source, tmp_path):
+    with pytest.raises(PlanError, match="only plans of whole linears are joined"):
+        pipeline.quantize_checkpoint(source / "model", tmp_path / "q", nbytes=10**6, context=256, preset="owq", text=source / "calib.txt")
+    with pytest.raises(PlanError, match="a cache as kivi4 and a budget"):
+        pipeline.quantize_checkpoint(source / "model", tmp_path / "q", nbytes=10**6, context=256, changes={"kv": "kivi4"}, text=source / "calib.txt")
+
+
+def test_a_preset_brings_its_cache(source, tmp_path):
+    result = pipeline.quantize_model(small(), make_tokenizer(), bits=4.5, preset="nf4", changes={"kv": "kivi4"})
+    assert str(result.plan.kv.default) == "k4v4g32_r128" and result.model.mxq_kv is not None
+
+
+# Each paper's rule ------------------------------------------------------------------------------------------------------------------
+
+
+def layouts_of(setting, name, bits, **changes):
+    model, tokens, stats = setting
+    preset = find_preset(name, **changes)
+    return choose_layouts(model, tokens, stats, preset, bits=bits)[0], preset
+
+
+def wide_lines(layout, size):
+    """Lines of the last band."""
+    if isinstance(layout.decision, Format):
+        return set()
+    count = layout.decision.parts[-1][0]
+    return set(layout.perm[size - count :].tolist())
+
+
+def test_owq_keeps_the_columns_of_largest_weighted_error(setting):
+    model, tokens, stats = setting
+    layouts, _ = layouts_of(setting, "owq", 7.0)
+    seen = 0
+    for unit in find_units(model):
+        layout, k = layouts[unit.name], unit.shape[1]
+        kept = wide_lines(layout, k)
+        w, h = model.get_submodule(unit.name).weight.detach(), stats.hessian(unit.name)
+        d = quantize(w, "w3", method="rtn").dequantize() - w
+        exact = w.half().float() - w
+        score = [float(h[j, j]) * (float(d[:, j].square().sum()) - float(exact[:, j].square().sum())) for j in range(k)]
+        assert kept == set(sorted(range(k), key=lambda j: -score[j])[: len(kept)]) and len(kept) % 32 == 0
+        seen += len(kept)
+    assert seen > 0
+
+
+def test_mixllm_gives_eight_bits_to_the_rows_of_largest_taylor_loss_of_the_whole_model(setting):
+    model, tokens, stats = setting
+    layouts, preset = layouts_of(setting, "mixllm", 5.0)
+    scores, wide = {}, {}
+    gradients = []
+    weights = {u.name: model.get_submodule(u.name).weight for u in find_units(model)}
+    for w in range(banding.WINDOWS):
+        logits = model(tokens[w : w + 1]).logits[0]
+        labels = sample_labels(logits.detach(), window_uniform(0, w, tokens.shape[1]))
+        loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+        gradients.append(dict(zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True)))
+    for unit in find_units(model):
+        if unit.kind == "embedding":
+            continue  # tied: autograd sees the lookup as well, the score the head alone
+        d = quantize(weights[unit.name].detach(), "w4g128_asym", method="rtn").dequantize() - weights[unit.name].detach()
+        s = torch.stack([(g[unit.name] * d).sum(1) for g in gradients])
+        scores[unit.name] = (s.mean(0) + 0.5 * (s**2).mean(0)).abs()
+        wide[unit.name] = wide_lines(layouts[unit.name], unit.shape[0])
+    inside = torch.cat([scores[n][sorted(rows)] for n, rows in wide.items()])
+    outside = torch.cat([scores[n][[i for i in range(len(scores[n])) if i not in rows]] for n, rows in wide.items()])
+    # Rows go by tiles of eight, and a tile is judged by its sum per byte: the threshold is sharp up to the spread of a tile.
+    assert len(inside) > 50 and float(inside.median()) > float(outside.quantile(0.95))
+    for name, rows in wide.items():  # within a linear the order is exact
+        assert rows == set(scores[name].argsort(descending=True)[: len(rows)].tolist()) or \
+            float(scores[name][sorted(rows)].min()) >= 0.999 * float(scores[name].sort(descending=True).values[len(rows) - 1])
+
+
+def test_cmpq_goes_by_the_norm_of_the_inputs(setting):
+    model, tokens, stats = setting
+    layouts, _ = layouts_of(setting, "cmpq", 3.7)
+    mixed = 0
+    for unit in find_units(model):
+        norm = stats.hessian(unit.name).diagonal()
+        kept = wide_lines(layouts[unit.name], unit.shape[1])
+        assert kept == set(norm.argsort(descending=True)[: len(kept)].tolist())
+        mixed += 0 < len(kept) < unit.shape[1]
+    assert mixed > 2
+
+
+def test_skim_takes_the_row_whose_next_width_saves_most(setting):
+    """A plain greedy walk over tiles of eight rows of one linear, at the bytes that the layout spends."""
+    model, tokens, stats = setting
+    layouts, preset = layouts_of(setting, "skim", 4.0)
+    name = "model.layers.1.mlp.gate_proj"
+    w, h = model.get_submodule(name).weight.detach(), stats.hessian(name)
+    formats = [Format.parse(c) for c in preset.candidates]
+    errors = []
+    for f in formats:
+        y = (quantize(w, f, method="kmeans", hessian=h).dequantize() - w).double()
+        errors.append(((y @ h.double()) * y).sum(1))
+    order = (errors[0] - errors[2]).argsort(stable=True)
+    tiles = [order[i : i + 8] for i in range(0, len(order), 8)]
+    table = [[float(e[t].sum()) for e in errors] for t in tiles]
+    size = [f.nbytes(8, w.shape[1]) for f in formats]
+    state = [0] * len(tiles)
+    room = sum(f.nbytes(c, w.shape[1]) for c, f in layouts[name].decision.parts) - len(tiles) * size[0]
+    while True:
+        moves = [((table[i][s] - table[i][c]) / (size[c] - size[s]), i, c) for i, s in enumerate(state) for c in range(s + 1, 3) if size[c] - size[s] <= room]
+        if not moves:
+            break
+        gain, i, c = max(moves)
+        room -= size[c] - size[state[i]]
+        state[i] = c
+    counts = {f.name: 8 * sum(s == c for s in state) for c, f in enumerate(formats)}
+    assert {f.name: c for c, f in layouts[name].decision.parts} == {n: c for n, c in counts.items() if c}
+    start = 0
+    for count, f in layouts[name].decision.parts:
+        mine = {int(r) for t, s in zip(tiles, state, strict=True) if formats[s] == f for r in t}
+        assert set(layouts[name].perm[start : start + count].tolist()) == mine
+        start += count
+
+
+def test_slim_llm_exchanges_bits_between_groups(tmp_path):
+    """Four groups of 32 columns: all i by hand, with inputs from hooks and the divergence of the softmax over outputs."""
+    model = small()
+    with torch.no_grad():  # channels that differ, and outputs that say something
+        for layer in model.model.layers:
+            layer.input_layernorm.weight.copy_(torch.linspace(0.02, 20, 128))
+            layer.post_attention_layernorm.weight.copy_(torch.linspace(20, 0.02, 128))
+    tokens = torch.randint(0, 256, (2, 40), generator=torch.Generator().manual_seed(1))
+    stats = calibrate(model, tokens, tmp_path, fisher=False)
+    preset = find_preset("slim_llm", candidates=["w2g32_asym", "w3g32_asym", "w4g32_asym"])
+    layouts = choose_layouts(model, tokens, stats, preset, bits=4.5)[0]
+    moved = 0
+    for name in ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj", "model.layers.1.mlp.down_proj"):
+        w, h = model.get_submodule(name).weight.detach(), stats.hessian(name).double()
+        k = w.shape[1]
+        seen = []
+        handle = model.get_submodule(name).register_forward_hook(lambda m, a, o, seen=seen: seen.append(a[0][0].detach()))
+        with torch.no_grad():
+            model(tokens[:1])
+        handle.remove()
+        damped = h + 0.01 * h.diagonal().mean() * torch.eye(k, dtype=torch.float64)
+        salience = [sum(float(w[:, j].double().square().sum() / torch.linalg.inv(damped[j:, j:])[0, 0]) for j in range(a, a + 32)) for a in range(0, k, 32)]
+        order = sorted(range(len(salience)), key=lambda g: salience[g])
+        p = torch.softmax(seen[0] @ w.T, -1).clamp(min=1e-6)
+        best = None
+        for i in range(len(order) // 2 + 1):
+            bits = dict.fromkeys(order, 3) | dict.fromkeys(order[:i], 2) | dict.fromkeys(order[len(order) - i :], 4)
+            mixed = torch.cat([quantize(w[:, 32 * g : 32 * g + 32], f"w{bits[g]}g32_asym", method="rtn").dequantize() for g in sorted(bits)], 1)
+            q = torch.softmax(seen[0] @ mixed.T, -1).clamp(min=1e-6)
+            value = float((q * (q / p).log()).sum(-1).mean())
+            if best is None or value < best[0] * (1 - 1e-6):
+                best = value, bits
+        want = {j: best[1][j // 32] for j in range(k)}
+        layout = layouts[name]
+        if isinstance(layout.decision, Format):
+            assert set(want.values()) == {3}
+            continue
+        got, start = {}, 0
+        for count, f in layout.decision.parts:
+            got |= dict.fromkeys(layout.perm[start : start + count].tolist(), f.bits)
+            start += count
+        assert got == want
+        moved += 1
+    assert moved
+
+
+def test_squeezellm_keeps_sensitive_and_outlying_weights_exactly(setting):
+    model, tokens, stats = setting
+    layouts, preset = layouts_of(setting, "squeezellm", 4.5)
+    name = "model.layers.0.mlp.down_proj"
+    layout, w, fisher = layouts[name], model.get_submodule(name).weight.detach(), stats.fisher("model.layers.0.mlp.down_proj")
+    count = layout.decision.sparse
+    assert layout.decision.parts == ((w.shape[0], Format.parse("lut3")),) and count == int(layout.exact.sum()) > 20
+    flat = w.flatten()
+    low, high = np.quantile(flat.numpy(), [0.25, 0.75])
+    sensitive = set(fisher.flatten().argsort(descending=True, stable=True)[: int(0.1 * count)].tolist())
+    beyond = sorted((i for i in range(w.numel()) if i not in sensitive), key=lambda i: -max(low - float(flat[i]), float(flat[i]) - high))
+    assert set(layout.exact.flatten().nonzero().flatten().tolist()) == sensitive | set(beyond[: count - len(sensitive)])
+    q = compose(w, layout, preset, hessian=stats.hessian(name), fisher=fisher)
+    restored = q.dequantize()
+    assert float((restored - w)[layout.exact].abs().max()) <= float(w.abs().max()) * 2**-10
+    assert q.nbytes() == layout.decision.nbytes(*w.shape)
+    # The rest is the best table for the rest: by brute force over all cuts of a row into 8 intervals of sorted values, one row of few values.
+    few = w[:1, :10].clone()
+    mask = torch.zeros(1, 10, dtype=torch.bool)
+    mask[0, 3] = True
+    f = torch.rand(1, 10, generator=torch.Generator().manual_seed(0)) + 0.1
+    got = compose(few, Layout(Bands("rows", ((1, Format.parse("lut2")),), sparse=1), exact=mask), preset, fisher=f).dequantize()
+    rest = [(float(v), float(i)) for v, i, m in zip(few[0], f[0], mask[0], strict=True) if not m]
+    rest.sort()
+    best = min(sum(_spread(rest[a:b]) for a, b in itertools.pairwise((0, *cuts, 9))) for cuts in itertools.combinations(range(1, 9), 3))
+    assert float((f * (got - few).square()).masked_fill(mask, 0).sum()) == pytest.approx(best, rel=1e-2)
+
+
+def _spread(points):
+    """Weighted squared distance of (value, weight) to their mean."""
+    total = sum(w for _, w in points)
+    mean = sum(v * w for v, w in points) / total
+    return sum(w * (v - mean) ** 2 for v, w in points)
+
+
+# Composition ------------------------------------------------------------------------------------------------------------------------
+
+PLAIN = (("act_order", False), ("clip", "none"), ("cd_passes", 0), ("refit", False), ("damp", 1e-8))
+
+
+def test_column_bands_are_gptq_with_the_widest_columns_last():
+    """Against the textbook loop over the permuted columns: e = (w - q) / U_jj, w_k -= e U_jk, with the grid of a band fixed when it is reached."""
+    g = torch.Generator().manual_seed(11)
+    k, n = 96, 7
+    x = torch.randn(300, k, generator=g, dtype=torch.float64) @ (torch.randn(k, k, generator=g, dtype=torch.float64) / 8 + torch.eye(k, dtype=torch.float64))
+    h, w = (x.T @ x / 300).float(), torch.randn(n, k, generator=g)
+    perm = torch.randperm(k, generator=g)
+    layout = Layout(Bands("cols", ((64, Format.parse("w3_fz")), (32, Format.parse("w8_fz"))), permute=True), perm)
+    preset = find_preset("owq", options=PLAIN)
+    got = compose(w, layout, preset, hessian=h)
+    assert torch.equal(got.perm_cols.long(), perm)
+
+    hp = h.double()[perm][:, perm]
+    hp += 0.01 * hp.diagonal().mean() * torch.eye(k, dtype=torch.float64)
+    upper = torch.linalg.cholesky(torch.linalg.inv(hp), upper=True)
+    target, want = w.double()[:, perm].clone(), torch.empty(n, k, dtype=torch.float64)
+    for j in range(k):
+        if j in (0, 64):
+            band, levels = target[:, j : j + (64 if j == 0 else 32)], (8 if j == 0 else 256) - 1
+            zero = band.amin(1).half().double()
+            scale = ((band.amax(1) - zero) / levels).half().double()
+        want[:, j] = zero + scale * ((target[:, j] - zero) / scale).round().clamp(0, levels)
+        target[:, j + 1 :] -= torch.outer((target[:, j] - want[:, j]) / upper[j, j], upper[j, j + 1 :])
+    restored = got.dequantize()[:, perm].double()
+    assert float((restored - want).abs().max()) < 2e-3 * float(w.abs().max()) or float(((restored - want).abs() > 1e-3).double().mean()) < 0.02
+
+
+def test_feedback_between_bands_lowers_the_error_of_the_output():
+    g = torch.Generator().manual_seed(2)
+    gain = []
+    for _ in range(5):
+        x = torch.randn(400, 128, generator=g) @ torch.randn(128, 128, generator=g)
+        h, w = x.T @ x / 400, torch.randn(24, 128, generator=g)
+        layout = Layout(Bands("cols", ((96, Format.parse("w2g32_asym")), (32, Format.parse("fp16"))), permute=True), torch.randperm(128, generator=g))
+        q = compose(w, layout, find_preset("owq", options=()), hessian=h).dequantize()
+        alone = w.clone()
+        low = layout.perm[:96]
+        alone[:, low] = quantize(w[:, low].contiguous(), "w2g32_asym", method="gptq", hessian=h[low][:, low]).dequantize()
+        error = [float((((m - w) @ h) * (m - w)).sum()) for m in (q, alone)]
+        gain.append(error[0] / error[1])
+    assert max(gain) < 0.9
+
+
+def test_row_bands_equal_their_rows_alone():
+    g = torch.Generator().manual_seed(4)
+    x = torch.randn(200, 64, generator=g)
+    h, w, perm = x.T @ x / 200, torch.randn(24, 64, generator=g), torch.randperm(24, generator=g)
+    layout = Layout(Bands("rows", ((16, Format.parse("w4g64_asym")), (8, Format.parse("w8g64"))), permute=True), perm)
+    q = compose(w, layout, find_preset("mixllm"), hessian=h)
+    q.validate()
+    for rows, fmt in ((perm[:16], "w4g64_asym"), (perm[16:], "w8g64")):
+        assert torch.allclose(q.dequantize()[rows], quantize(w[rows], fmt, method="gptq", hessian=h).dequantize(), atol=1e-6)
+
+
+def test_plans_with_a_sparse_part():
+    bands = Bands.parse({"rows": [[5, "lut3"]], "sparse": 7}, "entry")
+    assert bands.nbytes(5, 64) == Format.parse("lut3").nbytes(5, 64) + 4 * 6 + 6 * 7 and bands.to_json() == {"rows": [[5, "lut3"]], "sparse": 7}
+    for bad in (-1, True, 2.5, "7"):
+        with pytest.raises(PlanError, match="number of values of the sparse part"):
+            Bands.parse({"rows": [[5, "lut3"]], "sparse": bad}, "entry")
+    model = small()
+    plan = Plan(units={"model.layers.0.mlp.up_proj": bands.to_json() | {"rows": [[192, "lut3"]]}})
+    from mxq_ext.nn import replace_linear
+
+    with pytest.raises(PlanError, match="with a sparse part"):
+        replace_linear(model, plan)
