@@ -6,6 +6,7 @@ The only module that knows every step. Each step leaves its files in a work dire
     work/stats-<kinds>/       what calibration saw                        (stats.Stats)
     work/trials/<key>/        one quantized weight per file               (trials.Trials)
     work/cost-<key>.json      loss and bytes of each candidate            (sensitivity.CostTable)
+    work/blocks/<key>/<key>/  reconstructed blocks, and how far the run is (quantizers.blocks)
     work/plan.json            the formats chosen; to change them, edit it and pass it as ``--plan``
 """
 
@@ -38,19 +39,24 @@ from .plan.presets import KV_POLICIES, Preset, find_kv, find_preset
 from .progress import SILENT, Progress
 from .qtensor import QTensor
 from .quantizers import find_method, make_options
+from .quantizers.blocks import BlockOptions, reconstruct_blocks
 from .sensitivity import CostTable, KVTable, sense, sense_kv
 from .sensitivity.kv import SIDES
 from .sensitivity.metrics import find_metric
 from .stats import Stats, calibrate
+from .stats.outputs import output_moments
 from .stats.store import model_fingerprint
 from .structure import Unit, find_units
+from .transforms import rotate_residual, scale_activations
 from .trials import Trials, short_hash
 
 WINDOWS = 48  #: calibration windows of LENGTH tokens
 LENGTH = 512
 TOKENS = "tokens.safetensors"
+MOMENT_WINDOWS = 8  #: windows that the gradients at the outputs of blocks are taken on
+TRANSFORMS = ("rotate", "awq")
 KV_WINDOWS, KV_LENGTH = 4, 1024  #: windows that the cost of a cache is measured on
-CALIBRATED = ("auto", "gptq", "kmeans")  #: methods that read second moments or Fisher diagonals; a plan for another needs no calibration
+CALIBRATED = ("auto", "gptq", "kmeans", "awq")  #: methods that read second moments or Fisher diagonals; a plan for another needs no calibration
 
 
 @dataclass
@@ -158,7 +164,7 @@ def quantize_model(model: nn.Module, tokenizer, *, bits: float | None = None, nb
                    text: str | os.PathLike | None = None, preset: str | None = None, candidates=None, metric: str | None = None,
                    method: str | None = None, weighting: str | None = None, activations: str | None = None, windows: int = WINDOWS,
                    stats_dir: str | os.PathLike | None = None, work: str | os.PathLike | None = None, context: int | None = None, batch: int = 1,
-                   kv: KVSpec | None = None, progress: Progress = SILENT) -> Result:
+                   kv: KVSpec | None = None, transform: str | None = None, reconstruct: int | None = None, progress: Progress = SILENT) -> Result:
     """Calibrates, senses, plans and quantizes ``model`` in place.
 
     Args:
@@ -173,6 +179,9 @@ def quantize_model(model: nn.Module, tokenizer, *, bits: float | None = None, nb
         context, batch: with them ``nbytes`` is a budget of the weights and of a cache of that many tokens and sequences together, and the plan has a KV
             section: more bits wherever, in weights or cache, they bring most.
         kv: group, residual, sink and rotate of that section.
+        transform: a change of the float model that keeps its function: ``"rotate"`` (``transforms.rotate_residual``) or ``"awq"``
+            (``transforms.scale_activations``).
+        reconstruct: training steps per block (``quantizers.blocks``) after the quantizer; 0 quantizes on the real inputs and trains nothing.
 
     Raises:
         BudgetError: no mix of candidates fits; says by how much.
@@ -191,6 +200,11 @@ def quantize_model(model: nn.Module, tokenizer, *, bits: float | None = None, nb
         plan = as_plan(plan, quantizer=chosen.quantizer())
         chosen = quantizer_of(plan, chosen, method=method, weighting=weighting)
         plan = dataclasses.replace(plan, quantizer=chosen.quantizer(), activations=activations or plan.activations)
+    if transform is not None and transform not in TRANSFORMS:
+        raise PlanError(f"transform {transform!r}", f"the transforms are {', '.join(TRANSFORMS)}", "use one of those, or none")
+    blocks = None if reconstruct is None else BlockOptions(steps=reconstruct)
+    if transform == "rotate":
+        rotate_residual(model)  # first, since a head that was tied becomes a unit of its own
     check_request(find_units(model), chosen, plan, bits=bits, nbytes=nbytes)
     if context is not None:
         check_joint(model, chosen, kv or KVSpec(), nbytes=nbytes, context=context, batch=batch)
@@ -198,10 +212,13 @@ def quantize_model(model: nn.Module, tokenizer, *, bits: float | None = None, nb
         table = stats = None
         if stats_dir is not None:
             stats, tokens = open_stats(stats_dir, model)
-        elif plan is None or chosen.method in CALIBRATED:
+        elif plan is None or chosen.method in CALIBRATED or blocks is not None or transform == "awq":
             read = None if text is None else texts.read_text(text)
             tokens = calibration_tokens(model, tokenizer, directory, text=read, windows=windows, progress=progress)
             stats = calibrate_for(model, tokens, chosen, directory, progress)
+        if transform == "awq":
+            scale_activations(model, stats, awq_formats(find_units(model), chosen, plan, bits=bits, nbytes=nbytes), progress=progress)
+            stats = calibrate_for(model, tokens, chosen, directory / "awq", progress)
         if plan is None:
             table = make_table(model, tokens, stats, chosen, directory, progress)
             if context is None:
@@ -214,9 +231,27 @@ def quantize_model(model: nn.Module, tokenizer, *, bits: float | None = None, nb
         plan.save(directory / "plan.json")
         units, width = find_units(model), next(model.parameters()).element_size()
         nbytes, stored = plan.predicted_bytes(units, width)["total"], plan.stored_bits(units, width)
-        qtensors = quantize_by_plan(model, plan, Trials(directory / "trials", model, stats, chosen), progress)
+        trials = Trials(directory / "trials", model, stats, chosen)
+        qtensors = quantize_by_plan(model, plan, trials, progress)
+        if blocks is not None:
+            moments = output_moments(model, texts.spread(tokens, MOMENT_WINDOWS), progress=progress)
+            qtensors = reconstruct_blocks(model, qtensors, tokens, blocks, moments=moments, directory=directory / "blocks" / trials.key,
+                                          progress=progress)
         replace_linear(model, plan, qtensors=qtensors, progress=SILENT)
     return Result(model, plan, table, stats if work is not None else None, stored, nbytes)
+
+
+def awq_formats(units: list[Unit], preset: Preset, plan: Plan | None, *, bits: float | None, nbytes: int | None) -> dict[str, Format]:
+    """The format that AWQ's scales are searched for, by unit: the plan's; without a plan, of the preset's candidates the widest within the budget
+    (the narrowest when none is), since the scales come before the search for formats.
+    """
+    if plan is not None:
+        return {name: d for name, d in plan.resolve(units).items() if isinstance(d, Format)}
+    total = sum(u.numel for u in units)
+    budget = bits if bits is not None else 8 * nbytes / total
+    by_size = sorted((8 * sum(f.nbytes(*u.shape) for u in units) / total, i, f) for i, f in enumerate(map(Format.parse, preset.candidates)))
+    fitting = [f for size, _, f in by_size if size <= budget]
+    return dict.fromkeys((u.name for u in units), fitting[-1] if fitting else by_size[0][2])
 
 
 @contextlib.contextmanager
@@ -377,7 +412,8 @@ def kv_counts(plan: Plan, layers: int) -> dict[str, int]:
 def quantize_checkpoint(model_path, out, *, bits: float | None = None, nbytes: int | None = None, preset: str | None = None, text=None,
                         candidates=None, metric: str | None = None, method: str | None = None, windows: int = WINDOWS,
                         activations: str | None = None, uniform: str | None = None, plan=None, stats=None, work=None, overwrite: bool = False,
-                        context: int | None = None, batch: int = 1, progress: Progress = SILENT) -> dict:
+                        context: int | None = None, batch: int = 1, transform: str | None = None, reconstruct: int | None = None,
+                        progress: Progress = SILENT) -> dict:
     """``mxq quantize``: the whole line on paths. Resumes from ``work`` (default ``<out>.work``, removed after success)."""
     out = Path(out)
     checkpoint.check_target(out, overwrite)
@@ -385,7 +421,7 @@ def quantize_checkpoint(model_path, out, *, bits: float | None = None, nbytes: i
     directory = Path(work) if work is not None else out.with_name(out.name + ".work")
     result = quantize_model(model, tokenizer, bits=bits, nbytes=nbytes, plan=uniform if plan is None else Path(plan), text=text, preset=preset,
                             candidates=candidates, metric=metric, method=method, activations=activations, windows=windows, stats_dir=stats, work=directory,
-                            context=context, batch=batch, progress=progress)
+                            context=context, batch=batch, transform=transform, reconstruct=reconstruct, progress=progress)
     checkpoint.save(result.model, out, tokenizer, result.plan, overwrite=overwrite, progress=progress)
     units = find_units(result.model)
     written = written_bytes(out, result.plan, units)

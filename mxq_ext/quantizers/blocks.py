@@ -83,8 +83,8 @@ def reconstruct_blocks(model: nn.Module, start: Mapping[str, QTensor], tokens: t
         moments: of the same model; needed for ``loss="fisher"``.
         directory: where finished blocks are kept; a run that was stopped goes on behind the last of them, and ends with the same bits.
 
-    ``info["reconstruction"]`` of each QTensor says what the error of its block was on the windows held back: ``start``, ``requantized``, ``trained``.
-    The least of them was kept.
+    ``info`` of each QTensor says what the error of its block was on the windows held back: ``block_error_start``, ``block_error_requantized``,
+    ``block_error_trained``. The least of them was kept.
 
     Memory beside the model: a copy of one block with latents, gradients and weights (16 bytes per weight), and two sets of hidden states of all windows.
 
@@ -209,7 +209,7 @@ class _Reconstruction:
                 least, best = report["trained"], done
         for name, q in best.items():
             modules[name].weight.data = q.dequantize()
-            q.info = dict(q.info) | {"reconstruction": report}
+            q.info = dict(q.info) | {f"block_error_{what}": value for what, value in report.items()}
         self.progress.note(f"block {i}: error " + ", ".join(f"{what} {value:.4g}" for what, value in report.items()))
         return best, outputs, self._run(i, block, inputs)
 
