@@ -16,7 +16,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -35,7 +35,6 @@ from .learned import LearnedWeight
 from .sequential import requantize
 
 LOSSES = ("output", "fisher")
-TARGETS = ("float", "same")
 #: Of how many windows one is held back to judge by.
 HELD_BACK = 8
 
@@ -47,7 +46,6 @@ class BlockOptions:
     requantize: begin with the linears one by one on their real inputs. steps: training steps per block, 0 for none. batch: windows per step.
     rounding: how far a latent goes, in codes, if all its gradients agree; scale: the same for scales, relative to their size.
     loss: ``"output"`` is the mean squared error of the block's output, ``"fisher"`` weighs it by its cost at the model's end (needs moments).
-    target: ``"float"`` is the output of the float block on the float model's input, ``"same"`` that on the input which the quantized block gets.
     precision: of the products in training, ``"bfloat16"``, ``"float32"``, or ``"auto"``, bfloat16 on CPUs that have instructions for it.
     seed: of the order of windows.
     """
@@ -58,7 +56,6 @@ class BlockOptions:
     rounding: float = 0.5
     scale: float = 0.05
     loss: str = "fisher"
-    target: str = "float"
     precision: str = "auto"
     seed: int = 0
 
@@ -68,7 +65,6 @@ class BlockOptions:
         need(0 <= self.rounding <= 8, "rounding", self.rounding, "it must lie in [0, 8]")
         need(0 <= self.scale <= 0.5, "scale", self.scale, "it must lie in [0, 0.5]")
         need(self.loss in LOSSES, "loss", self.loss, f"it must be one of {', '.join(LOSSES)}")
-        need(self.target in TARGETS, "target", self.target, f"it must be one of {', '.join(TARGETS)}")
         need(self.precision in PRECISIONS, "precision", self.precision, f"it must be one of {', '.join(PRECISIONS)}")
 
 
@@ -81,14 +77,17 @@ def reconstruct_blocks(model: nn.Module, start: Mapping[str, QTensor], tokens: t
         start: formats of any mix; units that are missing stay in float.
         tokens: calibration windows [W, T], W >= 2; one of HELD_BACK is held back to judge by.
         moments: of the same model; needed for ``loss="fisher"``.
-        directory: where finished blocks are kept; a run that was stopped goes on behind the last of them, and ends with the same bits.
+        directory: where finished blocks are kept, for this model and these moments alone; a run that was stopped goes on behind the last of
+            them, and ends with the same bits.
 
     ``info`` of each QTensor says what the error of its block was on the windows held back: ``block_error_start``, ``block_error_requantized``,
     ``block_error_trained``. The least of them was kept.
 
-    Memory beside the model: a copy of one block with latents, gradients and weights (16 bytes per weight), and two sets of hidden states of all windows.
+    Memory beside the model: a copy of one block with latents, gradients and weights (16 bytes per weight); the hidden states of all windows, four times;
+    and with ``requantize`` the inputs of its linears on all windows.
 
-    Raises QuantizationError for moments that are missing or of another model, ModelError for names that are no units and as ``capture_calls`` does.
+    Raises QuantizationError for moments that are missing or of another model, ModelError for names that are no units, for experts unless ``requantize`` is off,
+    and as ``capture_calls`` does.
     """
     tokens = check_tokens(tokens)
     if tokens.shape[0] < 2:
@@ -110,7 +109,7 @@ def reconstruct_blocks(model: nn.Module, start: Mapping[str, QTensor], tokens: t
 
 
 class _Reconstruction:
-    """State of a run: the hidden states of the float and of the quantized model at the input of block ``index``, and finished weights."""
+    """One run. What it hands from block to block, and keeps in files, are the hidden states of the float and of the quantized model."""
 
     def __init__(self, model, start, tokens, options, moments, directory, progress):
         self.model, self.start, self.tokens, self.options, self.moments, self.progress = model, dict(start), tokens, options, moments, progress
@@ -178,8 +177,7 @@ class _Reconstruction:
         block = copy.deepcopy(self.blocks[i])
         modules = dict(zip(self.linears[i], _linears_like(self.blocks[i], block, self.linears[i].values()), strict=True))
         targets = {name: modules[name].weight.detach().float() for name in best}
-        outputs = self._run(i, self.blocks[i], reference)
-        target = outputs if self.options.target == "float" else self._run(i, self.blocks[i], inputs)
+        target = self._run(i, self.blocks[i], reference)
         loss = self._loss(i, target)
         held, trained = _split(len(inputs))
 
@@ -207,11 +205,11 @@ class _Reconstruction:
             report["trained"] = error(done)
             if report["trained"] < least:
                 least, best = report["trained"], done
+        best = {name: replace(q, info=q.info | {f"block_error_{what}": value for what, value in report.items()}) for name, q in best.items()}
         for name, q in best.items():
             modules[name].weight.data = q.dequantize()
-            q.info = dict(q.info) | {f"block_error_{what}": value for what, value in report.items()}
         self.progress.note(f"block {i}: error " + ", ".join(f"{what} {value:.4g}" for what, value in report.items()))
-        return best, outputs, self._run(i, block, inputs)
+        return best, target, self._run(i, block, inputs)
 
     @torch.no_grad()
     def _call(self, i: int, block: nn.Module, window: torch.Tensor) -> torch.Tensor:
@@ -288,9 +286,10 @@ class _Reconstruction:
             rate = 2 * (1 - (step + 0.5) / o.steps) / o.steps  # falls linearly, and sums to 1
             for name, weight in moving.items():
                 p = modules[name].weight
-                weight.step(p.grad, o.rounding * rate, o.scale * rate)
-                p.grad = None
-                p.data = weight.value()
+                if p.grad is not None:  # an expert that no token of these windows chose has none
+                    weight.step(p.grad, o.rounding * rate, o.scale * rate)
+                    p.grad = None
+                    p.data = weight.value()
         for name in moving:
             modules[name].weight.requires_grad_(False)
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import nn
 
-from ..errors import QuantizationError
+from ..errors import ModelError, QuantizationError
 from ..qtensor import QTensor
 from ..stats.collect import ATTENDED
 from .base import quantize
@@ -108,41 +108,52 @@ def requantize(run: Callable[[int], object], windows: int, modules: Mapping[str,
     Args:
         run: ``run(w)`` runs the block on window w of the real inputs.
         modules: unit name -> linear of that block, with float weights.
-        start: unit name -> QTensor whose format, method and options are taken; those of several rectangles, with a sparse part or permuted are put in as
-            they are.
+        start: unit name -> QTensor whose format, method and options are taken (``gptq`` if it does not say); those of several rectangles, with a
+            sparse part or permuted are put in as they are.
         wanted: unit name -> inputs [T, K] of the float model, a window each.
         masses: attention that each position receives, [T] a window, or None.
 
-    Returns unit name -> (W* float32 [N, K], QTensor).
+    Returns unit name -> (W* float32 [N, K], QTensor). Raises ModelError for linears that do not see every token of every window, such as experts:
+    their real inputs and those of the float model are not of the same tokens.
     """
     out = {}
-    for group in input_groups(lambda: run(0), modules):
+    groups = input_groups(lambda: run(0), modules)
+    for name in start:
+        if not any(name in g for g in groups) or len(wanted[name]) != windows:
+            raise _unaligned(name)
+    for group in groups:
         real = inputs_of(run, windows, {group[0]: modules[group[0]]})[group[0]]
-        found: dict[bool, tuple] = {}
+        if [len(x) for x in real] != [len(x) for x in wanted[group[0]]]:
+            raise _unaligned(group[0])
+        found: dict[tuple, tuple] = {}
         for name in (n for n in group if n in start):
             q, w = start[name], modules[name].weight.detach().float()
             if len(q.rectangles) > 1 or q.sparse is not None or q.perm_rows is not None or q.perm_cols is not None:
                 out[name] = w, q
             else:
                 weighted = masses is not None and name.rpartition(".")[2] in ATTENDED
-                if weighted not in found:
+                method, options, factorization = _method(q)
+                key = (weighted, *factorization)
+                if key not in found:
                     h, c = moments_of(real, wanted[group[0]], masses if weighted else None)
-                    found[weighted] = prepare_hessian(h), h, c
-                factor, h, c = found[weighted]
+                    found[key] = prepare_hessian(h, *factorization), h, c
+                factor, h, c = found[key]
                 target = corrected(w, h, c)
-                out[name] = target, quantize(target, q.rectangles[0].format, **_method(q, factor))
+                out[name] = target, quantize(target, q.rectangles[0].format, method=method, hessian=factor, **options)
         for name in group:
             if name in out:
                 modules[name].weight.data = out[name][1].dequantize()
     return out
 
 
-def _method(q: QTensor, factor) -> dict:
-    """Method and options that ``q`` was made by."""
-    method = q.info.get("method", "gptq")
-    if method == "round":
-        return {"method": "rtn"}
-    options = dict(q.info.get("options", {}))
-    if method == "gptq":
-        options = {k: v for k, v in options.items() if k not in ("damp", "act_order")}
-    return {"method": method, "hessian": factor, **options}
+def _method(q: QTensor) -> tuple[str, dict, tuple[float, bool]]:
+    """Method and options that ``q`` was made by; damping and order of the factorization apart, because a HessianFactor has them built in."""
+    method, options = q.info.get("method", "gptq"), dict(q.info.get("options", {}))
+    if method == "round":  # fp16, whatever the method
+        return "rtn", {}, (0.01, True)
+    damp, act_order = (options.pop(name, None) for name in ("damp", "act_order"))
+    return method, options, (0.01 if damp is None else damp, act_order is not False)
+
+
+def _unaligned(name: str) -> ModelError:
+    return ModelError(f"quantizing {name} on its real inputs", "it does not see every token of every window", "reconstruct with requantize=False")
