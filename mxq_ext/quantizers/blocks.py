@@ -7,7 +7,8 @@ quantized blocks before it, its target is what the float model has there, so err
 zero. What is ours: it starts from GPTQ's codes, and the error is weighed by what it costs at the model's end (:mod:`mxq_ext.stats.outputs`).
 
 Before that, the block's linears are quantized once more, each on the inputs that it really gets (:mod:`.sequential`). Of the given weights, those, and the
-trained ones, a block keeps what has the least error on windows that it was not trained on.
+trained ones, a block keeps what has the least error on windows that training has not seen. (Requantizing has seen them, so training has to win by more than
+it seems.)
 """
 
 from __future__ import annotations
