@@ -50,7 +50,7 @@ def test_reconstruction_lowers_the_error_on_other_text(source, tmp_path, steps):
     assert torch.equal(again.model(TOKENS).logits, better.model(TOKENS).logits), "read from the work directory"
 
 
-@pytest.mark.parametrize("transform, method", [("rotate", "gptq"), ("awq", "awq"), ("awq", "gptq")])
+@pytest.mark.parametrize("transform, method", [("rotate", "gptq"), ("rotate", "awq"), ("awq", "awq"), ("awq", "gptq")])
 def test_a_transformed_model_is_quantized_and_loads_again(source, tmp_path, transform, method):
     report = pipeline.quantize_checkpoint(source / "model", tmp_path / "q", uniform="w8g32", text=source / "calib.txt", windows=2,
                                           transform=transform, method=method)

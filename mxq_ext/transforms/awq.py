@@ -75,11 +75,11 @@ def scale_activations(model: nn.Module, stats: Stats, formats: Mapping[str, Form
     fitted and have no step that a scale could make finer.
     """
     formats = {name: Format.parse(f) for name, f in formats.items()}
-    for name, fmt in formats.items():
-        if fmt.kind == "lut":
-            raise QuantizationError(f"AWQ scales for {name} in {fmt}", "a fitted table has no step that a scale would make finer", "use a uniform or nf format")
-    chosen = {}
-    for group in progress.track(scale_groups(model), "scales"):
+    groups, chosen = scale_groups(model), {}
+    for name in (r for g in groups for r in g.readers if r in formats and formats[r].kind == "lut"):
+        raise QuantizationError(f"AWQ scales for {name} in {formats[name]}", "a fitted table has no step that a scale would make finer",
+                                "use a uniform or nf format")
+    for group in progress.track(groups, "scales"):
         readers = {r: formats[r] for r in group.readers if r in formats and formats[r].kind != "float"}
         if not readers:
             continue
