@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT))
 
 from mxq_ext.pipeline import missing_parts  # noqa: E402
 from mxq_ext.plan.frameworks import CONTROLS, FRAMEWORKS  # noqa: E402
-from mxq_ext.plan.language import OTHER_ALLOCATORS, Preset  # noqa: E402
+from mxq_ext.plan.language import OTHER_ALLOCATORS, TRANSFORMS, Preset  # noqa: E402
 from mxq_ext.plan.presets import PRESETS  # noqa: E402
 from mxq_ext.plan.rules import METHODS  # noqa: E402
 
@@ -37,7 +37,8 @@ line; `mxq presets` lists them, `mxq quantize MODEL -o OUT --preset NAME --bits 
 | allocator | who gets which | ALLOCATORS |
 | scope | whose the budget is | `model`: one for all; `unit`: each linear's own |
 | method, options, weighting | the quantizer, and the second moments it minimizes the error under | `quantizers/` |
-| transform | of the weights before they are quantized | `none` |
+| transform | of the float model before it is quantized, its function kept: by a Hadamard matrix, or by AWQ's scales | TRANSFORMS |
+| reconstruct | steps that each decoder block is then trained for on its output | a number, or none |
 | activations, kv | how inputs are read, and keys and values cached | `a16`, `a8`; [kv.md](kv.md) |
 | solver | limits: a plan of fewer bits than asked by more than `tolerance` is refused, not passed off as the other | numbers |
 
@@ -85,7 +86,7 @@ def render(results: list[dict] | None = None) -> str:
         results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else []
     note = "<!-- Generated from mxq_ext/plan/presets.py and frameworks.py by docs/make_frameworks.py; edit those. -->\n\n"
     allocators = ", ".join(f"`{a}`" for a in (*METHODS, *OTHER_ALLOCATORS) if a != "brute")
-    parts = [INTRODUCTION.replace("ALLOCATORS", allocators), summary(results)]
+    parts = [INTRODUCTION.replace("ALLOCATORS", allocators).replace("TRANSFORMS", ", ".join(f"`{t}`" for t in TRANSFORMS)), summary(results)]
     ours = {n: p for n, p in PRESETS.items() if n not in FRAMEWORKS and n not in CONTROLS}
     for title, presets in (("## Frameworks of the literature", FRAMEWORKS), ("## Uniform controls", CONTROLS), ("## Ours", ours)):
         parts.append(title + "\n")

@@ -210,13 +210,16 @@ def _one_budget(what: str, **budgets: Any) -> None:
 def quantize(model: Model, out: Out, bits: Bits = None, nbytes: Bytes = None,
              preset: PresetName = None, changes: Changes = None,
              text: Text = None, candidates: Candidates = None, metric: Metric = None,
-             method: Annotated[str | None, typer.Option("--method", help="gptq, rtn, hqq or kmeans.")] = None,
+             method: Annotated[str | None, typer.Option("--method", help="gptq, rtn, hqq, awq or kmeans.")] = None,
              activations: Annotated[str | None, typer.Option("--activations", help="How linears read their input: a16 exactly, a8 as int8, faster.")] = None,
              windows: Windows = None,
              uniform: Annotated[str | None, typer.Option("--format", help="One format for all, instead of a budget: w4g64.")] = None,
              plan: Annotated[Path | None, typer.Option("--plan", help="A plan made by `mxq plan`, instead of a budget.")] = None,
              stats: Annotated[Path | None, typer.Option("--stats", help="A directory written by `mxq calibrate`, instead of calibrating.")] = None,
              context: Context = None, batch: Batch = None, times: TimesFile = None, max_ms_per_token: MaxMs = None,
+             transform: Annotated[str | None, typer.Option("--transform", help="Change the float model first, function kept: rotate or awq.")] = None,
+             reconstruct: Annotated[int | None, typer.Option("--reconstruct", help="Then train each block on its output, for that many steps (0: on the "
+                                                                                   "real inputs alone).")] = None,
              work: Annotated[Path | None, typer.Option("--work", help="Directory of intermediate files; default OUT.work.")] = None,
              overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
              as_json: Json = False) -> None:
@@ -232,7 +235,7 @@ def quantize(model: Model, out: Out, bits: Bits = None, nbytes: Bytes = None,
             model, out, overwrite=overwrite, progress=progress,
             **_given(bits=bits, nbytes=nbytes, preset=preset, changes=_changes(changes, preset), text=text, candidates=chosen, metric=metric,
                      method=method, activations=activations, windows=windows, uniform=uniform, plan=plan, stats=stats, context=context, batch=batch, work=work,
-                     times=times, max_ms_per_token=max_ms_per_token))
+                     times=times, max_ms_per_token=max_ms_per_token, transform=transform, reconstruct=reconstruct))
     _show(result, f"quantized {model} -> {out}", as_json)
 
 

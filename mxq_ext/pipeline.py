@@ -6,6 +6,7 @@ The only module that knows every step. Each step leaves its files in a work dire
     work/stats-<kinds>/       what calibration saw                        (stats.Stats)
     work/trials/<key>/        one quantized weight per file               (trials.Trials)
     work/cost-<key>.json      loss and bytes of each candidate            (sensitivity.CostTable)
+    work/blocks/<key>/<key>/  reconstructed blocks, and how far the run is (quantizers.blocks)
     work/plan.json            the formats chosen; to change them, edit it and pass it as ``--plan``
 """
 
@@ -44,19 +45,23 @@ from .progress import SILENT, Progress
 from .qtensor import QTensor
 from .quantizers import find_method, make_options
 from .quantizers.base import METHODS as QUANTIZERS
+from .quantizers.blocks import BlockOptions, reconstruct_blocks
 from .sensitivity import CostTable, KVTable, sense, sense_kv
 from .sensitivity.kv import SIDES, watch_kv
 from .sensitivity.metrics import METRICS, find_metric
 from .stats import Stats, calibrate
+from .stats.outputs import output_moments
 from .stats.store import model_fingerprint
 from .structure import Unit, find_units
+from .transforms import rotate_residual, scale_activations
 from .trials import Trials, code_hash, kept, short_hash
 
 WINDOWS = 48  #: calibration windows of LENGTH tokens
 LENGTH = 512
 TOKENS = "tokens.safetensors"
+MOMENT_WINDOWS = 8  #: windows that the gradients at the outputs of blocks are taken on
 KV_WINDOWS, KV_LENGTH = 4, 1024  #: windows that the cost of a cache is measured on
-CALIBRATED = ("auto", "gptq", "kmeans")  #: methods that read second moments or Fisher diagonals; a plan for another needs no calibration
+CALIBRATED = ("auto", "gptq", "kmeans", "awq")  #: methods that read second moments or Fisher diagonals; a plan for another needs no calibration
 
 
 @dataclass
@@ -187,7 +192,7 @@ def quantize_model(model: nn.Module, tokenizer, *, bits: float | None = None, nb
                    method: str | None = None, weighting: str | None = None, activations: str | None = None, changes: dict | None = None,
                    windows: int = WINDOWS, times: str | os.PathLike | None = None, max_ms_per_token: float | None = None,
                    stats_dir: str | os.PathLike | None = None, work: str | os.PathLike | None = None, context: int | None = None, batch: int = 1,
-                   kv: KVSpec | None = None, progress: Progress = SILENT) -> Result:
+                   kv: KVSpec | None = None, transform: str | None = None, reconstruct: int | None = None, progress: Progress = SILENT) -> Result:
     """Calibrates, senses, plans and quantizes ``model`` in place.
 
     Args:
@@ -205,6 +210,10 @@ def quantize_model(model: nn.Module, tokenizer, *, bits: float | None = None, nb
         context, batch: with them ``nbytes`` is a budget of the weights and of a cache of that many tokens and sequences together, and the plan has a KV
             section: more bits wherever, in weights or cache, they bring most.
         kv: group, residual, sink, rotate and pre_rope of that section.
+        transform: a change of the float model that keeps its function: ``"rotate"`` (``transforms.rotate_residual``) or ``"awq"``
+            (``transforms.scale_activations``); None: the preset's.
+        reconstruct: training steps per block (``quantizers.blocks``) after the quantizer; 0 quantizes on the real inputs and trains nothing; None: the
+            preset's.
 
     Raises:
         BudgetError: no mix of candidates fits; says by how much.
@@ -214,9 +223,14 @@ def quantize_model(model: nn.Module, tokenizer, *, bits: float | None = None, nb
         raise PlanError(f"quantize_model(bits={bits}, nbytes={nbytes}, plan={plan})", "exactly one of the three must be given", "drop the others")
     if context is not None and nbytes is None:
         raise BudgetError(f"quantize_model(context={context}) with bits={bits}, plan={plan}", "weights and cache have one budget in bytes", "pass nbytes=")
-    named = {"candidates": candidates, "metric": metric, "method": method, "weighting": weighting, "activations": activations}
+    named = {"candidates": candidates, "metric": metric, "method": method, "weighting": weighting, "activations": activations, "transform": transform,
+             "reconstruct": reconstruct}
     chosen = find_preset(preset, **{**(changes or {}), **{k: v for k, v in named.items() if v is not None}})
     check_parts(chosen, preset)
+    blocks = None if chosen.reconstruct is None else BlockOptions(steps=chosen.reconstruct)
+    if blocks is not None and chosen.unit != "linear":
+        raise PlanError(f"reconstruct={chosen.reconstruct} of a preset by {chosen.unit}", "blocks are trained in plans of whole linears",
+                        "drop it, or choose a preset whose unit is linear")
     if quantized_modules(model):
         raise ModelError("quantize_model", "the model is quantized already", "load the float model")
     if plan is not None:
@@ -227,6 +241,8 @@ def quantize_model(model: nn.Module, tokenizer, *, bits: float | None = None, nb
         plan = dataclasses.replace(plan, quantizer=chosen.quantizer(), activations=activations or plan.activations)
     elif chosen.allocator == "uniform":
         plan = uniform_plan(find_units(model), chosen, bits=bits, nbytes=nbytes)
+    if chosen.transform == "rotate":
+        rotate_residual(model)  # first, since a head that was tied becomes a unit of its own
     check_request(find_units(model), chosen, plan, bits=bits, nbytes=nbytes)
     if context is not None:
         if chosen.unit != "linear" or chosen.allocator == "uniform" or chosen.kv is not None:
@@ -243,10 +259,13 @@ def quantize_model(model: nn.Module, tokenizer, *, bits: float | None = None, nb
         table = stats = None
         if stats_dir is not None:
             stats, tokens = open_stats(stats_dir, model)
-        elif plan is None or chosen.method in CALIBRATED:
+        elif plan is None or chosen.method in CALIBRATED or blocks is not None or chosen.transform == "awq":
             read = None if text is None else texts.read_text(text)
             tokens = calibration_tokens(model, tokenizer, directory, text=read, windows=windows, progress=progress)
             stats = calibrate_for(model, tokens, chosen, directory, progress)
+        if chosen.transform == "awq":
+            scale_activations(model, stats, awq_formats(find_units(model), chosen, plan, bits=bits, nbytes=nbytes), progress=progress)
+            stats = calibrate_for(model, tokens, chosen, directory / "awq", progress)
         units, layouts = find_units(model), None
         if plan is None:
             if chosen.unit != "linear":
@@ -272,9 +291,27 @@ def quantize_model(model: nn.Module, tokenizer, *, bits: float | None = None, nb
         if layouts is not None:
             qtensors = quantize_by_layouts(model, layouts, stats, chosen, directory, progress)
         else:
-            qtensors = quantize_by_plan(model, plan, Trials(directory / "trials", model, stats, chosen), progress)
+            trials = Trials(directory / "trials", model, stats, chosen)
+            qtensors = quantize_by_plan(model, plan, trials, progress)
+            if blocks is not None:
+                moments = output_moments(model, texts.spread(tokens, MOMENT_WINDOWS), progress=progress)
+                qtensors = reconstruct_blocks(model, qtensors, tokens, blocks, moments=moments, directory=directory / "blocks" / trials.key,
+                                              progress=progress)
         replace_linear(model, plan, qtensors=qtensors, progress=SILENT)
     return Result(model, plan, table, stats if work is not None else None, stored, nbytes)
+
+
+def awq_formats(units: list[Unit], preset: Preset, plan: Plan | None, *, bits: float | None, nbytes: int | None) -> dict[str, Format]:
+    """The format that AWQ's scales are searched for, by unit: the plan's; without a plan, of the preset's candidates the widest within the budget
+    (the narrowest when none is), since the scales come before the search for formats.
+    """
+    if plan is not None:
+        return {name: d for name, d in plan.resolve(units).items() if isinstance(d, Format)}
+    total = sum(u.numel for u in units)
+    budget = bits if bits is not None else 8 * nbytes / total
+    by_size = sorted((8 * sum(f.nbytes(*u.shape) for u in units) / total, i, f) for i, f in enumerate(map(Format.parse, preset.candidates)))
+    fitting = [f for size, _, f in by_size if size <= budget]
+    return dict.fromkeys((u.name for u in units), fitting[-1] if fitting else by_size[0][2])
 
 
 @contextlib.contextmanager
@@ -430,8 +467,9 @@ def quantizer_of(plan: Plan, preset: Preset, *, method: str | None, weighting: s
 def describe_presets() -> list[dict]:
     """``mxq presets``: one dict of plain values per preset, its parts in the order of the plan language, then where it is from and what it lacks."""
     return [{"name": name, "runs": not missing_parts(p), "unit": p.unit, "candidates": list(p.candidates), "metric": p.metric, "allocator": p.allocator,
-             "quantizer": p.method, "transform": p.transform, "activations": p.activations or "a16", "kv": p.kv or "as it is", "solver": dict(p.solver),
-             "about": p.about, "source": p.source, "formula": p.formula, "departures": list(p.departures), "missing": missing_parts(p)}
+             "quantizer": p.method, "transform": p.transform, "reconstruct": p.reconstruct, "activations": p.activations or "a16", "kv": p.kv or "as it is",
+             "solver": dict(p.solver), "about": p.about, "source": p.source, "formula": p.formula, "departures": list(p.departures),
+             "missing": missing_parts(p)}
             for name, p in PRESETS.items()]
 
 
@@ -556,7 +594,7 @@ def kv_counts(plan: Plan, layers: int) -> dict[str, int]:
 def quantize_checkpoint(model_path, out, *, bits: float | None = None, nbytes: int | None = None, preset: str | Preset | None = None, text=None,
                         candidates=None, metric: str | None = None, method: str | None = None, changes: dict | None = None, windows: int = WINDOWS,
                         activations: str | None = None, uniform: str | None = None, plan=None, stats=None, work=None, overwrite: bool = False,
-                        times=None, max_ms_per_token: float | None = None,
+                        times=None, max_ms_per_token: float | None = None, transform: str | None = None, reconstruct: int | None = None,
                         context: int | None = None, batch: int = 1, progress: Progress = SILENT) -> dict:
     """``mxq quantize``: the whole line on paths. Resumes from ``work`` (default ``<out>.work``, removed after success)."""
     out = Path(out)
@@ -565,7 +603,7 @@ def quantize_checkpoint(model_path, out, *, bits: float | None = None, nbytes: i
     directory = Path(work) if work is not None else out.with_name(out.name + ".work")
     result = quantize_model(model, tokenizer, bits=bits, nbytes=nbytes, plan=uniform if plan is None else Path(plan), text=text, preset=preset,
                             candidates=candidates, metric=metric, method=method, activations=activations, changes=changes, windows=windows, stats_dir=stats,
-                            times=times, max_ms_per_token=max_ms_per_token,
+                            times=times, max_ms_per_token=max_ms_per_token, transform=transform, reconstruct=reconstruct,
                             work=directory, context=context, batch=batch, progress=progress)
     checkpoint.save(result.model, out, tokenizer, result.plan, overwrite=overwrite, progress=progress)
     units = find_units(result.model)

@@ -74,7 +74,8 @@ class Trials:
     def _quantize(self, unit: Unit, weight: torch.Tensor, fmt: Format) -> QTensor:
         method, options = self.preset.method, dict(self.preset.options)
         if self.stats is None or unit.name not in self.stats:  # a lookup has no second moment: its rows do not interact
-            return quantize(weight, fmt, method="auto" if method in ("auto", "gptq") else method, **({} if method == "gptq" else options))
+            needs = method in ("gptq", "awq")
+            return quantize(weight, fmt, method="auto" if needs else method, **({} if needs else options))
         fisher = self.stats.fisher(unit.name) if method == "kmeans" else None
         return quantize(weight, fmt, method=method, hessian=self._hessian(unit), fisher=fisher, **options)
 

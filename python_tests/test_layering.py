@@ -20,7 +20,7 @@ LEVELS = [
     ["text", "stats", "testing"],
     ["sensitivity"],
     ["plan"],
-    ["quantizers", "kv"],
+    ["quantizers", "transforms", "kv"],
     ["nn"],
     ["checkpoint", "hf"],
     ["evaluate", "trials", "banding", "pipeline"],

@@ -107,9 +107,9 @@ def _all_groups(zero: str, groups: tuple[int, ...] = (128, 64, 32)) -> tuple[str
 _UNIFORM = ("one format for all: the largest that fits; a budget between two formats is refused, or raise solver.tolerance",)
 
 
-def _control(candidates: tuple[str, ...], method: str, about: str, source: str, formula: str, weighting: str = "none", missing: tuple[str, ...] = ()) -> Preset:
+def _control(candidates: tuple[str, ...], method: str, about: str, source: str, formula: str, weighting: str = "none", transform: str = "none") -> Preset:
     return Preset(candidates, metric="output", method=method, weighting=weighting, allocator="uniform", solver=_STRICT, about=about, source=source,
-                  formula=formula, departures=(_WHOLE, *_UNIFORM), missing=missing)
+                  formula=formula, departures=(_WHOLE, *_UNIFORM), transform=transform)
 
 
 CONTROLS: dict[str, Preset] = {
@@ -118,7 +118,7 @@ CONTROLS: dict[str, Preset] = {
                              "column by column, the error moved to the columns not yet rounded"),
     "uniform_hqq": _control(_all_groups("_fz"), "hqq", "HQQ in one format", "HQQ, Badri and Shaji 2023", "float zeros that minimize |W - Q|_p^p, p = 0.7"),
     "uniform_awq": _control(_all_groups("_asym"), "awq", "AWQ in one format", "AWQ, Lin et al. 2023, arXiv 2306.00978",
-                            "columns scaled by a power of the mean input, the power and the ranges by the least output error"),
+                            "columns scaled by a power of the mean input, the power and the ranges by the least output error", transform="awq"),
     "nf4": _control(("nf4", "nf4g128", "nf4g64", "nf4g32"), "rtn", "NormalFloat levels in one format", "QLoRA, Dettmers et al. 2023, arXiv 2305.14314",
                     "w = s * level[q], levels at the quantiles of a normal distribution"),
 }

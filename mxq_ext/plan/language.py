@@ -1,4 +1,5 @@
-"""The language of presets: unit x candidates x metric x allocator x quantizer x transform x activations x KV x solver budget, as one frozen value.
+"""The language of presets: unit x candidates x metric x allocator x quantizer x transform x reconstruction x activations x KV x solver budget, as one
+frozen value.
 
 A preset holds names only, which ``pipeline.py`` resolves, since metrics lie below this folder and quantizers above it.
 """
@@ -16,7 +17,7 @@ from .schema import ACTIVATIONS
 UNITS = ("linear", "rows", "cols", "element")
 #: Allocators beside ``rules.METHODS``: one format for all units; SliM-LLM's search; one format with as many exact elements as the budget pays for.
 OTHER_ALLOCATORS = ("uniform", "double_pointer", "share")
-TRANSFORMS = ("none",)
+TRANSFORMS = ("none", "rotate", "awq")  #: of the float model, its function kept
 #: Limits of a plan. tolerance: one of fewer stored bits than asked by more than this is refused (absent: it is not). Of the allocator ``share``: least
 #: and most share of the elements that are kept exactly, and which part of them is chosen by sensitivity.
 SOLVER = ("tolerance", "least_share", "most_share", "sensitive")
@@ -37,6 +38,7 @@ class Preset:
         allocator: a name of ``rules.METHODS`` or of ``OTHER_ALLOCATORS``.
         scope: ``"model"``: one budget for all units; ``"unit"``: each linear keeps to the same stored bits.
         transform: of ``TRANSFORMS``.
+        reconstruct: steps that each decoder block is trained for on its output after the quantizer; 0: quantized again on its real inputs alone; None: neither.
         activations: ``"a16"``, ``"a8"``, or None: exactly.
         kv: how keys and values are cached, as ``find_kv`` reads it; None: as the model does.
         solver: limits as pairs, of ``SOLVER``.
@@ -55,6 +57,7 @@ class Preset:
     allocator: str = "dp"
     scope: str = "model"
     transform: str = "none"
+    reconstruct: int | None = None
     activations: str | None = None
     kv: str | None = None
     solver: tuple[tuple[str, object], ...] = ()

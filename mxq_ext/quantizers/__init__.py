@@ -4,7 +4,7 @@
     q.info["output_error"]
 """
 
-from . import gptq, hqq, kmeans, rtn  # noqa: F401  (each registers itself)
+from . import awq, gptq, hqq, kmeans, rtn  # noqa: F401  (each registers itself)
 from .base import METHODS, default_method, find_method, make_options, quantize
 from .hessian import HessianFactor, prepare_hessian
 

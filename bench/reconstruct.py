@@ -1,0 +1,113 @@
+"""What reconstruction brings on the demo's model: GPTQ alone, then its linears on their real inputs, then trained blocks.
+
+    python bench/reconstruct.py -o bench/results/reconstruction.json [--work DIR] [--formats w2g64_asym,w3g64_asym] [--steps 0,30]
+
+Decoder linears only (embedding and head stay float), in perplexity, KL to the float model and greedy agreement on 12 windows of 512 tokens of both held-out
+texts.
+Calibration: 64 windows, half technical and half narrative of other books, like the held-out texts but apart from them. GPTQ's second moments are
+of all 64, with attention-weighted keys and values; reconstruction sees every other window, the gradients at the blocks' outputs every eighth. Everything is
+kept in DIR, so that an interrupted run goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout wins over an installed package
+
+from mxq_ext import text as texts  # noqa: E402
+from mxq_ext.evaluate import Reference, evaluate  # noqa: E402
+from mxq_ext.fileio import load_tensors, read_json, save_tensors, write_json  # noqa: E402
+from mxq_ext.hf import demo_model_path, load_model, permute_model  # noqa: E402
+from mxq_ext.pipeline import LENGTH, quantize_by_plan  # noqa: E402
+from mxq_ext.plan import Plan  # noqa: E402
+from mxq_ext.plan.presets import find_preset  # noqa: E402
+from mxq_ext.progress import Progress  # noqa: E402
+from mxq_ext.quantizers.blocks import BlockOptions, reconstruct_blocks  # noqa: E402
+from mxq_ext.report import markdown_table  # noqa: E402
+from mxq_ext.stats import calibrate  # noqa: E402
+from mxq_ext.stats.outputs import OutputMoments, output_moments  # noqa: E402
+from mxq_ext.testing.timing import machine  # noqa: E402
+from mxq_ext.trials import Trials  # noqa: E402
+
+KEEP = ("model.embed_tokens",)
+KINDS = ("technical", "literary")
+
+
+class Bench:
+    """The model, what calibration saw of it, and the held-out windows."""
+
+    def __init__(self, work: Path, windows: int, calibration: int, progress: Progress):
+        self.work, self.progress = work, progress
+        self.model, tokenizer = load_model(demo_model_path())
+        permute_model(self.model)
+        sources = (texts.calibration_text(), texts.literary_calibration_text())
+        self.tokens = torch.cat([texts.spread(texts.windows(tokenizer, t, LENGTH), calibration // 2) for t in sources])
+        self.stats = calibrate(self.model, self.tokens, work / "stats", weightings=("attention",), fisher=False, progress=progress)
+        self.held = {k: texts.spread(texts.windows(tokenizer, texts.heldout_text(k), LENGTH), windows) for k in KINDS}
+        self.reference = {k: Reference.of(self.model, t, progress) for k, t in self.held.items()}
+
+    def moments(self) -> OutputMoments:
+        path = self.work / "moments.safetensors"
+        if not path.exists():
+            found = output_moments(self.model, self.tokens[4::8], progress=self.progress)
+            save_tensors(path, {"moment": found.moment, "first": found.first})
+        tensors, _ = load_tensors(path)
+        return OutputMoments(tensors["moment"], tensors["first"])
+
+    def row(self, fmt: str, steps: int | None) -> dict:
+        """One quantized model, read from its file when it has been measured before; ``steps`` None is GPTQ alone."""
+        path = self.work / f"row-{fmt}-{'gptq' if steps is None else steps}.json"
+        if path.exists():
+            return read_json(path)
+        trials = Trials(self.work / "trials", self.model, self.stats, find_preset(None))
+        qtensors = quantize_by_plan(self.model, Plan.uniform(fmt, keep=KEEP), trials, self.progress)
+        start, errors = time.perf_counter(), None
+        if steps is not None:
+            qtensors = reconstruct_blocks(self.model, qtensors, self.tokens[::2], BlockOptions(steps=steps), moments=self.moments(),
+                                          directory=self.work / "blocks" / trials.key, progress=self.progress)
+            blocks = [q.info for n, q in qtensors.items() if n.endswith("down_proj")]
+            errors = {k.removeprefix("block_error_"): [i[k] for i in blocks] for k in blocks[0] if k.startswith("block_error_")}
+        seconds = time.perf_counter() - start
+        swapped, nbytes = copy.deepcopy(self.model), 0
+        for unit, q in qtensors.items():
+            swapped.get_submodule(unit).weight.data.copy_(q.dequantize())
+            nbytes += q.nbytes()
+        row = {"format": fmt, "steps": steps, "bytes": nbytes, "stored_bits": 8 * nbytes / sum(q.shape[0] * q.shape[1] for q in qtensors.values()),
+               "seconds": seconds, "block_errors": errors,
+               "quality": {k: evaluate(swapped, self.reference[k], t, progress=self.progress).to_dict() for k, t in self.held.items()}}
+        write_json(path, row)
+        return row
+
+
+def name(steps: int | None) -> str:
+    return "GPTQ" if steps is None else "real inputs" if steps == 0 else f"real inputs, {steps} steps"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-o", "--out", required=True)
+    parser.add_argument("--work", default="mxq-reconstruct", help="calibration, quantized weights and rows; kept")
+    parser.add_argument("--formats", default="w2g64_asym,w3g64_asym,w4g64_asym")
+    parser.add_argument("--steps", default="0,30", help="training steps a block")
+    parser.add_argument("--windows", type=int, default=12, help="held-out windows of each text")
+    options = parser.parse_args()
+    with Progress() as progress:
+        bench = Bench(Path(options.work), options.windows, 64, progress)
+        rows = [bench.row(f, s) for f in options.formats.split(",") for s in (None, *map(int, options.steps.split(",")))]
+    write_json(options.out, {"machine": machine(), "model": bench.model.mxq_source | {"path": demo_model_path().name, "permuted": True},
+                             "texts": texts.describe(), "rows": rows})
+    header = ["format", "made by", "stored bits", *(f"{what} {k}" for k in KINDS for what in ("ppl", "KL"))]
+    print(markdown_table(header, [[r["format"], name(r["steps"]), f"{r['stored_bits']:.2f}",
+                                   *(f"{r['quality'][k][w]:.{d}f}" for k in KINDS for w, d in (("perplexity", 2), ("kl", 4)))] for r in rows]))
+
+
+if __name__ == "__main__":
+    torch.set_grad_enabled(False)
+    main()
