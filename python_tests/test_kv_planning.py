@@ -1,5 +1,6 @@
 """What a cache costs and how its bits are chosen: gradients against float64 autograd over explicit pairs, bytes against real caches, choices by brute force."""
 
+import copy
 import dataclasses
 import itertools
 import json
@@ -194,6 +195,17 @@ def test_bytes_are_those_of_a_cache(tokens, batch):
         layer.append(*torch.randn(2, batch, 2, tokens, 16))
     sizes = table.nbytes(tokens, batch)
     assert cache.nbytes() == sizes[0, 0] + sizes[1, 2] + sizes[2, 1] + sizes[3, 0]
+
+
+def test_anchored_losses_add_up_to_the_kl_of_whole_caches():
+    model, tokens, bits = make_sharp_model(), windows(), (2, 4, 16)
+    plain, got = (pipeline.make_kv_table(model, tokens, SPEC, bits=bits, anchored=anchored) for anchored in (False, True))
+    assert getattr(model, "mxq_kv", None) is None
+    for b in (0, 1):
+        packed = replace_attention(copy.deepcopy(model), dataclasses.replace(SPEC, key=bits[b], value=bits[b]))
+        kl = evaluate(packed, model, tokens).kl
+        assert kl > 0 and got.loss[:, b].sum() == pytest.approx(kl, rel=1e-6) and got.meta["anchored"][str(bits[b])] == pytest.approx(kl, rel=1e-6)
+        assert got.loss[:, b] / got.loss[0, b] == pytest.approx(plain.loss[:, b] / plain.loss[0, b], rel=1e-9)
 
 
 # -- choosing -------------------------------------------------------------------------------------------------------------------------
