@@ -32,8 +32,9 @@ from mxq_ext.formats import PAGE  # noqa: E402
 from mxq_ext.hf import demo_model_path, load_model, permute_model  # noqa: E402
 from mxq_ext.kv.attention import replace_attention  # noqa: E402
 from mxq_ext.kv.cache import MxqCache, page_formats  # noqa: E402
+from mxq_ext.kv_planning import plan_kv  # noqa: E402
 from mxq_ext.nn import replace_linear  # noqa: E402
-from mxq_ext.pipeline import kv_tokens, plan_kv  # noqa: E402
+from mxq_ext.pipeline import kv_tokens  # noqa: E402
 from mxq_ext.plan import KVPlan, KVSpec, Plan  # noqa: E402
 from mxq_ext.plan.presets import KV_POLICIES, find_kv  # noqa: E402
 from mxq_ext.progress import Progress  # noqa: E402

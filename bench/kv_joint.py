@@ -23,7 +23,8 @@ from mxq_ext.evaluate import Reference, evaluate  # noqa: E402
 from mxq_ext.fileio import read_json, write_json  # noqa: E402
 from mxq_ext.hf import demo_model_path, load_model, permute_model  # noqa: E402
 from mxq_ext.kv.attention import replace_attention  # noqa: E402
-from mxq_ext.pipeline import calibrate_for, calibration_tokens, kv_counts, kv_tokens, make_kv_table, make_table, quantize_by_plan  # noqa: E402
+from mxq_ext.kv_planning import make_kv_table  # noqa: E402
+from mxq_ext.pipeline import calibrate_for, calibration_tokens, kv_counts, kv_tokens, make_table, quantize_by_plan  # noqa: E402
 from mxq_ext.plan import KVPlan, KVSpec, Plan, solve_joint  # noqa: E402
 from mxq_ext.plan.presets import find_preset  # noqa: E402
 from mxq_ext.progress import Progress  # noqa: E402

@@ -14,11 +14,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from mxq_ext.pipeline import missing_parts  # noqa: E402
 from mxq_ext.plan.frameworks import CONTROLS, FRAMEWORKS  # noqa: E402
 from mxq_ext.plan.language import OTHER_ALLOCATORS, TRANSFORMS, Preset  # noqa: E402
 from mxq_ext.plan.presets import PRESETS  # noqa: E402
 from mxq_ext.plan.rules import METHODS  # noqa: E402
+from mxq_ext.request import missing_parts  # noqa: E402
 
 OUTPUT, RESULTS = ROOT / "docs" / "frameworks.md", ROOT / "bench" / "results" / "frameworks.json"
 COLUMNS = ("bits", "stored_bits", "bytes", "kl", "perplexity", "decode_tokens_per_s", "command")

@@ -284,10 +284,10 @@ def plan(cost: Annotated[Path, typer.Argument(metavar="COST", help="A table writ
 def presets(name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One preset, with its formula, departures and what it lacks.")] = None,
             as_json: Json = False) -> None:
     """The presets: unit, candidates, metric, allocator and quantizer of each, and the paper that it is from."""
-    from . import pipeline
+    from . import request
     from .plan.presets import find_preset
 
-    rows = pipeline.describe_presets()
+    rows = request.describe_presets()
     if name is not None:
         find_preset(name)  # raises
         _show(next(r for r in rows if r["name"] == name), f"preset {name}", as_json)

@@ -14,41 +14,36 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 
 from . import banding, checkpoint
 from . import text as texts
 from .decoding import end_tokens, greedy
-from .errors import BudgetError, CheckpointError, ModelError, MxqError, PlanError, QuantizationError
+from .errors import BudgetError, CheckpointError, ModelError, MxqError, PlanError
 from .fileio import load_tensors, save_tensors
 from .formats import Format
+from .kv_planning import make_kv_table
 from .nn import quantized_modules, replace_linear
 from .nn.swap import as_plan
-from .plan import KVPlan, KVSpec, Plan, pareto_front, solve, solve_joint, solve_kv
-from .plan.kv import BITS, NORMAL_LEVELS
+from .plan import KVSpec, Plan, pareto_front, solve, solve_joint
 from .plan.language import Preset
-from .plan.presets import CODEBOOK, KV_POLICIES, PRESETS, find_kv, find_preset
+from .plan.presets import find_kv, find_preset
 from .plan.times import TimeTable
 from .progress import SILENT, Progress
 from .qtensor import QTensor
-from .quantizers import find_method, make_options
-from .quantizers.base import METHODS as QUANTIZERS
 from .quantizers.blocks import BlockOptions, reconstruct_blocks
-from .sensitivity import CostTable, KVTable, sense, sense_kv
-from .sensitivity.kv import SIDES, watch_kv
-from .sensitivity.metrics import METRICS, find_metric
+from .request import check_joint, check_parts, check_request, check_spent, need_linear, needed_weightings, needs_fisher, quantizer_of, uniform_plan
+from .sensitivity import CostTable, sense
 from .stats import Stats, calibrate
 from .stats.outputs import output_moments
 from .stats.store import model_fingerprint
@@ -110,81 +105,6 @@ def kv_tokens(tokenizer, text: str | None = None, context: int | None = None) ->
     """Windows int64 [W, T] to measure a cache on: of ``text`` (None: the built-in one), as long as the planned context but at most KV_LENGTH."""
     length = KV_LENGTH if context is None else min(KV_LENGTH, context)
     return texts.spread(texts.windows(need_tokenizer(tokenizer, "the model"), texts.calibration_text() if text is None else text, length), KV_WINDOWS)
-
-
-def make_kv_table(model: nn.Module, tokens: torch.Tensor, spec: KVSpec | None = None, *, bits: tuple[int, ...] = BITS, metric: str = "fisher",
-                  anchored: bool = False, progress: Progress = SILENT) -> KVTable:
-    """What cached keys and values cost, on windows such as ``kv_tokens`` makes; ``spec`` gives group, residual, sink, rotate and pre_rope.
-
-    ``anchored``: in nats that can stand beside those of weights, see :func:`anchor_kv`.
-
-    Raises as ``kv.attention.check_attention`` does for models that cannot have a packed cache.
-    """
-    from .kv.attention import check_attention  # they import transformers
-    from .kv.trial import CacheTrial
-
-    spec = spec or KVSpec()
-    check_attention(model, KVPlan(spec))
-    table = sense_kv(model, tokens, bits, trial=CacheTrial(model, spec), metric=metric, progress=progress)
-    return anchor_kv(model, table, tokens, progress=progress) if anchored else table
-
-
-def anchor_kv(model: nn.Module, table: KVTable, tokens: torch.Tensor, *, progress: Progress = SILENT) -> KVTable:
-    """``table`` with the losses of each width multiplied so that their sum is the KL measured on ``tokens`` with all keys and values at that width.
-
-    Second order alone foretells a third of the KL of a cache of 2 or 3 bits: errors of neighbouring layers add up, and attention is not quadratic.
-    Which layers are sensitive stays what ``sense_kv`` found.
-    """
-    from .evaluate import Reference, evaluate  # they import transformers
-    from .kv.attention import replace_attention
-
-    reference, loss, measured = Reference.of(model, tokens, progress=progress), table.loss.copy(), {}
-    for b, width in enumerate(table.bits):
-        if not loss[:, b].any():  # exact
-            continue
-        replace_attention(model, KVSpec(width, width, **table.settings))
-        try:
-            measured[str(width)] = max(evaluate(model, reference, tokens, progress=progress).kl, 0.0)
-        finally:
-            replace_attention(model, None)
-        loss[:, b] *= measured[str(width)] / loss[:, b].sum()
-    return dataclasses.replace(table, loss=loss, meta=table.meta | {"anchored": measured})
-
-
-def plan_kv(model: nn.Module, tokens: torch.Tensor, policy: str = "layerwise", *, bits: float | None = None, nbytes: int | None = None, context: int = 4096,
-            batch: int = 1, progress: Progress = SILENT) -> KVPlan:
-    """The KV section that a policy of ``presets.KV_POLICIES`` chooses within a budget: average code ``bits``, or bytes of a cache (``plan.joint.solve_kv``).
-    ``kvquant`` wants 2, 3 or 4 ``bits``, those of all layers.
-
-    ``tokens``: windows such as ``kv_tokens`` makes. Raises PlanError for an unknown policy, BudgetError if nothing fits.
-    """
-    if policy not in KV_POLICIES:
-        raise PlanError(f"KV policy {policy!r}", "it is unknown", f"choose one of {', '.join(KV_POLICIES)}")
-    chosen = KV_POLICIES[policy]
-    if chosen.metric == CODEBOOK:
-        if nbytes is not None or bits not in NORMAL_LEVELS:
-            raise PlanError(f"KV policy {policy!r} with bits={bits}, nbytes={nbytes}", "all of its layers have the same bits: 2, 3 or 4",
-                            "pass bits=3, for example")
-        return make_codebooks(model, tokens, dataclasses.replace(chosen.spec, key=int(bits), value=int(bits)), progress=progress)
-    wide = BITS if chosen.pairs is None else tuple(sorted({b for pair in chosen.pairs for b in pair}))
-    table = make_kv_table(model, tokens, chosen.spec, bits=wide, metric=chosen.metric, progress=progress)
-    return solve_kv(table, bits=bits, nbytes=nbytes, context=context, batch=batch, pairs=chosen.pairs)
-
-
-def make_codebooks(model: nn.Module, tokens: torch.Tensor, spec: KVSpec, *, progress: Progress = SILENT) -> KVPlan:
-    """``spec``, which has ``levels``, for all layers, each with codebooks of its own (``kv.codebooks``).
-
-    ``tokens``: as for :func:`make_kv_table`; raises as it does.
-    """
-    from .kv.attention import check_attention  # they import transformers
-    from .kv.codebooks import fit_codebooks
-    from .kv.rope import rope_of
-
-    check_attention(model, KVPlan(spec))
-    config = model.config
-    ropes = [rope_of(config, i) if spec.pre_rope else None for i in range(config.num_hidden_layers)]
-    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return fit_codebooks(watch_kv(model, tokens, sink=spec.sink, residual=spec.residual, progress=progress), spec, ropes, dim)
 
 
 def make_table(model: nn.Module, tokens: torch.Tensor, stats: Stats, preset: Preset, work: Path, progress: Progress = SILENT) -> CostTable:
@@ -350,54 +270,6 @@ def working_directory(work: str | os.PathLike | None) -> Iterator[Path]:
         yield Path(work)
 
 
-def missing_parts(preset: Preset) -> list[str]:
-    """What a preset needs that does not exist here, one text each; empty for one that can run."""
-    out = list(preset.missing)
-    if preset.method != "auto" and preset.method not in QUANTIZERS:
-        out.append(f"the quantizer {preset.method}")
-    if preset.metric not in (METRICS if preset.unit == "linear" else banding.LINE_METRICS):
-        out.append(f"the metric {preset.metric} for a {preset.unit}")
-    return out
-
-
-def check_parts(preset: Preset, name: str | Preset | None) -> None:
-    """Raises for a preset that cannot run: PlanError for what is missing by design, the error of the step for a misspelt part."""
-    base = find_preset(name)
-    if preset.method != base.method or base.method in QUANTIZERS:
-        make_options(preset.method if preset.method != "auto" else "gptq", dict(preset.options))
-    if preset.metric != base.metric and preset.unit == "linear":
-        find_metric(preset.metric)
-    missing = missing_parts(preset)
-    if missing:
-        label = name if isinstance(name, str) else "made by hand"
-        raise PlanError(f"preset {label}", f"it cannot run yet, it needs {'; '.join(missing)}", "choose another (mxq presets lists them), or replace the part")
-
-
-def uniform_plan(units: list[Unit], preset: Preset, *, bits: float | None, nbytes: int | None) -> Plan:
-    """The largest of the candidates that fits, for all units. Raises BudgetError if none does, or if the budget lies between two of them by more than
-    the preset's tolerance, with their stored bits."""
-    numel, formats = sum(u.numel for u in units), [Format.parse(c) for c in preset.candidates]
-    budget = bits * numel / 8 if nbytes is None else nbytes
-    sizes = sorted((sum(f.nbytes(*u.shape) for u in units), f.name) for f in formats)
-    fits = [s for s in sizes if s[0] <= budget * (1 + 1e-12)]
-    if not fits:
-        raise BudgetError(f"budget of {8 * budget / numel:.6g} stored bits in one format",
-                          f"the smallest candidate, {sizes[0][1]}, takes {8 * sizes[0][0] / numel:.4f}", "allow as much, or add a smaller candidate")
-    plan = Plan.uniform(fits[-1][1], quantizer=preset.quantizer(), activations=preset.activations)
-    plan.kv = None if preset.kv is None else find_kv(preset.kv)
-    check_spent(preset, plan.stored_bits(units), 8 * budget / numel, [f"{name} {8 * size / numel:.4f}" for size, name in sizes])
-    return plan
-
-
-def check_spent(preset: Preset, stored: float, asked: float, others: Sequence[str] = ()) -> None:
-    """Raises BudgetError if ``stored`` bits are less than was ``asked`` by more than the preset's tolerance."""
-    if preset.tolerance is not None and asked - stored > preset.tolerance:
-        listed = f" (its candidates for all units: {', '.join(others)})" if others else ""
-        raise BudgetError(f"a plan of {asked:.4f} stored bits from {', '.join(preset.candidates)}",
-                          f"the largest that the preset makes of it has {stored:.4f}, over {preset.tolerance:g} less{listed}",
-                          f"ask for {math.ceil(stored * 1e4) / 1e4:.4f}, or --set solver.tolerance={math.ceil((asked - stored) * 100) / 100:g}")
-
-
 def quantize_by_layouts(model: nn.Module, layouts: dict[str, banding.Layout], stats: Stats, preset: Preset, work: Path,
                         progress: Progress = SILENT) -> dict[str, QTensor]:
     """QTensors of every unit in its layout; each kept under ``work/bands-<key>/`` as it is made, so that an interrupted run goes on."""
@@ -417,43 +289,6 @@ def quantize_by_layouts(model: nn.Module, layouts: dict[str, banding.Layout], st
     return out
 
 
-def check_request(units: list[Unit], preset: Preset, plan: Plan | None, *, bits: float | None, nbytes: int | None) -> None:
-    """Everything that can be wrong with a request and needs no calibration to tell. Raises the error that the step itself would raise."""
-    make_options(preset.method if preset.method != "auto" else "gptq", dict(preset.options))
-    formats = [Format.parse(c) for c in preset.candidates]
-    if plan is not None:
-        formats = []
-        for name, decision in plan.resolve(units).items():
-            if decision is not None and not isinstance(decision, Format):
-                raise PlanError(f"bands of unit {name}", "the pipeline makes one format per unit", "use replace_linear(model, plan, stats)")
-            formats += [decision] if decision is not None else []
-    elif preset.unit != "linear":
-        return  # bands are counted when they are made: their bytes depend on what is seen
-    else:
-        find_metric(preset.metric)
-        sizes = np.array([[f.nbytes(*u.shape) for f in formats] for u in units])
-        solve(CostTable([u.name for u in units], formats, np.zeros(sizes.shape), sizes, np.array([u.numel for u in units])), bits=bits, nbytes=nbytes)
-    if preset.method != "auto":
-        for fmt in dict.fromkeys(formats):
-            bad = find_method(preset.method).applies(fmt) if fmt.kind != "float" else None
-            if bad is not None:
-                raise QuantizationError(f"quantizing to {fmt} with {preset.method}", *bad)
-
-
-def check_joint(model: nn.Module, preset: Preset, spec: KVSpec, *, nbytes: int, context: int, batch: int) -> None:
-    """Raises what planning weights and a cache would raise after calibration: ModelError for the model's attention, BudgetError for the budget."""
-    from .kv.attention import check_attention  # they import transformers
-    from .kv.trial import CacheTrial
-
-    check_attention(model, KVPlan(spec))
-    trial, units, formats = CacheTrial(model, spec), find_units(model), [Format.parse(c) for c in preset.candidates]
-    pages = np.array([[trial.page_bytes(side, b) for b in BITS] for side in SIDES] * model.config.num_hidden_layers)
-    sizes = np.array([[f.nbytes(*u.shape) for f in formats] for u in units])
-    free = KVTable(BITS, np.zeros(pages.shape), pages, trial.token_bytes, trial.settings)
-    table = CostTable([u.name for u in units], formats, np.zeros(sizes.shape), sizes, np.array([u.numel for u in units]), kv=free)
-    solve_joint(table, nbytes=nbytes, context=context, batch=batch)
-
-
 def calibrate_for(model: nn.Module, tokens: torch.Tensor, preset: Preset, work: Path, progress: Progress = SILENT) -> Stats:
     """The statistics that a preset reads, in a directory named after their kinds."""
     weightings, fisher = needed_weightings(preset), needs_fisher(preset)
@@ -467,35 +302,6 @@ def open_stats(directory: str | os.PathLike, model: nn.Module) -> tuple[Stats, t
     if stats.meta["model"]["hash"] != model_fingerprint(model):
         raise CheckpointError(f"the statistics in {directory}", "they were collected on another model", "calibrate this model first")
     return stats, load_tensors(Path(directory) / TOKENS)[0]["tokens"]
-
-
-def needs_fisher(preset: Preset) -> bool:
-    """Whether a preset reads weight-sized Fisher diagonals, which cost a file as large as the model."""
-    return preset.metric == "fisher_diag" or (preset.method == "kmeans" and preset.unit == "linear")
-
-
-def needed_weightings(preset: Preset) -> tuple[str, ...]:
-    """The second moments that a preset reads; each kind costs time and disk in calibration."""
-    gradient = ("gradient",) if preset.metric in ("fisher", "anchored_kl") else ()
-    return tuple(dict.fromkeys(("none", preset.weighting, *gradient)))
-
-
-def quantizer_of(plan: Plan, preset: Preset, *, method: str | None, weighting: str | None) -> Preset:
-    """The preset with the quantizer that the plan names; an explicit ``method`` or ``weighting`` of the caller wins."""
-    options = dict(plan.quantizer)
-    named, moments = options.pop("name", preset.method), options.pop("weighting", preset.weighting)
-    if not isinstance(moments, str):
-        raise PlanError(f"the plan's weighting {moments!r}", "the pipeline uses one kind of second moments", "name one, or use replace_linear")
-    return dataclasses.replace(preset, method=method or named, weighting=weighting or moments, options=tuple(options.items()) if method is None else ())
-
-
-def describe_presets() -> list[dict]:
-    """``mxq presets``: one dict of plain values per preset, its parts in the order of the plan language, then where it is from and what it lacks."""
-    return [{"name": name, "runs": not missing_parts(p), "unit": p.unit, "candidates": list(p.candidates), "metric": p.metric, "allocator": p.allocator,
-             "quantizer": p.method, "transform": p.transform, "reconstruct": p.reconstruct, "activations": p.activations or "a16", "kv": p.kv or "as it is",
-             "solver": dict(p.solver), "about": p.about, "source": p.source, "formula": p.formula, "departures": list(p.departures),
-             "missing": missing_parts(p)}
-            for name, p in PRESETS.items()]
 
 
 # Verbs: the same on paths -----------------------------------------------------------------------------------------------------------
@@ -546,13 +352,6 @@ def sense_model(model_path, stats_dir, out, *, preset: str | None = None, candid
     cache = [] if table.kv is None else [{"bits": b, "loss_keys": float(table.kv.loss[::2, i].sum()), "loss_values": float(table.kv.loss[1::2, i].sum())}
                                          for i, b in enumerate(table.kv.bits)]
     return {"out": str(out), "metric": chosen.metric, "units": len(table.units), "uniform": rows} | ({"cache": cache} if cache else {})
-
-
-def need_linear(preset: Preset, what: str) -> None:
-    """Raises PlanError for presets that choose below whole linears, from the weights themselves."""
-    if preset.unit != "linear" or preset.allocator == "uniform":
-        raise PlanError(f"{what} for a preset by {preset.unit} and {preset.allocator}", "it needs the weights, and no costs of whole linears",
-                        "use mxq quantize --preset, which plans as it goes")
 
 
 def units_of(table: CostTable) -> list[Unit]:

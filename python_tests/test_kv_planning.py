@@ -16,7 +16,7 @@ from conftest import make_sharp_model  # noqa: E402
 from transformers import AttentionInterface, AttentionMaskInterface  # noqa: E402
 from transformers.masking_utils import sdpa_mask  # noqa: E402
 
-from mxq_ext import pipeline  # noqa: E402
+from mxq_ext import kv_planning, pipeline  # noqa: E402
 from mxq_ext.errors import BudgetError, ModelError, PlanError  # noqa: E402
 from mxq_ext.evaluate import evaluate  # noqa: E402
 from mxq_ext.kv import reference as numpy_pages  # noqa: E402
@@ -199,7 +199,7 @@ def test_bytes_are_those_of_a_cache(tokens, batch):
 
 def test_anchored_losses_add_up_to_the_kl_of_whole_caches():
     model, tokens, bits = make_sharp_model(), windows(), (2, 4, 16)
-    plain, got = (pipeline.make_kv_table(model, tokens, SPEC, bits=bits, anchored=anchored) for anchored in (False, True))
+    plain, got = (kv_planning.make_kv_table(model, tokens, SPEC, bits=bits, anchored=anchored) for anchored in (False, True))
     assert getattr(model, "mxq_kv", None) is None
     for b in (0, 1):
         packed = replace_attention(copy.deepcopy(model), dataclasses.replace(SPEC, key=bits[b], value=bits[b]))
@@ -314,7 +314,7 @@ def test_models_that_cannot_be_watched_are_refused():
 @pytest.mark.parametrize("policy", KV_POLICIES)
 def test_policies_choose_what_their_own_loss_says(policy):
     model, tokens, chosen = make_sharp_model(), windows(1, 260), KV_POLICIES[policy]
-    got = pipeline.plan_kv(model, tokens, policy, bits=3)
+    got = kv_planning.plan_kv(model, tokens, policy, bits=3)
     specs = got.resolve(2)
     assert sum(s.key + s.value for s in specs) / 4 <= 3 and got == KVPlan.parse(got.to_json())
     assert all((s.group, s.residual, s.sink) == (chosen.spec.group, chosen.spec.residual, chosen.spec.sink) for s in specs)
@@ -383,7 +383,7 @@ def back(x, start, rope):
 
 def test_calibrated_codebooks_of_a_model():
     model, tokens = make_sharp_model(), windows(2, 300)
-    got = pipeline.plan_kv(model, tokens, "kvquant", bits=2.0)
+    got = kv_planning.plan_kv(model, tokens, "kvquant", bits=2.0)
     assert all((s.key, s.value, s.pre_rope, s.sink) == (2, 2, True, 4) and isinstance(s.levels, tuple) for s in got.resolve(2))
     assert got == KVPlan.parse(json.loads(json.dumps(got.to_json()))) and len({s.levels for s in got.resolve(2)}) == 2
     kl = {}
@@ -392,7 +392,7 @@ def test_calibrated_codebooks_of_a_model():
     assert 0 < kl["fitted"] < kl["uniform"] and 0 < kl["normal"] < kl["uniform"]
     for bad in ({"bits": 5}, {"bits": 2.5}, {"nbytes": 10**6}, {}):
         with pytest.raises(PlanError, match="all of its layers have the same bits: 2, 3 or 4"):
-            pipeline.plan_kv(model, tokens, "kvquant", **bad)
+            kv_planning.plan_kv(model, tokens, "kvquant", **bad)
 
 
 def test_policies_that_pages_cannot_hold_are_refused():
@@ -403,7 +403,7 @@ def test_policies_that_pages_cannot_hold_are_refused():
     with pytest.raises(PlanError, match="'kvtuner': it is made by calibration"):
         find_kv("kvtuner")
     with pytest.raises(PlanError, match="choose one of layerwise, kvtuner, pm_kvq"):
-        pipeline.plan_kv(make_sharp_model(), windows(), "kivi", bits=3)
+        kv_planning.plan_kv(make_sharp_model(), windows(), "kivi", bits=3)
 
 
 # -- the line -------------------------------------------------------------------------------------------------------------------------

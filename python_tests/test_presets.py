@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import make_model, make_tokenizer
 
-from mxq_ext import banding, checkpoint, pipeline
+from mxq_ext import banding, checkpoint, pipeline, request
 from mxq_ext.banding import Layout, choose_layouts, compose
 from mxq_ext.decoding import Decoder
 from mxq_ext.errors import BudgetError, MxqError, PlanError
@@ -21,7 +21,7 @@ from mxq_ext.stats.walk import sample_labels, window_uniform
 from mxq_ext.structure import find_units
 
 TEXT = "It is a truth that a test needs a text, and any text will do for a model whose weights are random numbers. " * 40
-RUN = sorted(n for n, p in PRESETS.items() if p.source != "ours" and not pipeline.missing_parts(p))
+RUN = sorted(n for n, p in PRESETS.items() if p.source != "ours" and not request.missing_parts(p))
 #: What each is asked for on the tiny model (hidden 128), within reach of its formats; most is what lies between.
 BITS = {"mixllm": 6.0, "owq": 7.0, "slim_llm": 3.2, "squeezellm": 4.4, "uniform_hqq": 4.0, "nf4": 4.5}
 
@@ -66,14 +66,14 @@ def test_every_preset_of_the_literature_runs_saves_and_reloads_bit_equal(source,
 
 
 def test_what_cannot_run_names_what_is_missing(source, tmp_path):
-    lacking = {n: pipeline.missing_parts(p) for n, p in PRESETS.items() if pipeline.missing_parts(p)}
+    lacking = {n: request.missing_parts(p) for n, p in PRESETS.items() if request.missing_parts(p)}
     assert set(RUN).isdisjoint(lacking) and {"spqr", "pb_llm", "sfmp"} <= set(lacking)
     for name, parts in lacking.items():
         with pytest.raises(PlanError, match="cannot run yet") as e:
             pipeline.quantize_checkpoint(source / "model", tmp_path / "q", bits=4, preset=name)
         assert all(part in str(e.value) for part in parts)
     assert not (tmp_path / "q.work").exists()
-    listed = {r["name"]: r for r in pipeline.describe_presets()}
+    listed = {r["name"]: r for r in request.describe_presets()}
     assert set(listed) == set(PRESETS) and all(r["runs"] == (not r["missing"]) for r in listed.values())
     assert all(r["source"] and r["about"] for r in listed.values())
 
@@ -115,7 +115,7 @@ def test_parts_that_do_not_go_together(setting, changes, match):
     model, tokens, stats = setting
     preset = find_preset("mxq", **changes)
     with pytest.raises(MxqError, match=match):
-        pipeline.check_parts(preset, None)
+        request.check_parts(preset, None)
         choose_layouts(model, tokens, stats, preset, bits=4)
 
 

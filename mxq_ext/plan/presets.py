@@ -113,7 +113,7 @@ KV_PRESETS: dict[str, KVPreset] = {
 
 @dataclass(frozen=True)
 class KVPolicy:
-    """A policy that calibrates layer by layer (``pipeline.plan_kv``): what it measures, which pairs a layer may have, what all share.
+    """A policy that calibrates layer by layer (``kv_planning.plan_kv``): what it measures, which pairs a layer may have, what all share.
 
     The metric :data:`CODEBOOK` chooses no bits: all layers have those asked for, and codebooks of their own.
     """
@@ -157,7 +157,7 @@ def find_kv(name: str | os.PathLike) -> KVPlan | None:
     if name in KV_PRESETS:
         return KVPlan.parse(KV_PRESETS[name].spec)
     if name in KV_POLICIES:
-        raise PlanError(f"kv preset {name!r}", "it is made by calibration", "make its plan first, with pipeline.plan_kv(...), and name the file")
+        raise PlanError(f"kv preset {name!r}", "it is made by calibration", "make its plan first, with kv_planning.plan_kv(...), and name the file")
     if name in _REFUSED:
         raise PlanError(f"kv preset {name!r}", *_REFUSED[name])
     if name.endswith(".json"):
