@@ -106,4 +106,13 @@ static_assert(whole_page_bytes({KEYS, 16, 64, 80}) == PAGE * 80 * 2, "16 bits: n
 static_assert(page_bytes({KEYS, 4, 64, 80}) == PAGE * 96 / 2 && page_bytes({VALUES, 4, 64, 80}) == PAGE * 80 / 2, "80 channels are padded as columns only");
 static_assert(page_groups({VALUES, 4, 64, 80}) == 2, "a ragged last group");
 
+// Addresses of one page of all B * Hkv heads, each part contiguous over the heads.
+struct PageParts {
+  const uint8_t* k_codes;
+  const uint16_t* k_params;
+  const uint8_t* v_codes;
+  const uint16_t* v_params;
+};
+static_assert(sizeof(PageParts) == 4 * sizeof(void*), "Python writes four addresses");
+
 }  // namespace mxq

@@ -16,6 +16,7 @@ import ptxsim
 import pytest
 import simt
 import torch
+from test_kv_ops import numbers, peculiar
 
 from mxq_ext import _native, cuda
 from mxq_ext.errors import FormatError, NativeError, ShapeError
@@ -71,13 +72,6 @@ def bench(request):
     return Bench(request.param)
 
 
-def numbers(*shape, seed=0) -> torch.Tensor:
-    """Like keys: channels of very different size and offset."""
-    g = torch.Generator().manual_seed(seed)
-    channel = torch.randn(shape[-1], generator=g)
-    return torch.randn(shape, generator=g) * (0.2 + channel.abs()) + channel
-
-
 def formats(key_bits, value_bits, d, key_group=64, value_group=64):
     return PageFormat("keys", key_bits, key_group, d), PageFormat("values", value_bits, value_group, d)
 
@@ -105,20 +99,6 @@ def cache(key, value, heads, sink, pages, tail, *, batch=1, dtype=torch.float32,
 
 
 # ----------------------------------------------------------------------------------------------------------------------- pages
-
-
-def peculiar(d) -> torch.Tensor:
-    """Constants, zeros of both signs, tiny, huge, infinite and NaN numbers."""
-    x = numbers(1, 8, 64, d, seed=3)
-    x[0, 1] = 0.1
-    x[0, 2] = torch.where(x[0, 2] > 0, 0.0, -0.0)
-    x[0, 3] *= 1e-7
-    x[0, 4] *= 1e6
-    x[0, 5, 7, 3], x[0, 5, 40, 9] = float("inf"), -float("inf")
-    x[0, 6, 33, 5] = float("nan")
-    x[0, 6, 34, 6] = -float("nan")
-    x[0, 7] = torch.where(x[0, 7] > 0, 3e38, -3e38)
-    return x
 
 
 @pytest.mark.parametrize("bits", ops.BITS)

@@ -15,15 +15,6 @@ struct Rows {
   int64_t batch, head, token;  // strides in elements
 };
 
-// Addresses of one page of all B * Hkv heads, each part contiguous over the heads.
-struct PageParts {
-  const uint8_t* k_codes;
-  const uint16_t* k_params;
-  const uint8_t* v_codes;
-  const uint16_t* v_params;
-};
-static_assert(sizeof(PageParts) == 4 * sizeof(void*), "Python writes four addresses");
-
 // Turns keys that were stored before their rotary embedding while they are read (kv_formats.h). Channels c and c + half of a head are a pair.
 struct Turns {
   const float* pages;   // [page][cos, sin][half] of the position of each page's first token

@@ -18,15 +18,6 @@ struct Rows {
   int64_t batch, head, token;
 };
 
-// Addresses of one page of all B * Hkv heads, each part contiguous over the heads.
-struct PageParts {
-  const uint8_t* k_codes;
-  const uint16_t* k_params;
-  const uint8_t* v_codes;
-  const uint16_t* v_params;
-};
-static_assert(sizeof(PageParts) == 4 * sizeof(void*), "Python writes four addresses");
-
 struct PageDesc {
   int64_t side, bits, group, head;
 };
