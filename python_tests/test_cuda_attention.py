@@ -22,7 +22,8 @@ from mxq_ext import _native, cuda
 from mxq_ext.errors import FormatError, NativeError, ShapeError
 from mxq_ext.kv import cuda as kv_cuda
 from mxq_ext.kv import ops, reference
-from mxq_ext.kv.ops import PageFormat, PageTable
+from mxq_ext.kv.ops import PageFormat, PageMix, PageTable
+from mxq_ext.kv.rope import Rope, RopeTables
 from mxq_ext.testing import numeric
 
 PAIRS = list(itertools.product(ops.BITS, ops.BITS))
@@ -307,19 +308,16 @@ def test_refusals():
     with pytest.raises(ShapeError, match="the shape must be"):
         old.pack_page(numbers(1, 1, 63, 64), table.key, *table[0][:2])
 
-    class Turned(PageTable):
-        rope = "any"
-
+    turned = PageTable(*formats(4, 4, 64), 1, rope=RopeTables(Rope((1.0, 0.5)), 0))
     with pytest.raises(FormatError, match="keys before the rotary embedding on a GPU"):
-        kv_cuda.CudaPages.of(Turned(*formats(4, 4, 64), 1), "cpu")
-
-    class Codebook(PageFormat):
-        levels = (-1.0, 0.0, 0.5, 1.0)
-
+        kv_cuda.CudaPages.of(turned, "cpu")
+    with pytest.raises(FormatError, match="pages in two widths on a GPU"):
+        kv_cuda.CudaPages.of(PageTable(*formats(4, 4, 64), 1, mix=PageMix(*formats(2, 2, 64), 1, 2)), "cpu")
+    codebook = PageFormat("keys", 2, 64, 64, (-1.0, 0.0, 0.5, 1.0))
     with pytest.raises(FormatError, match="2-bit keys with a codebook on a GPU"):
-        kv_cuda.CudaPages(Codebook("keys", 2, 64, 64), formats(2, 2, 64)[1], 1, "cpu")
+        kv_cuda.CudaPages(codebook, formats(2, 2, 64)[1], 1, "cpu")
     with pytest.raises(FormatError, match="2-bit keys with a codebook on a GPU"):
-        old.pack_page(numbers(1, 1, 64, 64), Codebook("keys", 2, 64, 64), *formats(2, 2, 64)[0].empty_page(1))
+        old.pack_page(numbers(1, 1, 64, 64), codebook, *codebook.empty_page(1))
 
 
 @pytest.mark.skipif(not hasattr(_native.cuda, "kv_attend") or isinstance(_native.cuda, _native.Missing), reason="mxq_ext._cuda is not built")
