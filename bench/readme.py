@@ -110,11 +110,23 @@ def kv_table(result: dict) -> list[str]:
     return [*lines, "", f"{setup['windows']} windows of {setup['length']} tokens of each held-out text; {m['cpu']}, target and versions in the file; {peers}."]
 
 
+def joint_table(result: dict) -> list[str]:
+    """Each budget: the joint plan and the splits by hand within it."""
+    lines = ["| budget of | plan | weights MB | cache MB | KL foretold | ppl technical | KL technical | ppl literary | KL literary |",
+             "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"]
+    for r in result["rows"]:
+        cells = " | ".join(f"{r[k]['perplexity']:.2f} | {r[k]['kl']:.4f}" for k in KINDS)
+        lines.append(f"| {r['budget']} | {r['name']} | {r['weights_nbytes'] / 1e6:.1f} | {r['cache_nbytes'] / 1e6:.1f} | {r['predicted']:.4f} | {cells} |")
+    setup = result["setup"]
+    return [*lines, "", f"{setup['windows']} window{'s' if setup['windows'] > 1 else ''} of {setup['context']} tokens of each held-out text, weights by the "
+            f"preset {setup['preset']}; bytes of a cache whose exact tokens are in float32."]
+
+
 #: document -> [(file under bench/results, table)]
 TABLES: dict[str, list[tuple[str, Callable[[dict], list[str]]]]] = {
     "README.md": [("demo.json", demo_table)], "docs/quality.md": [("quality.json", quality_table)],
     "docs/performance.md": [("linear-cpu.json", speed_table), ("attention-cpu.json", attention_table)],
-    "docs/kv.md": [("kv-quality.json", kv_table)]}
+    "docs/kv.md": [("kv-quality.json", kv_table), ("kv-joint.json", joint_table)]}
 
 
 def fresh(document: str) -> tuple[str, str]:

@@ -1,4 +1,5 @@
-// Stands in for the kernels that a small library leaves out: the tables of launch.cpp name all of them. A kernel that is there takes its place.
+// Stands in for the kernels that a small library leaves out: launch.cpp and attention.cpp name all of them. A kernel that is there takes its place.
+#include "attention.h"
 #include "launch.h"
 
 namespace mxq::cuda {
@@ -9,5 +10,9 @@ namespace mxq::cuda {
   __attribute__((weak)) int mm_##name(const Params&, void*) { return NO_KERNEL; }
 #define STUBS(name) STUB_MV(name) STUB_MM(name)
 STUBS(w2) STUBS(w3) STUBS(w4) STUBS(w8) STUBS(lut2) STUBS(lut3) STUBS(lut4) STUBS(nf4) STUBS(fp16) STUBS(mixed)
+
+__attribute__((weak)) int launch_attend(const AttendParams&, int, void*) { return NO_KERNEL; }
+__attribute__((weak)) int launch_attend_merge(const AttendParams&, void*) { return NO_KERNEL; }
+__attribute__((weak)) int pack_page(const PageDesc&, const Rows&, int64_t, int64_t, uint8_t*, uint16_t*, void*) { return NO_KERNEL; }
 
 }  // namespace mxq::cuda
