@@ -79,7 +79,7 @@ def test_a_budget_with_a_transform(source):
 
 
 def test_mistakes_are_told_before_calibration(source):
-    for options, kind, match in (({"transform": "smooth"}, PlanError, "the transforms are rotate, awq"), ({"reconstruct": -1}, QuantizationError, "steps=-1")):
+    for options, kind, match in (({"transform": "smooth"}, PlanError, "it is one of none, rotate, awq"), ({"reconstruct": -1}, QuantizationError, "steps=-1")):
         with pytest.raises(kind, match=match):
             run(source, text=source / "missing.txt", **options)
     model = copy.deepcopy(make_sharp_model())
