@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 import mxq_ext as mxq
-from mxq_ext.decoding import Decoder
+from mxq_ext.decoding import Decoder, greedy
 from mxq_ext.hf import demo_model_path, load_model
 from mxq_ext.nn import fuse_layers, quantized_modules, set_compute
 from mxq_ext.stats.walk import frozen
@@ -84,16 +84,10 @@ def of_model(name: str, nbytes: int, model: nn.Module, use: Callable[[], None] =
             return time.perf_counter() - start
 
     def steps(ids: torch.Tensor, new: int) -> float:
-        decoder = Decoder(model)
+        tokens = greedy(model, ids)
         with frozen(model), torch.inference_mode():
-            token = decoder.step(ids).argmax(-1, keepdim=True)
-
-            def loop():
-                nonlocal token
-                for _ in range(new):
-                    token = decoder.step(token).argmax(-1, keepdim=True)
-
-            return timed(loop)
+            next(tokens)  # reads the prompt
+        return timed(lambda: [next(tokens) for _ in range(new)])
 
     def generate(ids: torch.Tensor, new: int) -> float:
         options = {"attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": 0}

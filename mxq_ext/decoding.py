@@ -32,17 +32,17 @@ class Decoder:
         return out.logits[:, -1]
 
 
-def greedy(model: nn.Module, ids: torch.Tensor) -> Iterator[int]:
-    """Without end the most probable next token, after the prompt ``ids`` [1, T] and those before it.
+def greedy(model: nn.Module, ids: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Without end the most probable next token of each sequence, int64 [B], after the prompt ``ids`` [B, T] and those before it.
 
     One forward and one argmax a token. What ``model.generate`` does beside (masks, processors, criteria) takes 1.4 ms a token, the layers and the head of
     a model of 135M parameters in 4 bits 5 (bench/results/decode-cpu.md).
     """
     decoder = Decoder(model)
     while True:
-        with torch.inference_mode():  # not around the yield: the mode would be the caller's meanwhile
+        with torch.no_grad():  # not around the yield: the mode would be the caller's meanwhile
             ids = decoder.step(ids).argmax(-1, keepdim=True)
-        yield int(ids)
+        yield ids[:, 0]
 
 
 def end_tokens(model: nn.Module) -> frozenset[int]:

@@ -12,10 +12,12 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 from torch import nn
 
+from . import decoding
 from .decoding import Decoder
 from .errors import ModelError, ShapeError
 from .nn.fused import through_modules
@@ -293,12 +295,8 @@ def speed(model: nn.Module, prefill: int = 512, decode: int = 32, repeats: int =
 @torch.no_grad()
 def greedy(model: nn.Module, prompt: torch.Tensor, n: int) -> torch.Tensor:
     """The ``n`` likeliest next tokens, one after the other, int64 [n], after ``prompt`` [T]; an end-of-text token does not stop it."""
-    decoder, token, out = Decoder(model), prompt[None], []
     with frozen(model):
-        for _ in range(n):
-            token = decoder.step(token).argmax(dim=-1, keepdim=True)
-            out.append(token[0])
-    return torch.cat(out)
+        return torch.cat(list(islice(decoding.greedy(model, prompt[None]), n)))
 
 
 def greedy_agreement(model: nn.Module, reference: nn.Module, prompts: Iterable[torch.Tensor], n: int = 32,

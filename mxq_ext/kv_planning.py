@@ -36,7 +36,7 @@ def make_kv_table(model: nn.Module, tokens: torch.Tensor, spec: KVSpec | None = 
 def anchor_kv(model: nn.Module, table: KVTable, tokens: torch.Tensor, *, progress: Progress = SILENT) -> KVTable:
     """``table`` with the losses of each width multiplied so that their sum is the KL measured on ``tokens`` with all keys and values at that width.
 
-    Second order alone foretells a third of the KL of a cache of 2 or 3 bits: errors of neighbouring layers add up, and attention is not quadratic.
+    On the demo's model second order alone foretells a third of the KL of a cache of 2 or 3 bits (docs/kv.md).
     Which layers are sensitive stays what ``sense_kv`` found.
     """
     from .evaluate import Reference, evaluate  # they import transformers

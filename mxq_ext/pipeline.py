@@ -481,7 +481,7 @@ def generate_text(path, prompt: str, *, max_new_tokens: int = 64) -> dict:
         raise MxqError("generating", "the prompt has no tokens", "pass a prompt that is not empty")
     written, ends = [], end_tokens(model)
     for token in islice(greedy(model, ids), max_new_tokens):
-        written.append(token)
-        if token in ends:
+        written.append(int(token))
+        if written[-1] in ends:
             break
     return {"model": str(path), "text": tokenizer.decode([*ids[0].tolist(), *written], skip_special_tokens=True), "new_tokens": len(written)}

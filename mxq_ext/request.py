@@ -81,6 +81,12 @@ def check_spent(preset: Preset, stored: float, asked: float, others: Sequence[st
                           f"ask for {math.ceil(stored * 1e4) / 1e4:.4f}, or --set solver.tolerance={math.ceil((asked - stored) * 100) / 100:g}")
 
 
+def _lossless(units: list[Unit], formats: Sequence[Format], kv: KVTable | None = None) -> CostTable:
+    """A table of true bytes in which nothing costs anything: what can be solved by it fits."""
+    sizes = np.array([[f.nbytes(*u.shape) for f in formats] for u in units])
+    return CostTable([u.name for u in units], formats, np.zeros(sizes.shape), sizes, np.array([u.numel for u in units]), kv=kv)
+
+
 def check_request(units: list[Unit], preset: Preset, plan: Plan | None, *, bits: float | None, nbytes: int | None) -> None:
     """Everything that can be wrong with a request and needs no calibration to tell. Raises the error that the step itself would raise."""
     make_options(preset.method if preset.method != "auto" else "gptq", dict(preset.options))
@@ -95,8 +101,7 @@ def check_request(units: list[Unit], preset: Preset, plan: Plan | None, *, bits:
         return  # bands are counted when they are made: their bytes depend on what is seen
     else:
         find_metric(preset.metric)
-        sizes = np.array([[f.nbytes(*u.shape) for f in formats] for u in units])
-        solve(CostTable([u.name for u in units], formats, np.zeros(sizes.shape), sizes, np.array([u.numel for u in units])), bits=bits, nbytes=nbytes)
+        solve(_lossless(units, formats), bits=bits, nbytes=nbytes)
     if preset.method != "auto":
         for fmt in dict.fromkeys(formats):
             bad = find_method(preset.method).applies(fmt) if fmt.kind != "float" else None
@@ -112,10 +117,8 @@ def check_joint(model: nn.Module, preset: Preset, spec: KVSpec, *, nbytes: int, 
     check_attention(model, KVPlan(spec))
     trial, units, formats = CacheTrial(model, spec), find_units(model), [Format.parse(c) for c in preset.candidates]
     pages = np.array([[trial.page_bytes(side, b) for b in BITS] for side in SIDES] * model.config.num_hidden_layers)
-    sizes = np.array([[f.nbytes(*u.shape) for f in formats] for u in units])
     free = KVTable(BITS, np.zeros(pages.shape), pages, trial.token_bytes, trial.settings)
-    table = CostTable([u.name for u in units], formats, np.zeros(sizes.shape), sizes, np.array([u.numel for u in units]), kv=free)
-    solve_joint(table, nbytes=nbytes, context=context, batch=batch)
+    solve_joint(_lossless(units, formats, free), nbytes=nbytes, context=context, batch=batch)
 
 
 def need_linear(preset: Preset, what: str) -> None:

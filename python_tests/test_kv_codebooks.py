@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import poison_memory
-from test_kv_ops import DTYPES, LENGTHS, LIMIT, OPTIONS, ROWS, numbers, packed, peculiar
+from test_kv_ops import LENGTHS, LIMIT, OPTIONS, ROWS, check_packing, numbers, packed, peculiar
 
 from mxq_ext.errors import FormatError
 from mxq_ext.kv import ops, reference
@@ -78,16 +78,7 @@ def test_pages_are_what_the_document_says(bits):
 
 @pytest.mark.parametrize("bits", ops.LEVEL_BITS)
 def test_packing_is_the_same_to_the_bit(bits, target):
-    for d, (side, groups) in itertools.product((16, 48, 64, 80, 128, 256), (("keys", ops.KEY_GROUPS), ("values", ops.VALUE_GROUPS))):
-        for i, group in enumerate(groups):
-            fmt = PageFormat(side, bits, group, d, levels(bits))
-            x = (peculiar(d) if i else numbers(2, 4, 64, d, seed=d)).to(DTYPES[(i + d // 16) % 3])
-            codes, params = packed(x, fmt)
-            want_codes, want_params = packed(x, fmt, ops.pack_page_ref)
-            assert torch.equal(codes, want_codes) and torch.equal(params.view(torch.int16), want_params.view(torch.int16)), (fmt, x.dtype)
-            for dtype in DTYPES:
-                got, want = ops.unpack_page(codes, params, fmt, 1, dtype), ops.unpack_page_ref(codes, params, fmt, 1, dtype)
-                assert got.dtype == dtype and torch.equal(got.nan_to_num(5, 6, 7), want.nan_to_num(5, 6, 7)), (fmt, dtype)
+    check_packing(bits, (16, 48, 64, 80, 128, 256), levels(bits))
 
 
 def test_every_number_gets_the_nearest_level():

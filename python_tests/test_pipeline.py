@@ -147,7 +147,7 @@ def test_evaluate_and_generate_on_paths(source, tmp_path, monkeypatch):
     model, tokenizer = load(tmp_path / "q"), make_tokenizer()
     ids = tokenizer("hello", return_tensors="pt")["input_ids"]
     expected = model.generate(ids, max_new_tokens=6, min_new_tokens=6, do_sample=False)[0, ids.shape[1]:].tolist()
-    assert list(islice(greedy(model, ids), 6)) == expected
+    assert [int(t) for t in islice(greedy(model, ids), 6)] == expected
     for tokens, ends in ((None, ()), (7, (7,)), ([7, 3], (3, 7))):
         model.generation_config.eos_token_id = tokens
         assert sorted(end_tokens(model)) == list(ends)

@@ -456,7 +456,7 @@ static Reading reading(Format f, bool late) {
 
 // acc[m][lda] += one group, or = if it is the `first`: `quads` quads of NV tiles times MR rows of x, `stride` bytes apart. Meanwhile the codes at `next` and `other`,
 // if not null, are prefetched, 64 bytes of each a quad: as one burst while unpacking they would overrun the queue of outstanding loads, and the
-// next panel would wait for memory.
+// next panel would wait for memory. A block that is ALONE has no other to share that with: it also fetches what lies `third` bytes behind each of the two.
 template <int NV, int MR, bool SMALL, bool ALONE>
 static void gemm8_block(const uint8_t* panel, int64_t tile_step, const int8_t* x, int64_t stride, int64_t quads, Reading how, const GroupScale* scales, const float* units,
                         const int32_t* sums, bool first, float* acc, int64_t lda, const uint8_t* next, const uint8_t* other, int64_t third) {
