@@ -184,10 +184,10 @@ def quantize_model(model: nn.Module, tokenizer, *, bits: float | None = None, nb
         plan = as_plan(plan, quantizer=chosen.quantizer())
         chosen = quantizer_of(plan, chosen, method=method, weighting=weighting)
         plan = dataclasses.replace(plan, quantizer=chosen.quantizer(), activations=activations or plan.activations)
-    elif chosen.allocator == "uniform":
-        plan = uniform_plan(find_units(model), chosen, bits=bits, nbytes=nbytes)
     if chosen.transform == "rotate":
-        rotate_residual(model)  # first, since a head that was tied becomes a unit of its own
+        rotate_residual(model)  # before bytes are counted, since a head that was tied becomes a unit of its own
+    if plan is None and chosen.allocator == "uniform":
+        plan = uniform_plan(find_units(model), chosen, bits=bits, nbytes=nbytes)
     check_request(find_units(model), chosen, plan, bits=bits, nbytes=nbytes)
     if context is not None:
         if chosen.unit != "linear" or chosen.allocator == "uniform" or chosen.kv is not None:
