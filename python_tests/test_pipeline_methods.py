@@ -50,6 +50,14 @@ def test_reconstruction_lowers_the_error_on_other_text(source, tmp_path, steps):
     assert torch.equal(again.model(TOKENS).logits, better.model(TOKENS).logits), "read from the work directory"
 
 
+def test_a_uniform_preset_counts_the_head_that_rotation_unties(source):
+    tied, one = make_sharp_model(), Format.parse("w4g128_asym")
+    nbytes = sum(one.nbytes(*u.shape) for u in find_units(tied))  # enough for the tied model in w4, too little for the untied one
+    kept = run(source, None, nbytes=nbytes, preset="uniform_rtn", changes={"solver": ()})
+    turned = run(source, None, nbytes=nbytes, preset="uniform_rtn", changes={"solver": ()}, transform="rotate")
+    assert kept.nbytes <= nbytes and turned.nbytes <= nbytes and len(find_units(turned.model)) == len(find_units(kept.model)) + 1
+
+
 @pytest.mark.parametrize("transform, method", [("rotate", "gptq"), ("rotate", "awq"), ("awq", "awq"), ("awq", "gptq")])
 def test_a_transformed_model_is_quantized_and_loads_again(source, tmp_path, transform, method):
     report = pipeline.quantize_checkpoint(source / "model", tmp_path / "q", uniform="w8g32", text=source / "calib.txt", windows=2,
