@@ -153,7 +153,7 @@ class Bench:
         base = self.row(NONE)
         if base is not None and "failed" not in row:
             for k in KINDS:
-                row[k] |= {f"paired_{n}": v for n, v in paired(as_evaluation(row[k]), as_evaluation(base[k])).items()}
+                row[k] |= {f"paired_{n}": v for n, v in paired(Evaluation.from_dict(row[k]), Evaluation.from_dict(base[k])).items()}
         self.record["rows"].append(row)
         write_json(self.out, self.record)
         cells = row.get("failed") or "  ".join(f"{k}: ppl {row[k]['perplexity']:.3f} KL {row[k]['kl']:.5f}" for k in KINDS) + f"  {row['nbytes'] / 1e6:.2f} MB"
@@ -193,12 +193,6 @@ class Bench:
         for piece in prompt[:, :-1].split(64, dim=1):
             decoder.step(piece)
         return lambda i: decoder.step(prompt[:, -1:])
-
-
-def as_evaluation(row: dict) -> Evaluation:
-    """The Evaluation that ``to_dict`` made a row of."""
-    return Evaluation(row["windows"], row["length"], row["scored_tokens"], row["tokens_sha256"], row["nll_windows"], row["kl_windows"],
-                      row["agreement_windows"])
 
 
 def main() -> None:

@@ -30,12 +30,6 @@ from mxq_ext.trials import Trials  # noqa: E402
 FORMATS = ("w3g32_fz", "w3g64_fz", "w3g64_asym", "lut3", "w3", "w3_asym", "w2g32_fz", "w2g32_asym")
 
 
-def evaluation(row: dict) -> Evaluation:
-    """The Evaluation that a row of demo.json was made from."""
-    return Evaluation(row["windows"], row["length"], row["scored_tokens"], row["tokens_sha256"], row["nll_windows"], row["kl_windows"],
-                      row["agreement_windows"])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--demo", type=Path, default=Path("mxq-demo"))
@@ -58,7 +52,7 @@ def main() -> None:
                 swapped.get_submodule(unit).weight.data.copy_(q.dequantize())
             quality = {k: evaluate(swapped, references[k], t) for k, t in held.items()}
             row = {"name": f"uniform {fmt}", "bytes": plan.predicted_bytes(units)["total"], "stored_bits": plan.stored_bits(units)}
-            against = [{"mixed": m["name"], "uniform": row["name"], "text": k, **paired(evaluation(m[k]), quality[k])}
+            against = [{"mixed": m["name"], "uniform": row["name"], "text": k, **paired(Evaluation.from_dict(m[k]), quality[k])}
                        for m in demo["rows"] if m["name"].startswith("mixed-") and float(m["name"][6:]) >= row["stored_bits"] for k in held]
             rows.append(row | {k: e.to_dict() for k, e in quality.items()} | {"against": against})
             write_json(options.out, {"machine": machine(), "rows": rows})

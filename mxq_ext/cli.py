@@ -75,7 +75,7 @@ def verb(function: Callable[..., None]) -> Callable[..., None]:
             _complain(f"{error.filename or 'writing'}: {os.strerror(error.errno).lower()}; check the path", "error", "31")
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
-            resumes = function.__name__ in ("quantize", "calibrate", "sense", "demo")
+            resumes = function.__name__ in ("quantize", "calibrate", "sense", "compare", "demo")
             _complain("run the same command again to resume" if resumes else "nothing was written", "interrupted", "33")
             raise typer.Exit(130) from None
         finally:
@@ -308,6 +308,38 @@ def eval(checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="
         result = pipeline.evaluate_checkpoint(checkpoint, progress=progress,
                                               **_given(reference=reference, text=text, windows=windows, length=length, kv=kv))
     _show(result, f"evaluation of {checkpoint}", as_json)
+
+
+@verb
+def compare(model: Model, out: Out,
+            bits: Annotated[str, typer.Option("--bits", help="Budgets in stored bits per weight.")] = "2.5,3,3.5,4",
+            presets: Annotated[str, typer.Option("--presets", help="Names, or all, ours, frameworks, controls.")] = "all",
+            also: Annotated[list[str] | None, typer.Option("--also", metavar="\"NAME PART=VALUE\"", help="A preset with parts replaced, for example "
+                                                          "\"mxq reconstruct=50\"; may be given several times.")] = None,
+            text: Text = None, windows: Windows = None,
+            held_out: Annotated[list[Path] | None, typer.Option("--held-out", help="Plain UTF-8 text to measure on, instead of the built-in ones; may be given "
+                                                                "several times.")] = None,
+            eval_windows: Annotated[int | None, typer.Option("--eval-windows", min=1, help="How many windows of each held-out text; 12 without it.")] = None,
+            length: Length = None,
+            llama_cpp: Annotated[str | None, typer.Option("--llama-cpp", metavar="TYPES", help="Also llama.cpp's files of these types, for example "
+                                                          "Q4_K_M,Q3_K_M, or all; needs llama-cpp-python and gguf.")] = None,
+            untimed: Annotated[bool, typer.Option("--untimed", help="Do not measure tokens per second (another run of the command does).")] = False,
+            as_json: Json = False) -> None:
+    """Every preset at every budget, on one model and text: quality, bytes and speed in one table. Goes on where it was stopped."""
+    try:
+        budgets = [float(b) for b in bits.split(",") if b.strip()]
+    except ValueError:
+        raise BudgetError(f"--bits {bits}", "numbers with commas between them are expected", "for example --bits 2.5,3,3.5,4") from None
+    from . import compare as module
+
+    with Progress() as progress:
+        result = module.compare(model, out, bits=budgets, presets=[p.strip() for p in presets.split(",") if p.strip()], timed=not untimed,
+                                llama_cpp=[t.strip() for t in (llama_cpp or "").split(",") if t.strip()], progress=progress,
+                                **_given(also=also, text=text, windows=windows, held_out=held_out, eval_windows=eval_windows, length=length))
+    if as_json:
+        _show(result, "", True)
+    else:
+        print((out / "compare.md").read_text(encoding="utf-8"))
 
 
 @verb

@@ -19,12 +19,11 @@ from torch import nn
 
 from . import checkpoint, ops
 from . import text as texts
-from .errors import CheckpointError
 from .evaluate import Evaluation, Reference, evaluate, paired, speed
 from .fileio import write_json
 from .hf import demo_model_path, load_model, permute_model
 from .nn import replace_linear, set_compute
-from .pipeline import LENGTH, calibrate_for, calibration_tokens, make_table, quantize_by_plan, written_bytes
+from .pipeline import LENGTH, calibrate_for, calibration_tokens, make_table, quantize_by_plan, save_counted
 from .plan import Plan, solve
 from .plan.presets import find_preset
 from .progress import SILENT, Progress
@@ -134,13 +133,11 @@ def _speed(model: nn.Module) -> tuple[float, float]:
 def _save(model: nn.Module, tokenizer, plan: Plan, out: Path, name: str, units) -> int:
     """Writes the checkpoint, checks its size against the plan's prediction, and keeps it only if it is the one to show. Returns the bytes."""
     target = out / name.replace(" ", "-")
-    checkpoint.save(model, target, tokenizer, plan, overwrite=True)
-    written, predicted = written_bytes(target, plan, units), plan.predicted_bytes(units)["total"]
-    if written != predicted:
-        raise CheckpointError(f"checkpoint {target}", f"its weights take {written} bytes, the plan predicted {predicted}", "report this as a bug")
+    nbytes = plan.predicted_bytes(units)["total"]
+    save_counted(model, target, tokenizer, plan, nbytes, overwrite=True)
     if name != KEPT:
         shutil.rmtree(target)
-    return written
+    return nbytes
 
 
 def _continue(model: nn.Module, tokenizer) -> str:

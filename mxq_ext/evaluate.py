@@ -103,6 +103,12 @@ class Evaluation:
             out |= {"kv": self.kv, "kv_nbytes": self.kv_nbytes}
         return out
 
+    @staticmethod
+    def from_dict(row: dict) -> Evaluation:
+        """The Evaluation that ``to_dict`` made a row of."""
+        return Evaluation(row["windows"], row["length"], row["scored_tokens"], row["tokens_sha256"], row["nll_windows"], row.get("kl_windows"),
+                          row.get("agreement_windows"), row.get("kv"), row.get("kv_nbytes"))
+
 
 def _finite(value: float) -> float | None:
     # NaN is no JSON
@@ -189,7 +195,7 @@ def evaluate(model: nn.Module, reference: nn.Module | Reference | None, tokens: 
         reference.check(tokens)
     if cache is None and getattr(model, "mxq_kv", None) is not None:
         cache = _packed_cache(model)
-    nll, kl, top1, kv, kv_nbytes = [], [], [], None, None
+    scores, kv, kv_nbytes = Scores(tokens, reference, chunk), None, None
     with frozen(model):
         for w in progress.track(range(tokens.shape[0]), "evaluate"):
             if cache is None:
@@ -200,22 +206,57 @@ def evaluate(model: nn.Module, reference: nn.Module | Reference | None, tokens: 
                 kv = str(getattr(past, "kv", type(past).__name__))
                 kv_nbytes = past.nbytes() if hasattr(past, "nbytes") else None
                 del past
-            sums = [0.0, 0.0, 0.0]
-            for start in range(0, tokens.shape[1] - 1, chunk):
-                stop = min(start + chunk, tokens.shape[1] - 1)
-                logq = _log_probabilities(model, hidden[:, start:stop])
-                sums[0] -= float(logq.gather(1, tokens[w, start + 1:stop + 1, None]).sum(dtype=torch.float64))
-                if reference is not None:
-                    logp = _log_probabilities(reference.model, reference.hidden[w:w + 1, start:stop])
-                    divergence, same = _compare(logp, logq)
-                    sums[1] += divergence
-                    sums[2] += same
-            for values, total in zip((nll, kl, top1), sums, strict=True):
-                values.append(total / (tokens.shape[1] - 1))
-    if not all(map(math.isfinite, nll + kl)):
-        raise ModelError(f"evaluating {type(model).__name__}", "its loss is not finite", "its logits hold inf or NaN: check the weights and the dtype")
-    return Evaluation(tokens.shape[0], tokens.shape[1], tokens.shape[0] * (tokens.shape[1] - 1), tokens_hash(tokens), nll,
-                      kl if reference is not None else None, top1 if reference is not None else None, kv, kv_nbytes)
+            scores.add(lambda part, hidden=hidden: tail(model, hidden[:, part])[0])
+    return scores.evaluation(type(model).__name__, kv, kv_nbytes)
+
+
+@torch.no_grad()
+def evaluate_logits(logits: Callable[[torch.Tensor], torch.Tensor], reference: Reference | None, tokens: torch.Tensor, *, chunk: int = CHUNK,
+                    progress: Progress = SILENT) -> Evaluation:
+    """:func:`evaluate` of something that is no torch model: ``logits`` gives [T, V] for a window int64 [T]. Raises the same."""
+    tokens = check_tokens(tokens).to(torch.int64)
+    if reference is not None:
+        reference.check(tokens)
+    scores = Scores(tokens, reference, chunk)
+    for window in progress.track(tokens.unbind(), "evaluate"):
+        found = logits(window)
+        scores.add(lambda part, found=found: found[part])
+    return scores.evaluation("logits")
+
+
+class Scores:
+    """Sums over the positions of one window after another, a slice of logits at a time."""
+
+    def __init__(self, tokens: torch.Tensor, reference: Reference | None, chunk: int):
+        self.tokens, self.reference, self.chunk = tokens, reference, chunk
+        self.nll: list[float] = []
+        self.kl: list[float] = []
+        self.top1: list[float] = []
+
+    def add(self, logits: Callable[[slice], torch.Tensor]) -> None:
+        """Scores the next window; ``logits`` gives [t, V] for a slice of its positions."""
+        w, last = len(self.nll), self.tokens.shape[1] - 1
+        sums = [0.0, 0.0, 0.0]
+        for start in range(0, last, self.chunk):
+            part = slice(start, min(start + self.chunk, last))
+            logq = torch.log_softmax(logits(part).float(), dim=-1)
+            sums[0] -= float(logq.gather(1, self.tokens[w, part.start + 1:part.stop + 1, None]).sum(dtype=torch.float64))
+            if self.reference is not None:
+                logp = torch.log_softmax(tail(self.reference.model, self.reference.hidden[w:w + 1, part])[0].float(), dim=-1)
+                divergence, same = _compare(logp, logq)
+                sums[1] += divergence
+                sums[2] += same
+        for values, total in zip((self.nll, self.kl, self.top1), sums, strict=True):
+            values.append(total / last)
+
+    def evaluation(self, what: str, kv: str | None = None, kv_nbytes: int | None = None) -> Evaluation:
+        """Of all windows. Raises ModelError if a loss is not finite."""
+        if not all(map(math.isfinite, self.nll + self.kl)):
+            raise ModelError(f"evaluating {what}", "its loss is not finite", "its logits hold inf or NaN: check the weights and the dtype")
+        windows, length = self.tokens.shape
+        against = self.reference is not None
+        return Evaluation(windows, length, windows * (length - 1), tokens_hash(self.tokens), self.nll, self.kl if against else None,
+                          self.top1 if against else None, kv, kv_nbytes)
 
 
 def _packed_cache(model: nn.Module) -> Callable[[], object]:
@@ -223,11 +264,6 @@ def _packed_cache(model: nn.Module) -> Callable[[], object]:
     from .kv.cache import MxqCache  # it imports transformers
 
     return lambda: MxqCache(model.config, model.mxq_kv)
-
-
-def _log_probabilities(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-    """float32 [t, V] log softmax from the last block's output [1, t, H]."""
-    return torch.log_softmax(tail(model, hidden)[0].float(), dim=-1)
 
 
 def _compare(logp: torch.Tensor, logq: torch.Tensor) -> tuple[float, int]:

@@ -3,7 +3,7 @@
 The only module that knows every step. Each step leaves its files in a work directory, so an interrupted run goes on where it stopped::
 
     work/tokens.safetensors   the calibration windows
-    work/stats-<kinds>/       what calibration saw                        (stats.Stats)
+    work/stats-<kinds>/       what calibration saw                        (stats.Stats); below rotate/ or awq-<key>/ of a transformed model
     work/trials/<key>/        one quantized weight per file               (trials.Trials)
     work/cost-<key>.json      loss and bytes of each candidate            (sensitivity.CostTable)
     work/blocks/<key>/<key>/  reconstructed blocks, and how far the run is (quantizers.blocks)
@@ -75,12 +75,14 @@ class Result:
 
 
 def calibration_tokens(model: nn.Module, tokenizer, work: Path, *, text: str | None = None, windows: int = WINDOWS, length: int = LENGTH, seed: int = 0,
-                       progress: Progress = SILENT) -> torch.Tensor:
+                       source: str | None = None, progress: Progress = SILENT) -> torch.Tensor:
     """Calibration windows int64 [W, length], W <= ``windows``: of ``text``, spread evenly over it; when None, half of the windows
     are of the built-in text and half are written by the model itself. Kept in ``work``, so that a resumed run sees the same.
+
+    ``source``: fingerprint of the model before a transform, which leaves its function and so its own text alone; None: ``model`` is that.
     """
     need_tokenizer(tokenizer, "the model")
-    asked = {"model": model_fingerprint(model), "text": texts.text_hash(texts.calibration_text() if text is None else text),
+    asked = {"model": source or model_fingerprint(model), "text": texts.text_hash(texts.calibration_text() if text is None else text),
              "self_written": str(text is None), "windows": str(windows), "length": str(length), "seed": str(seed)}
     path = work / TOKENS
     if path.exists():
@@ -184,6 +186,7 @@ def quantize_model(model: nn.Module, tokenizer, *, bits: float | None = None, nb
         plan = as_plan(plan, quantizer=chosen.quantizer())
         chosen = quantizer_of(plan, chosen, method=method, weighting=weighting)
         plan = dataclasses.replace(plan, quantizer=chosen.quantizer(), activations=activations or plan.activations)
+    source = model_fingerprint(model)
     if chosen.transform == "rotate":
         rotate_residual(model)  # before bytes are counted, since a head that was tied becomes a unit of its own
     if plan is None and chosen.allocator == "uniform":
@@ -206,11 +209,12 @@ def quantize_model(model: nn.Module, tokenizer, *, bits: float | None = None, nb
             stats, tokens = open_stats(stats_dir, model)
         elif plan is None or chosen.method in CALIBRATED or blocks is not None or chosen.transform == "awq":
             read = None if text is None else texts.read_text(text)
-            tokens = calibration_tokens(model, tokenizer, directory, text=read, windows=windows, progress=progress)
-            stats = calibrate_for(model, tokens, chosen, directory, progress)
+            tokens = calibration_tokens(model, tokenizer, directory, text=read, windows=windows, source=source, progress=progress)
+            stats = calibrate_for(model, tokens, chosen, directory / "rotate" if chosen.transform == "rotate" else directory, progress)
         if chosen.transform == "awq":
-            scale_activations(model, stats, awq_formats(find_units(model), chosen, plan, bits=bits, nbytes=nbytes), progress=progress)
-            stats = calibrate_for(model, tokens, chosen, directory / "awq", progress)
+            formats = awq_formats(find_units(model), chosen, plan, bits=bits, nbytes=nbytes)
+            scale_activations(model, stats, formats, progress=progress)
+            stats = calibrate_for(model, tokens, chosen, directory / f"awq-{short_hash({n: f.name for n, f in formats.items()})}", progress)
         units, layouts = find_units(model), None
         if plan is None:
             if chosen.unit != "linear":
@@ -230,6 +234,7 @@ def quantize_model(model: nn.Module, tokenizer, *, bits: float | None = None, nb
                 check_spent(chosen, plan.stored_bits(units), 8 * nbytes / sum(u.numel for u in units) if bits is None else bits)
         if clock is not None:
             plan.meta = plan.meta | {"predicted": clock.predict(units, plan.resolve(units))}
+        plan.meta = plan.meta | {k: v for k, v in (("transform", chosen.transform), ("reconstruct", chosen.reconstruct)) if v not in ("none", None)}
         plan.save(directory / "plan.json")
         width = next(model.parameters()).element_size()
         nbytes, stored = plan.predicted_bytes(units, width)["total"], plan.stored_bits(units, width)
@@ -429,17 +434,22 @@ def quantize_checkpoint(model_path, out, *, bits: float | None = None, nbytes: i
                             candidates=candidates, metric=metric, method=method, activations=activations, changes=changes, windows=windows, stats_dir=stats,
                             times=times, max_ms_per_token=max_ms_per_token, transform=transform, reconstruct=reconstruct,
                             work=directory, context=context, batch=batch, progress=progress)
-    checkpoint.save(result.model, out, tokenizer, result.plan, overwrite=overwrite, progress=progress)
-    units = find_units(result.model)
-    written = written_bytes(out, result.plan, units)
-    if written != result.nbytes:
-        raise CheckpointError(f"checkpoint {out}", f"its units take {written} bytes, the plan predicted {result.nbytes}", "report this as a bug")
+    save_counted(result.model, out, tokenizer, result.plan, result.nbytes, overwrite=overwrite, progress=progress)
     if work is None:
         shutil.rmtree(directory)
-    return {"out": str(out), "stored_bits": result.stored_bits, "predicted_bytes": result.nbytes, "bytes_on_disk": written,
-            "checkpoint_bytes": checkpoint.bytes_on_disk(out)["total"], "formats": result.plan.counts(units),
+    return {"out": str(out), "stored_bits": result.stored_bits, "predicted_bytes": result.nbytes, "bytes_on_disk": result.nbytes,
+            "checkpoint_bytes": checkpoint.bytes_on_disk(out)["total"], "formats": result.plan.counts(find_units(result.model)),
             **({} if times is None else {"predicted": result.plan.meta["predicted"]}),
             **({} if context is None else {"cache": kv_counts(result.plan, result.table.kv.layers), "joint": result.plan.meta["joint"]})}
+
+
+def save_counted(model: nn.Module, out: str | os.PathLike, tokenizer, plan: Plan, predicted: int, *, overwrite: bool = False,
+                 progress: Progress = SILENT) -> None:
+    """Writes a checkpoint. Raises CheckpointError if its units do not take the bytes that were ``predicted``."""
+    checkpoint.save(model, out, tokenizer, plan, overwrite=overwrite, progress=progress)
+    written = written_bytes(Path(out), plan, find_units(model))
+    if written != predicted:
+        raise CheckpointError(f"checkpoint {out}", f"its units take {written} bytes, the plan predicted {predicted}", "report this as a bug")
 
 
 def written_bytes(directory: Path, plan: Plan, units: list[Unit]) -> int:

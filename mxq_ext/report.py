@@ -156,12 +156,19 @@ def bit_map_text(entries: Sequence[Entry], color: bool | None = None) -> str:
     return out.getvalue().rstrip("\n")
 
 
-def _figure(path: str | os.PathLike, size: tuple[float, float]) -> Figure:
-    """An empty figure of ``size`` inches, without any global state of matplotlib. Raises MxqError if it is not installed."""
+def need_matplotlib(what: str) -> None:
+    """Raises MxqError if it is not installed; for those who compute for long before they draw."""
     try:
-        from matplotlib.figure import Figure
+        import matplotlib  # noqa: F401
     except ImportError as e:
-        raise MxqError(f"drawing {path}", f"matplotlib is not installed ({e})", "pip install matplotlib") from None
+        raise MxqError(what, f"matplotlib is not installed ({e})", "pip install matplotlib") from None
+
+
+def _figure(path: str | os.PathLike, size: tuple[float, float]) -> Figure:
+    """An empty figure of ``size`` inches, without any global state of matplotlib. Raises as ``need_matplotlib``."""
+    need_matplotlib(f"drawing {path}")
+    from matplotlib.figure import Figure
+
     return Figure(figsize=size, facecolor="white")
 
 
@@ -259,12 +266,12 @@ def pareto_svg(points: Sequence[Mapping], path: str | os.PathLike, *, ylabel: st
     figure = _figure(path, (6.4, 4.2))
     figure.set_layout_engine("constrained")
     axes = figure.add_subplot()
-    # Okabe and Ito (2008), without their yellow, which is too faint on white; the marks differ too, for print.
-    palette, marks = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#000000"), "osD^vP"
+    # Okabe and Ito (2008), without their yellow, which is too faint on white; the marks differ too, for print and so that 42 series do.
+    palette, marks = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#000000"), "osD^vPX"
     for k, series in enumerate(dict.fromkeys(p.get("series", "") for p in points)):
         these = sorted((p for p in points if p.get("series", "") == series), key=lambda p: p["stored_bits"])
         dense = len(these) > 40
-        style = {"color": palette[k % 6], "marker": "" if dense else marks[k % 6], "markersize": 5, "linewidth": 1.6,
+        style = {"color": palette[k % 6], "marker": "" if dense else marks[k % 7], "markersize": 5, "linewidth": 1.6,
                  "label": series or None,
                  "linestyle": "none" if series == "uniform" else "-", "capsize": 2}
         axes.errorbar([p["stored_bits"] for p in these], [p["value"] for p in these], yerr=[p.get("error") or 0.0 for p in these]

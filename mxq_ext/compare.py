@@ -1,0 +1,335 @@
+"""``mxq compare``: presets on one model with the same text, seed and stored bytes, in one table.
+
+    out/compare.json, compare.md       every row; of each budget the best plan against the best uniform one; the bits at which quality begins to fall
+    out/pareto-<text>.svg and .csv     KL against stored bits
+    out/checkpoints/<row>/             what was measured: each loads with ``mxq.load``
+    out/gguf/                          llama.cpp's quants of the same model, where asked for
+    out/work/                          calibration and quantized weights, which rows share
+
+A row is written down as soon as it is measured, so that a run may be stopped and go on. What is evaluated is the checkpoint as it is read back from disk.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from . import __version__, checkpoint, llamacpp, pipeline
+from . import text as texts
+from .errors import BudgetError, CheckpointError, MxqError, PlanError, QuantizationError
+from .evaluate import Evaluation, Reference, evaluate, paired, speed
+from .fileio import read_json, write_json, write_text
+from .plan.frameworks import CONTROLS, FRAMEWORKS
+from .plan.presets import PRESETS, find_preset, parse_changes
+from .progress import SILENT, Progress
+from .report import Column, markdown_table, need_matplotlib, pareto_svg, table
+from .structure import find_units
+from .testing.timing import machine
+
+GROUPS = {"all": tuple(PRESETS), "frameworks": tuple(FRAMEWORKS), "controls": tuple(CONTROLS),
+          "ours": tuple(n for n in PRESETS if n not in FRAMEWORKS and n not in CONTROLS)}
+KINDS = ("technical", "literary")  #: held-out texts, unless others are named
+RISES = (0.01, 0.05, 0.10)  #: of the perplexity, whose stored bits are told
+FLOAT = "float32"
+LLAMA_CPP = "llama.cpp"
+CHECKED = 64  #: tokens whose logits must be the same to the bit after the checkpoint is read back
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A preset, perhaps with parts replaced. ``label``: its name, and the replaced parts as they were written."""
+
+    label: str
+    preset: str
+    settings: tuple[str, ...] = ()
+
+    @property
+    def family(self) -> str:
+        """``controls`` for uniform formats alone, ``frameworks`` for the literature's, ``ours`` for the rest; also for those with other parts than their own,
+        limits of the solver excepted."""
+        own = all(s.startswith("solver.") for s in self.settings)
+        return next((g for g in ("controls", "frameworks") if own and self.preset in GROUPS[g]), "ours")
+
+
+def contenders(presets: Sequence[str], also: Sequence[str] = ()) -> list[Contender]:
+    """``presets`` are names, or groups of them (all, ours, frameworks, controls); an entry of ``also`` is a name and settings between blanks, for example
+    ``"mxq reconstruct=50"``. Raises PlanError for an unknown name or part."""
+    names = list(dict.fromkeys(n for p in presets for n in GROUPS.get(p, (p,))))
+    out = [Contender(n, n) for n in names]
+    for entry in also:
+        name, *settings = entry.split() or [""]
+        out.append(Contender(" ".join([name, *settings]), name, tuple(settings)))
+    for c in out:
+        find_preset(c.preset, **parse_changes(c.settings, c.preset))
+    if not out:
+        raise PlanError("a comparison of no presets", "at least one is needed", f"name some of {', '.join([*GROUPS, *PRESETS])}")
+    return out
+
+
+class Comparison:
+    """One directory of rows; ``run`` measures what is missing."""
+
+    def __init__(self, model_path: str | os.PathLike, out: str | os.PathLike, *, text: str | os.PathLike | None = None, windows: int = pipeline.WINDOWS,
+                 held_out: Sequence[str | os.PathLike] = (), eval_windows: int = 12, length: int = pipeline.LENGTH, progress: Progress = SILENT):
+        self.path, self.out, self.text, self.windows, self.progress = str(model_path), Path(out), text, windows, progress
+        self.model, self.tokenizer = pipeline.load(model_path)
+        pipeline.need_tokenizer(self.tokenizer, model_path)
+        if checkpoint.is_checkpoint(model_path):
+            raise PlanError(f"comparing plans for {model_path}", "it is quantized already", "pass the float model")
+        found = {Path(f).stem: texts.read_text(f) for f in held_out} if held_out else {k: texts.heldout_text(k) for k in KINDS}
+        if len(found) < len(held_out):
+            raise MxqError(f"held-out texts {', '.join(map(str, held_out))}", "rows are named by the files' names, two of which are the same", "rename one")
+        self.tokens = {k: texts.spread(texts.windows(self.tokenizer, t, length), eval_windows) for k, t in found.items()}
+        calibration = "built-in, and written by the model" if text is None else texts.text_hash(texts.read_text(text))
+        setup = {"model": self.model.mxq_source["sha256"], "calibration": calibration, "calibration_windows": windows,
+                 "held_out": {k: {"sha256": texts.text_hash(t), "windows": len(self.tokens[k]), "length": length} for k, t in found.items()}}
+        self.file = self.out / "compare.json"
+        self.record = read_json(self.file) if self.file.exists() else {"rows": []}
+        if self.record.get("setup", setup) != setup:
+            changed = ", ".join(k for k in setup if self.record["setup"].get(k) != setup[k])
+            raise CheckpointError(f"comparison in {self.out}", f"it is of another setup (other {changed})", "name another directory, or remove this one")
+        self.record |= {"setup": setup, "source": self.model.mxq_source | {"path": Path(self.path).name}}
+        self.references = {k: Reference.of(self.model, t, progress) for k, t in self.tokens.items()}
+
+    def row(self, name: str) -> dict | None:
+        return next((r for r in self.record["rows"] if r["name"] == name), None)
+
+    def keep(self, row: dict) -> None:
+        """Puts a row in the place of an older one of its name, or behind the others, and writes the file."""
+        rows = self.record["rows"]
+        old = next((i for i, r in enumerate(rows) if r["name"] == row["name"]), len(rows))
+        rows[old:old + 1] = [row]
+        self.record["machine"] = machine()
+        write_json(self.file, self.record)
+
+    def run(self, bits: Sequence[float], chosen: Sequence[Contender], *, llama_cpp: Sequence[str] = (), timed: bool = True) -> dict:
+        """Measures every pair of budget and contender that has no row, llama.cpp's types, then times what has no time; returns what ``compare.json`` holds."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        if self.row(FLOAT) is None:
+            total = sum(p.numel() for p in self.model.parameters())
+            self.keep({"name": FLOAT, "family": "float", "stored_bits": 32.0, "linear_bits": 32.0, "checkpoint_bytes": 4 * total, **self.quality(self.model)})
+        pairs = [(b, c) for b in bits for c in chosen]
+        for budget, contender in pairs:
+            name = f"{contender.label} {budget:g}"
+            if (self.row(name) or {"refused": ""}).get("refused") is None:
+                continue
+            row = {"name": name, "preset": contender.label, "family": contender.family, "bits": budget, "version": __version__, "command": self.command(
+                contender, budget)}
+            try:
+                row |= self.measure(contender, budget)
+                cells = "  ".join(f"{k}: ppl {row[k]['perplexity']:.2f} KL {row[k]['kl']:.4f}" for k in self.tokens)
+                note = f"{row['stored_bits']:.3f} bits  {cells}  {row['minutes']:.1f} min"
+            except (BudgetError, PlanError) as error:  # a preset that has no plan of this size, or cannot run: the table says why
+                row["refused"] = note = str(error)
+            self.keep(row)
+            self.progress.note(f"{name}: {note}")
+        self.measure_llama_cpp(llama_cpp)
+        if timed:
+            self.time()
+        rows, kinds = self.record["rows"], list(self.tokens)
+        self.record |= {"verdicts": verdicts(rows, kinds), "rivals": rivals(rows, kinds), "bits_at": bits_at(rows, kinds)}
+        write_json(self.file, self.record)
+        self.show()
+        return self.record
+
+    def command(self, contender: Contender, bits: float) -> str:
+        """The command that measures one row again."""
+        what = f"--presets {contender.preset}" if not contender.settings else f'--also "{contender.label}"'
+        return f"mxq compare {Path(self.path).name} -o {self.out.name} --bits {bits:g} {what}"
+
+    def quality(self, model) -> dict:
+        return {k: evaluate(model, self.references[k], t, progress=self.progress).to_dict() for k, t in self.tokens.items()}
+
+    def checkpoint(self, name: str) -> Path:
+        return self.out / "checkpoints" / name.replace(" ", "-").replace("/", "-")
+
+    def measure(self, contender: Contender, bits: float) -> dict:
+        """Quantizes, saves, reads back, checks that this changes no bit, and evaluates what was read."""
+        start, target = time.monotonic(), self.checkpoint(f"{contender.label} {bits:g}")
+        result = pipeline.quantize_model(copy.deepcopy(self.model), self.tokenizer, bits=bits, text=self.text, windows=self.windows, preset=contender.preset,
+                                         changes=parse_changes(contender.settings, contender.preset), work=self.out / "work", progress=self.progress)
+        minutes = (time.monotonic() - start) / 60
+        pipeline.save_counted(result.model, target, self.tokenizer, result.plan, result.nbytes, overwrite=True)
+        again, probe = checkpoint.load(target), next(iter(self.tokens.values()))[:1, :CHECKED]
+        with torch.inference_mode():  # without a cache, so that both run module by module
+            if not torch.equal(result.model(probe, use_cache=False).logits, again(probe, use_cache=False).logits):
+                raise CheckpointError(f"checkpoint {target}", "its logits are not those of the model that was saved", "report this as a bug")
+        units = find_units(again)
+        inner = [u for u in units if u.layer >= 0]
+        sizes = result.plan.predicted_bytes(units, 4)["units"]
+        return {"stored_bits": result.stored_bits, "bytes": result.nbytes, "checkpoint_bytes": checkpoint.bytes_on_disk(target)["total"],
+                "linear_bits": 8 * sum(sizes[u.name] for u in inner) / sum(u.numel for u in inner), "formats": result.plan.counts(units),
+                "minutes": minutes, **self.quality(again)}
+
+    def measure_llama_cpp(self, types: Sequence[str]) -> None:
+        """A row for each type that has none, plain and with an importance matrix from the calibration text."""
+        names = [(t, matrix, f"{LLAMA_CPP} {t}{' imatrix' if matrix else ''}") for t in types for matrix in (False, True)]
+        wanted = [n for n in names if self.row(n[2]) is None]
+        if not wanted:
+            return
+        (self.out / "gguf").mkdir(exist_ok=True)
+        source = self.out / "gguf" / "float32.gguf"
+        llamacpp.write_gguf(self.model, source)
+        work, text = self.out / "work", None if self.text is None else texts.read_text(self.text)
+        tokens = pipeline.calibration_tokens(self.model, self.tokenizer, work, text=text, windows=self.windows, progress=self.progress)
+        found = llamacpp.importance(self.model, pipeline.calibrate_for(self.model, tokens, find_preset("uniform_gptq"), work, self.progress))
+        for kind, matrix, name in wanted:
+            target, start = self.out / "gguf" / f"{name.partition(' ')[2].replace(' ', '-')}.gguf", time.monotonic()
+            row = {"name": name, "preset": LLAMA_CPP + (" imatrix" if matrix else ""), "family": LLAMA_CPP,
+                   "command": f"mxq compare {Path(self.path).name} -o {self.out.name} --llama-cpp {kind}"}
+            try:
+                llamacpp.quantize_gguf(source, target, kind, found if matrix else None)
+                row |= {"minutes": (time.monotonic() - start) / 60, **llamacpp.sizes(target)}
+                row |= {k: llamacpp.evaluate_gguf(target, self.references[k], t, self.progress).to_dict() for k, t in self.tokens.items()}
+                note = "  ".join(f"{k}: ppl {row[k]['perplexity']:.2f} KL {row[k]['kl']:.4f}" for k in self.tokens)
+            except QuantizationError as error:
+                row["refused"] = note = str(error)
+            self.keep(row)
+            self.progress.note(f"{name}: {note}")
+        source.unlink()
+
+    def time(self) -> None:
+        """Tokens per second of every row that has a checkpoint and no time yet."""
+        for row in self.record["rows"]:
+            at = self.checkpoint(row["name"])
+            if "decode_tokens_per_s" in row or row["family"] == LLAMA_CPP or (row["name"] != FLOAT and not checkpoint.is_checkpoint(at)):
+                continue
+            measured = speed(self.model if row["name"] == FLOAT else checkpoint.load(at))
+            self.keep(row | {k: measured[k] for k in ("decode_tokens_per_s", "prefill_tokens_per_s", "threads")})
+            self.progress.note(f"{row['name']}: {measured['decode_tokens_per_s']:.1f} tokens/s")
+
+    def show(self) -> None:
+        """Writes the Markdown page and the pictures."""
+        kinds = list(self.tokens)
+        read = "; ".join(f"{k}: {v['windows']} windows of {v['length']} tokens" for k, v in self.record["setup"]["held_out"].items())
+        parts = [f"# Presets on {Path(self.path).name}", rows_table(self.record["rows"], kinds),
+                 "The best plan within each budget against the best uniform one of no more bytes (difference per token in nats, standard error over windows):",
+                 verdicts_table(self.record["verdicts"]),
+                 *(["llama.cpp's files, and the best of ours that is no larger:", rivals_table(self.record["rivals"])] if self.record["rivals"] else []),
+                 "Stored bits of the decoder's linears at which perplexity has risen:", bits_table(self.record["bits_at"]),
+                 f"{read}. Minutes are those of the row alone: statistics, and weights that an earlier row has quantized, are shared."]
+        write_text(self.out / "compare.md", "\n\n".join(parts) + "\n")
+        for kind in kinds:
+            points = [{"series": r["preset"], "stored_bits": r["stored_bits"], "value": r[kind]["kl"]} for r in measured(self.record["rows"])]
+            pareto_svg(sorted(points, key=lambda p: p["series"]), self.out / f"pareto-{kind}.svg", ylabel="KL to the float model, nats per token", title=kind)
+
+
+def measured(rows: Sequence[dict]) -> list[dict]:
+    """Rows of quantized models that were not refused."""
+    return [r for r in rows if "refused" not in r and r["name"] != FLOAT]
+
+
+def verdicts(rows: Sequence[dict], kinds: Sequence[str]) -> list[dict]:
+    """Of each budget and text: the plan with the least KL within it, and the uniform control with the least KL within it; how they differ, paired."""
+    out, done = [], measured(rows)
+    for bits in sorted({r["bits"] for r in done if "bits" in r}):
+        fitting = [r for r in done if r["stored_bits"] <= bits * (1 + 1e-9)]
+        for kind in kinds:
+            sides = [[r for r in fitting if r["family"] in family] for family in (("ours", "frameworks"), ("controls",))]
+            if all(sides):
+                best, rival = (min(side, key=lambda r: r[kind]["kl"]) for side in sides)
+                out.append({"bits": bits, "text": kind, "best": best["name"], "stored_bits": best["stored_bits"], "best_kl": best[kind]["kl"],
+                            "control": rival["name"], "control_bits": rival["stored_bits"], "control_kl": rival[kind]["kl"],
+                            **paired(Evaluation.from_dict(best[kind]), Evaluation.from_dict(rival[kind]))})
+    return out
+
+
+def rivals(rows: Sequence[dict], kinds: Sequence[str]) -> list[dict]:
+    """Each file of llama.cpp, and of our checkpoints that are no larger as a whole the one with the least KL; how they differ, paired."""
+    out, done = [], measured(rows)
+    for other in (r for r in done if r["family"] == LLAMA_CPP):
+        fitting = [r for r in done if r["family"] != LLAMA_CPP and r["checkpoint_bytes"] <= other["checkpoint_bytes"]]
+        for kind in kinds if fitting else ():
+            best = min(fitting, key=lambda r: r[kind]["kl"])
+            out.append({"rival": other["name"], "text": kind, "rival_bytes": other["checkpoint_bytes"], "rival_kl": other[kind]["kl"], "best": best["name"],
+                        "best_bytes": best["checkpoint_bytes"], "best_kl": best[kind]["kl"],
+                        **paired(Evaluation.from_dict(best[kind]), Evaluation.from_dict(other[kind]))})
+    return out
+
+
+def bits_at(rows: Sequence[dict], kinds: Sequence[str], rises: Sequence[float] = RISES) -> list[dict]:
+    """Of each family and text: the stored bits of the decoder's linears at which perplexity lies ``rises`` above the float model's.
+
+    Read off the best row of each size, between the two that enclose the rise: linear in bits, logarithmic in the rise. None where no two rows do.
+    """
+    base = next(r for r in rows if r["name"] == FLOAT)
+    out = []
+    for family in dict.fromkeys(r["family"] for r in measured(rows)):
+        for kind in kinds:
+            found = sorted((r["linear_bits"], r[kind]["perplexity"] / base[kind]["perplexity"] - 1) for r in measured(rows) if r["family"] == family)
+            best: list[tuple[float, float]] = []
+            for bits, rise in found:  # more bits and no better: not on the front
+                if not best or rise < best[-1][1]:
+                    best = [*best[:-1], (bits, rise)] if best and best[-1][0] == bits else [*best, (bits, rise)]
+            out.append({"family": family, "text": kind, **{f"{rise:.0%}": _crossing(best, rise) for rise in rises}})
+    return out
+
+
+def _crossing(front: Sequence[tuple[float, float]], rise: float) -> float | None:
+    """Bits at which a falling front of (bits, rise) passes ``rise``, or None."""
+    for (b0, r0), (b1, r1) in zip(front, front[1:], strict=False):
+        if r0 >= rise >= r1 and r1 > 0:
+            return b0 + (b1 - b0) * (math.log(r0 / rise) / math.log(r0 / r1))
+    return None
+
+
+def rows_table(rows: Sequence[dict], kinds: Sequence[str]) -> str:
+    """Markdown of all rows, by budget and KL; refusals behind them."""
+    flat = [{**r, "mb": r["checkpoint_bytes"] / 1e6, **{f"{what} {k}": r[k][what] for k in kinds for what in ("perplexity", "kl")}}
+            for r in rows if "refused" not in r]
+    flat.sort(key=lambda r: (-1 if r["name"] == FLOAT else r.get("bits", r["stored_bits"]), r[f"kl {kinds[0]}"]))
+    columns = [Column("name", "plan"), Column("stored_bits", "stored bits", ".3f"), Column("linear_bits", "of linears", ".3f"),
+               Column("mb", "checkpoint MB", ".1f"),
+               *(c for k in kinds for c in (Column(f"perplexity {k}", f"ppl {k}", ".2f"), Column(f"kl {k}", f"KL {k}", ".4f"))),
+               Column("decode_tokens_per_s", "decode tok/s", ".1f"), Column("minutes", None, ".1f")]
+    refused = [f"- {r['name']}: {r['refused']}" for r in rows if "refused" in r]
+    return "\n".join([table(flat, columns).markdown(), *(["", "Refused:", "", *refused] if refused else [])])
+
+
+def verdicts_table(found: Sequence[dict]) -> str:
+    return table(found, [Column("bits"), Column("text"), Column("best", "best plan"), Column("best_kl", "KL", ".4f"), Column("control", "best uniform"),
+                         Column("control_bits", "its bits", ".3f"), Column("control_kl", "its KL", ".4f"), Column("kl", "difference", "+.4f"),
+                         Column("kl_se", "error", ".4f")]).markdown()
+
+
+def rivals_table(found: Sequence[dict]) -> str:
+    rows = [{**r, "rival_mb": r["rival_bytes"] / 1e6, "best_mb": r["best_bytes"] / 1e6} for r in found]
+    return table(rows, [Column("rival", "file"), Column("text"), Column("rival_mb", "MB", ".1f"), Column("rival_kl", "KL", ".4f"),
+                        Column("best", "best of ours"), Column("best_mb", "its MB", ".1f"), Column("best_kl", "its KL", ".4f"),
+                        Column("kl", "difference", "+.4f"), Column("kl_se", "error", ".4f")]).markdown()
+
+
+def bits_table(found: Sequence[dict]) -> str:
+    rises = [k for k in (found[0] if found else {}) if k.endswith("%")]
+    return markdown_table(["family", "text", *rises], [[r["family"], r["text"], *("-" if r[k] is None else f"{r[k]:.2f}" for k in rises)] for r in found])
+
+
+def compare(model_path: str | os.PathLike, out: str | os.PathLike, *, bits: Sequence[float], presets: Sequence[str] = ("all",), also: Sequence[str] = (),
+            llama_cpp: Sequence[str] = (), timed: bool = True, progress: Progress = SILENT, **setup) -> dict:
+    """Runs every preset at every budget; ``setup`` as :class:`Comparison` takes it. Returns what ``out/compare.json`` holds.
+
+    Args:
+        bits: budgets in stored bits per weight, scales and tables counted.
+        presets, also: see :func:`contenders`.
+        llama_cpp: types of llama.cpp to make and measure beside ours, ``("all",)`` for those of ``llamacpp.TYPES``.
+        timed: also measure tokens per second of each checkpoint, at the end; wants a machine with nothing else to do.
+
+    Raises PlanError and BudgetError for names and budgets that make no sense, CheckpointError if ``out`` holds a comparison of another setup. A preset
+    that cannot meet a budget makes a row that says so.
+    """
+    chosen = contenders(presets, also)
+    if not bits or not all(math.isfinite(b) and b > 0 for b in bits):
+        raise BudgetError(f"budgets of {', '.join(map(str, bits)) or 'nothing'} bits", "they must be numbers above 0", "for example --bits 2.5,3,3.5,4")
+    types = [t for asked in llama_cpp for t in (llamacpp.TYPES if asked == "all" else (asked,))]
+    need_matplotlib(f"a comparison in {out}")
+    if types:
+        for package in ("gguf", "llama_cpp"):
+            llamacpp.need(package)
+    return Comparison(model_path, out, progress=progress, **setup).run(list(dict.fromkeys(bits)), chosen, llama_cpp=types, timed=timed)
