@@ -3,8 +3,8 @@
     python docs/make_frameworks.py            writes the file
     python docs/make_frameworks.py --check    exits with 1 if it is not up to date
 
-Rows are read from bench/results/frameworks.json, a JSON list of {"preset", "bits", "stored_bits", "bytes", "kl", "perplexity", "decode_tokens_per_s",
-"command"}; without that file, or for presets that it does not name, the page says that nothing was measured.
+Rows are read from bench/results/frameworks.json, which bench/frameworks.py writes; without that file, or for presets that it does not name, the page says
+that nothing was measured.
 """
 
 import json
@@ -14,14 +14,20 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from mxq_ext.compare import bits_table, measured, rivals_table, verdicts_table  # noqa: E402
 from mxq_ext.plan.frameworks import CONTROLS, FRAMEWORKS  # noqa: E402
 from mxq_ext.plan.language import OTHER_ALLOCATORS, TRANSFORMS, Preset  # noqa: E402
 from mxq_ext.plan.presets import PRESETS  # noqa: E402
 from mxq_ext.plan.rules import METHODS  # noqa: E402
+from mxq_ext.report import Column, table  # noqa: E402
 from mxq_ext.request import missing_parts  # noqa: E402
 
 OUTPUT, RESULTS = ROOT / "docs" / "frameworks.md", ROOT / "bench" / "results" / "frameworks.json"
-COLUMNS = ("bits", "stored_bits", "bytes", "kl", "perplexity", "decode_tokens_per_s", "command")
+NOTHING: dict = {"rows": [], "verdicts": [], "rivals": [], "bits_at": []}
+COLUMNS = (Column("preset"), Column("bits", "asked", "g"), Column("stored_bits", "stored bits", ".3f"), Column("mb", "checkpoint MB", ".1f"),
+           Column("technical perplexity", "ppl technical", ".2f"), Column("technical kl", "KL technical", ".4f"),
+           Column("literary perplexity", "ppl literary", ".2f"), Column("literary kl", "KL literary", ".4f"),
+           Column("decode_tokens_per_s", "decode tok/s", ".1f"), Column("minutes", "minutes", ".1f"), Column("code", "command"))
 
 INTRODUCTION = """# Frameworks
 
@@ -47,18 +53,50 @@ unit, token embedding and head included. W is [N, K], H the second moment of the
 """
 
 
-def summary(results: list[dict]) -> str:
+def flat(rows: list[dict]) -> list[dict]:
+    """Rows as ``COLUMNS`` reads them, those that were refused left out."""
+    return [{**r, "mb": r["checkpoint_bytes"] / 1e6, "code": f"`{r['command']}`",
+             **{f"{k} {part}": r[k][part] for k in ("technical", "literary") for part in ("perplexity", "kl")}} for r in measured(rows)]
+
+
+def base_name(row: dict) -> str:
+    """The preset of a row, without the parts that were replaced in it."""
+    return row["preset"].split()[0]
+
+
+def summary(rows: list[dict]) -> str:
     lines = ["| preset | unit | metric | allocator | quantizer | runs | measured |", "| --- | --- | --- | --- | --- | --- | --- |"]
-    measured = {r["preset"] for r in results}
+    done = {base_name(r) for r in measured(rows)}
     for name, p in PRESETS.items():
         lines.append(f"| `{name}` | {p.unit} | `{p.metric}` | `{p.allocator}` | `{p.method}` | {'no' if missing_parts(p) else 'yes'} "
-                     f"| {'yes' if name in measured else 'not yet'} |")
+                     f"| {'yes' if name in done else 'not yet'} |")
     return "\n".join(lines) + "\n"
 
 
-def section(name: str, p: Preset, results: list[dict]) -> str:
-    missing, rows = missing_parts(p), [r for r in results if r["preset"] == name]
-    lines = [f"### {name}", "", f"{p.about[0].upper()}{p.about[1:]}.", "", f"- Source: {p.source}.", f"- Rule: {p.formula}.",
+def comparison(results: dict) -> str:
+    """The tables over all presets, or nothing."""
+    if not measured(results["rows"]):
+        return ""
+    setup, rivals = results["setup"], [r for r in results["rows"] if r["family"] == "llama.cpp"]
+    texts = " and ".join(f"{v['windows']} windows of {v['length']} tokens of the {k} text" for k, v in setup["held_out"].items())
+    parts = ["## Side by side",
+             f"SmolLM2-135M-Instruct with shuffled channels ([reproducing.md](reproducing.md)), {setup['calibration_windows']} calibration windows, half "
+             f"built-in text and half written by the model; {texts}. KL is that to the float model, in nats per token. Stored bits count embedding and head. "
+             "Minutes are those of a row alone: statistics, and weights that an earlier row has quantized, are shared.",
+             "The best plan within each budget beside the best uniform one of no more bytes; the difference is paired by window:",
+             verdicts_table(results["verdicts"]),
+             "Stored bits of the decoder's linears at which perplexity has risen by so much (between the two rows that enclose it; - where none do):",
+             bits_table(results["bits_at"])]
+    if rivals:
+        parts += ["Files of llama.cpp, each beside the best of our checkpoints that is no larger as a whole:", rivals_table(results["rivals"]),
+                  "By llama.cpp's own logits, its files without a vocabulary. `imatrix`: with an importance matrix from the same calibration windows.",
+                  table(flat(rivals), [c for c in COLUMNS if c.key not in ("bits", "decode_tokens_per_s")]).markdown()]
+    return "\n\n".join(parts) + "\n"
+
+
+def section(name: str, p: Preset, rows: list[dict]) -> str:
+    missing, mine = missing_parts(p), [r for r in rows if base_name(r) == name]
+    lines = [f"### {name}", "", f"{p.about[0].upper()}{p.about[1:]}.", "", f"- Source: {p.source}.", *([f"- Rule: {p.formula}."] if p.formula else []),
              f"- Candidates: {', '.join(f'`{c}`' for c in p.candidates)}; scope `{p.scope}`; activations `{p.activations or 'a16'}`; "
              f"weighting `{p.weighting}`" + (f"; options {', '.join(f'`{k}={v}`' for k, v in p.options)}" if p.options else "") + "."]
     if p.departures:
@@ -66,33 +104,27 @@ def section(name: str, p: Preset, results: list[dict]) -> str:
     if missing:
         lines += ["- Cannot run yet, and is refused. It needs:", *(f"  - {m}" for m in missing)]
     lines.append("")
-    if rows:
-        lines += ["| " + " | ".join(c.replace("_", " ") for c in COLUMNS) + " |", "| " + " | ".join("---" for _ in COLUMNS) + " |"]
-        lines += ["| " + " | ".join(cell(r[c]) for c in COLUMNS) + " |" for r in rows]
+    if measured(mine):
+        lines.append(table(flat(mine), COLUMNS).markdown())
     elif not missing:
         lines.append(f"Not measured yet. To run it: `mxq quantize MODEL -o OUT --preset {name} --bits B`.")
+    lines += [line for r in mine if "refused" in r and not missing for line in ("", f"{r['bits']:g} bits were refused: {r['refused']}.")]
     return "\n".join(lines) + "\n"
 
 
-def cell(value: object) -> str:
-    if value is None:
-        return "-"
-    return f"`{value}`" if isinstance(value, str) else f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
-
-
-def render(results: list[dict] | None = None) -> str:
+def render(results: dict | None = None) -> str:
     """The page; ``results`` default to those of ``RESULTS``."""
     if results is None:
-        results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else []
+        results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else NOTHING
     note = "<!-- Generated from mxq_ext/plan/presets.py and frameworks.py by docs/make_frameworks.py; edit those. -->\n\n"
     allocators = ", ".join(f"`{a}`" for a in (*METHODS, *OTHER_ALLOCATORS) if a != "brute")
-    parts = [INTRODUCTION.replace("ALLOCATORS", allocators).replace("TRANSFORMS", ", ".join(f"`{t}`" for t in TRANSFORMS)), summary(results)]
+    rows = results["rows"]
+    parts = [INTRODUCTION.replace("ALLOCATORS", allocators).replace("TRANSFORMS", ", ".join(f"`{t}`" for t in TRANSFORMS)), summary(rows), comparison(results)]
     ours = {n: p for n, p in PRESETS.items() if n not in FRAMEWORKS and n not in CONTROLS}
     for title, presets in (("## Frameworks of the literature", FRAMEWORKS), ("## Uniform controls", CONTROLS), ("## Ours", ours)):
         parts.append(title + "\n")
-        parts += [section(name, p, results) for name, p in presets.items()] if presets is not ours else \
-            [f"- `{name}`: {p.about}. Candidates {', '.join(f'`{c}`' for c in p.candidates)}." for name, p in presets.items()]
-    return note + "\n".join(parts).rstrip() + "\n"
+        parts += [section(name, p, rows) for name, p in presets.items()]
+    return note + "\n".join(p for p in parts if p).rstrip() + "\n"
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from .plan.frameworks import CONTROLS, FRAMEWORKS
 from .plan.presets import PRESETS, find_preset, parse_changes
 from .progress import SILENT, Progress
 from .report import Column, markdown_table, need_matplotlib, pareto_svg, table
+from .request import missing_parts
 from .structure import find_units
 from .testing.timing import machine
 
@@ -115,11 +116,10 @@ class Comparison:
         if self.row(FLOAT) is None:
             total = sum(p.numel() for p in self.model.parameters())
             self.keep({"name": FLOAT, "family": "float", "stored_bits": 32.0, "linear_bits": 32.0, "checkpoint_bytes": 4 * total, **self.quality(self.model)})
-        pairs = [(b, c) for b in bits for c in chosen]
-        for budget, contender in pairs:
+        missing = [(b, c) for b in bits for c in chosen if (self.row(f"{c.label} {b:g}") or {"refused": ""}).get("refused") is not None]
+        self.calibrate([c for _, c in missing])
+        for budget, contender in missing:
             name = f"{contender.label} {budget:g}"
-            if (self.row(name) or {"refused": ""}).get("refused") is None:
-                continue
             row = {"name": name, "preset": contender.label, "family": contender.family, "bits": budget, "version": __version__, "command": self.command(
                 contender, budget)}
             try:
@@ -138,6 +138,18 @@ class Comparison:
         write_json(self.file, self.record)
         self.show()
         return self.record
+
+    def calibrate(self, chosen: Sequence[Contender]) -> None:
+        """Once for all that read statistics of the model as it is: each by itself would walk through it again for its own kinds."""
+        presets = [find_preset(c.preset, **parse_changes(c.settings, c.preset)) for c in chosen]
+        reading = [p for p in presets if p.transform != "rotate" and not missing_parts(p) and (p.method in pipeline.CALIBRATED or p.allocator != "uniform")]
+        if reading:
+            kinds = frozenset().union(*map(pipeline.kinds_for, reading))
+            pipeline.calibrate_kinds(self.model, self.calibration_tokens(), kinds, self.out / "work", self.progress)
+
+    def calibration_tokens(self) -> torch.Tensor:
+        text = None if self.text is None else texts.read_text(self.text)
+        return pipeline.calibration_tokens(self.model, self.tokenizer, self.out / "work", text=text, windows=self.windows, progress=self.progress)
 
     def command(self, contender: Contender, bits: float) -> str:
         """The command that measures one row again."""
@@ -177,9 +189,8 @@ class Comparison:
         (self.out / "gguf").mkdir(exist_ok=True)
         source = self.out / "gguf" / "float32.gguf"
         llamacpp.write_gguf(self.model, source)
-        work, text = self.out / "work", None if self.text is None else texts.read_text(self.text)
-        tokens = pipeline.calibration_tokens(self.model, self.tokenizer, work, text=text, windows=self.windows, progress=self.progress)
-        found = llamacpp.importance(self.model, pipeline.calibrate_for(self.model, tokens, find_preset("uniform_gptq"), work, self.progress))
+        stats = pipeline.calibrate_kinds(self.model, self.calibration_tokens(), frozenset(("none",)), self.out / "work", self.progress)
+        found = llamacpp.importance(self.model, stats)
         for kind, matrix, name in wanted:
             target, start = self.out / "gguf" / f"{name.partition(' ')[2].replace(' ', '-')}.gguf", time.monotonic()
             row = {"name": name, "preset": LLAMA_CPP + (" imatrix" if matrix else ""), "family": LLAMA_CPP,

@@ -46,6 +46,7 @@ from .request import check_joint, check_parts, check_request, check_spent, need_
 from .sensitivity import CostTable, sense
 from .stats import Stats, calibrate
 from .stats.outputs import output_moments
+from .stats.store import FILE as STATS_FILE
 from .stats.store import model_fingerprint
 from .structure import Unit, find_units
 from .transforms import rotate_residual, scale_activations
@@ -294,11 +295,26 @@ def quantize_by_layouts(model: nn.Module, layouts: dict[str, banding.Layout], st
     return out
 
 
+def kinds_for(preset: Preset) -> frozenset[str]:
+    """The statistics that a preset reads: weightings, and ``fisher``."""
+    return frozenset(("none", *needed_weightings(preset), *(("fisher",) if needs_fisher(preset) else ())))
+
+
 def calibrate_for(model: nn.Module, tokens: torch.Tensor, preset: Preset, work: Path, progress: Progress = SILENT) -> Stats:
-    """The statistics that a preset reads, in a directory named after their kinds."""
-    weightings, fisher = needed_weightings(preset), needs_fisher(preset)
-    kinds = "-".join(sorted({*weightings, "none"})) + ("-fisher" if fisher else "")
-    return calibrate(model, tokens, work / f"stats-{kinds}", weightings=weightings, fisher=fisher, progress=progress)
+    """The statistics that a preset reads."""
+    return calibrate_kinds(model, tokens, kinds_for(preset), work, progress)
+
+
+def calibrate_kinds(model: nn.Module, tokens: torch.Tensor, kinds: frozenset[str], work: Path, progress: Progress = SILENT) -> Stats:
+    """Statistics of these kinds, in the directory ``stats-<kinds>``; where there is none but a finished one of more kinds, that one."""
+    if not (work / _stats_name(kinds) / STATS_FILE).is_file():
+        more = [found for d in sorted(work.glob("stats-*")) if (d / STATS_FILE).is_file() and (found := frozenset(d.name.split("-")[1:])) > kinds]
+        kinds = min(more, key=len, default=kinds)
+    return calibrate(model, tokens, work / _stats_name(kinds), weightings=tuple(kinds - {"fisher"}), fisher="fisher" in kinds, progress=progress)
+
+
+def _stats_name(kinds: frozenset[str]) -> str:
+    return "-".join(["stats", *sorted(kinds - {"fisher"}), *({"fisher"} & kinds)])
 
 
 def open_stats(directory: str | os.PathLike, model: nn.Module) -> tuple[Stats, torch.Tensor]:

@@ -25,7 +25,7 @@ def run(tmp_path_factory):
     (path / "calibration.txt").write_text(texts.calibration_text()[:20_000])
     (path / "held.txt").write_text(texts.heldout_text()[:4_000])
     setup = SETUP | {"text": path / "calibration.txt", "held_out": [path / "held.txt"]}
-    presets, also = ["rtn", "uniform_rtn", "uniform_awq", "spqr"], ["mxq transform=rotate", "uniform_rtn solver.tolerance=1"]
+    presets, also = ["rtn", "uniform_rtn", "spqr"], ["mxq transform=rotate", "uniform_awq solver.tolerance=1"]
     result = compare(path / "model", path / "out", bits=[4.6, 5.2], presets=presets, also=also, **setup)
     return path, setup, result
 
@@ -37,8 +37,8 @@ def rows_of(result):
 def test_every_pair_has_a_row_and_refusals_say_why(run):
     _, _, result = run
     rows = rows_of(result)
-    assert list(rows) == [FLOAT, *(f"{p} {b}" for b in ("4.6", "5.2") for p in ("rtn", "uniform_rtn", "uniform_awq", "spqr", "mxq transform=rotate",
-                                                                               "uniform_rtn solver.tolerance=1"))]
+    assert list(rows) == [FLOAT, *(f"{p} {b}" for b in ("4.6", "5.2") for p in ("rtn", "uniform_rtn", "spqr", "mxq transform=rotate",
+                                                                               "uniform_awq solver.tolerance=1"))]
     assert "nested" not in rows["spqr 4.6"]["refused"] and "quantized to 3 bits" in rows["spqr 4.6"]["refused"]
     assert "over 0.02 less" in rows["uniform_rtn 5.2"]["refused"]
     assert {r["family"] for r in result["rows"]} == {"float", "ours", "controls", "frameworks"}
@@ -82,6 +82,14 @@ def test_what_was_measured_is_not_measured_again(run, monkeypatch):
     assert asked == [("rtn", 5.5)]
     kept = json.loads((path / "out" / "compare.json").read_text())
     assert kept["rows"] == json.loads(json.dumps(result["rows"]))
+
+
+def test_all_rows_share_one_calibration(run):
+    path, _, _ = run
+    # rtn needs what mxq does, uniform_awq the plain moments alone, and again of the model that it has scaled for a budget; a rotated model is another one, too.
+    work = path / "out" / "work"
+    assert [p.name for p in work.glob("stats-*")] == ["stats-attention-gradient-none"]
+    assert sorted(p.parent.name.partition("-")[0] for p in work.glob("*/stats-*")) == ["awq", "awq", "rotate"]
 
 
 def test_another_setup_is_refused(run):

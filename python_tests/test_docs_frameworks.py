@@ -21,20 +21,27 @@ def test_the_page_is_up_to_date():
 
 
 def test_every_preset_is_told_with_source_and_state():
-    text = make().render([])
+    text = make().render(make().NOTHING)
     for name, p in PRESETS.items():
         assert f"`{name}`" in text
-        if p.source != "ours":
-            part = text.split(f"### {name}\n")[1].split("\n### ")[0]
-            assert p.source in part and p.formula in part and all(d in part for d in p.departures) and all(m in part for m in p.missing)
-            assert ("Cannot run yet" in part) != ("Not measured yet" in part)
+        part = text.split(f"### {name}\n")[1].split("\n### ")[0]
+        assert p.source in part and p.formula in part and all(d in part for d in p.departures) and all(m in part for m in p.missing)
+        assert ("Cannot run yet" in part) != ("Not measured yet" in part)
     assert "| yes |" not in re.sub(r"\| yes \| not yet \|", "", text)  # without results nothing counts as measured
+    assert "Side by side" not in text
 
 
 def test_measured_rows_are_shown_beside_their_command():
-    row = {"preset": "owq", "bits": 3.25, "stored_bits": 3.249, "bytes": 54631042, "kl": 0.125, "perplexity": None, "decode_tokens_per_s": 31.5,
-           "command": "mxq compare M --presets owq"}
-    text = make().render([row])
-    assert "| 3.25 | 3.249 | 54,631,042 | 0.125 | - | 31.5 | `mxq compare M --presets owq` |" in text
+    quality = {"technical": {"perplexity": 20.25, "kl": 0.125}, "literary": {"perplexity": 30.5, "kl": 0.25}}
+    row = {"name": "owq 3.25", "preset": "owq", "family": "frameworks", "bits": 3.25, "stored_bits": 3.249, "linear_bits": 3.2, "bytes": 54631042,
+           "checkpoint_bytes": 56_000_000, "minutes": 1.5, "decode_tokens_per_s": 31.5, "command": "mxq compare M --presets owq", **quality}
+    refused = {"name": "owq 2", "preset": "owq", "family": "frameworks", "bits": 2.0, "refused": "the budget is too small", "command": "mxq compare M"}
+    setup = {"calibration_windows": 48, "held_out": {k: {"windows": 12, "length": 512} for k in quality}}
+    text = make().render(make().NOTHING | {"rows": [row, refused], "setup": setup})
     part = text.split("### owq\n")[1].split("\n### ")[0]
+    line = next(line for line in part.splitlines() if line.startswith("| owq"))
+    assert [c.strip() for c in line.strip("|").split("|")] == ["owq", "3.25", "3.249", "56.0", "20.25", "0.1250", "30.50", "0.2500", "31.5", "1.5",
+                                                              "`mxq compare M --presets owq`"]
+    assert "2 bits were refused: the budget is too small" in part
     assert "Not measured yet" not in part and re.search(r"\| `owq` .* \| yes \| yes \|", text)
+    assert "12 windows of 512 tokens of the literary text" in text
