@@ -45,6 +45,7 @@ line; `mxq presets` lists them, `mxq quantize MODEL -o OUT --preset NAME --bits 
 | method, options, weighting | the quantizer, and the second moments it minimizes the error under | `quantizers/` |
 | transform | of the float model before it is quantized, its function kept: by a Hadamard matrix, or by AWQ's scales | TRANSFORMS |
 | reconstruct | steps that each decoder block is then trained for on its output | a number, or none |
+| distill | steps that scales, tables and norms of the whole model are then trained for on the KL to the float model | a number, or none |
 | activations, kv | how inputs are read, and keys and values cached | `a16`, `a8`; [kv.md](kv.md) |
 | solver | limits: a plan of fewer bits than asked by more than `tolerance` is refused, not passed off as the other | numbers |
 

@@ -220,6 +220,8 @@ def quantize(model: Model, out: Out, bits: Bits = None, nbytes: Bytes = None,
              transform: Annotated[str | None, typer.Option("--transform", help="Change the float model first, function kept: rotate or awq.")] = None,
              reconstruct: Annotated[int | None, typer.Option("--reconstruct", help="Then train each block on its output, for that many steps (0: on the "
                                                                                    "real inputs alone).")] = None,
+             distill: Annotated[int | None, typer.Option("--distill", help="Then train scales, tables and norms of the whole model on the float model's "
+                                                                           "predictions, for that many steps.")] = None,
              work: Annotated[Path | None, typer.Option("--work", help="Directory of intermediate files; default OUT.work.")] = None,
              overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
              as_json: Json = False) -> None:
@@ -235,7 +237,8 @@ def quantize(model: Model, out: Out, bits: Bits = None, nbytes: Bytes = None,
             model, out, overwrite=overwrite, progress=progress,
             **_given(bits=bits, nbytes=nbytes, preset=preset, changes=_changes(changes, preset), text=text, candidates=chosen, metric=metric,
                      method=method, activations=activations, windows=windows, uniform=uniform, plan=plan, stats=stats, context=context, batch=batch, work=work,
-                     times=times, max_ms_per_token=max_ms_per_token, transform=transform, reconstruct=reconstruct))
+                     times=times, max_ms_per_token=max_ms_per_token, transform=transform, reconstruct=reconstruct,
+                     distill=distill))
     _show(result, f"quantized {model} -> {out}", as_json)
 
 

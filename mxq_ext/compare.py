@@ -165,8 +165,10 @@ class Comparison:
     def measure(self, contender: Contender, bits: float) -> dict:
         """Quantizes, saves, reads back, checks that this changes no bit, and evaluates what was read."""
         start, target = time.monotonic(), self.checkpoint(f"{contender.label} {bits:g}")
+        # A control is the largest uniform format that fits, however much smaller: the row says its bits.
+        free = {"solver": ()} if contender.family == "controls" else {}
         result = pipeline.quantize_model(copy.deepcopy(self.model), self.tokenizer, bits=bits, text=self.text, windows=self.windows, preset=contender.preset,
-                                         changes=parse_changes(contender.settings, contender.preset), work=self.out / "work", progress=self.progress)
+                                         changes=free | parse_changes(contender.settings, contender.preset), work=self.out / "work", progress=self.progress)
         minutes = (time.monotonic() - start) / 60
         pipeline.save_counted(result.model, target, self.tokenizer, result.plan, result.nbytes, overwrite=True)
         again, probe = checkpoint.load(target), next(iter(self.tokens.values()))[:1, :CHECKED]

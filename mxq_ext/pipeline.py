@@ -7,6 +7,7 @@ The only module that knows every step. Each step leaves its files in a work dire
     work/trials/<key>/        one quantized weight per file               (trials.Trials)
     work/cost-<key>.json      loss and bytes of each candidate            (sensitivity.CostTable)
     work/blocks/<key>/<key>/  reconstructed blocks, and how far the run is (quantizers.blocks)
+    work/distill/             constants in training                       (quantizers.distill)
     work/plan.json            the formats chosen; to change them, edit it and pass it as ``--plan``
 """
 
@@ -42,6 +43,8 @@ from .plan.times import TimeTable
 from .progress import SILENT, Progress
 from .qtensor import QTensor
 from .quantizers.blocks import BlockOptions, reconstruct_blocks
+from .quantizers.distill import DistillOptions
+from .quantizers.distill import distill as train_constants
 from .request import check_joint, check_parts, check_request, check_spent, need_linear, needed_weightings, needs_fisher, quantizer_of, uniform_plan
 from .sensitivity import CostTable, sense
 from .stats import Stats, calibrate
@@ -140,7 +143,8 @@ def quantize_model(model: nn.Module, tokenizer, *, bits: float | None = None, nb
                    method: str | None = None, weighting: str | None = None, activations: str | None = None, changes: dict | None = None,
                    windows: int = WINDOWS, times: str | os.PathLike | None = None, max_ms_per_token: float | None = None,
                    stats_dir: str | os.PathLike | None = None, work: str | os.PathLike | None = None, context: int | None = None, batch: int = 1,
-                   kv: KVSpec | None = None, transform: str | None = None, reconstruct: int | None = None, progress: Progress = SILENT) -> Result:
+                   kv: KVSpec | None = None, transform: str | None = None, reconstruct: int | None = None, distill: int | None = None,
+                   progress: Progress = SILENT) -> Result:
     """Calibrates, senses, plans and quantizes ``model`` in place.
 
     Args:
@@ -162,6 +166,7 @@ def quantize_model(model: nn.Module, tokenizer, *, bits: float | None = None, nb
             (``transforms.scale_activations``); None: the preset's.
         reconstruct: training steps per block (``quantizers.blocks``) after the quantizer; 0 quantizes on the real inputs and trains nothing; None: the
             preset's.
+        distill: steps of end-to-end training of constants and norms (``quantizers.distill``) after that; None: the preset's.
 
     Raises:
         BudgetError: no mix of candidates fits; says by how much.
@@ -172,10 +177,11 @@ def quantize_model(model: nn.Module, tokenizer, *, bits: float | None = None, nb
     if context is not None and nbytes is None:
         raise BudgetError(f"quantize_model(context={context}) with bits={bits}, plan={plan}", "weights and cache have one budget in bytes", "pass nbytes=")
     named = {"candidates": candidates, "metric": metric, "method": method, "weighting": weighting, "activations": activations, "transform": transform,
-             "reconstruct": reconstruct}
+             "reconstruct": reconstruct, "distill": distill}
     chosen = find_preset(preset, **{**(changes or {}), **{k: v for k, v in named.items() if v is not None}})
     check_parts(chosen, preset)
     blocks = None if chosen.reconstruct is None else BlockOptions(steps=chosen.reconstruct)
+    training = None if chosen.distill is None else DistillOptions(steps=chosen.distill)
     if blocks is not None and chosen.unit != "linear":
         raise PlanError(f"reconstruct={chosen.reconstruct} of a preset by {chosen.unit}", "blocks are trained in plans of whole linears",
                         "drop it, or choose a preset whose unit is linear")
@@ -208,7 +214,7 @@ def quantize_model(model: nn.Module, tokenizer, *, bits: float | None = None, nb
         table = stats = None
         if stats_dir is not None:
             stats, tokens = open_stats(stats_dir, model)
-        elif plan is None or chosen.method in CALIBRATED or blocks is not None or chosen.transform == "awq":
+        elif plan is None or chosen.method in CALIBRATED or blocks is not None or training is not None or chosen.transform == "awq":
             read = None if text is None else texts.read_text(text)
             tokens = calibration_tokens(model, tokenizer, directory, text=read, windows=windows, source=source, progress=progress)
             stats = calibrate_for(model, tokens, chosen, directory / "rotate" if chosen.transform == "rotate" else directory, progress)
@@ -235,7 +241,8 @@ def quantize_model(model: nn.Module, tokenizer, *, bits: float | None = None, nb
                 check_spent(chosen, plan.stored_bits(units), 8 * nbytes / sum(u.numel for u in units) if bits is None else bits)
         if clock is not None:
             plan.meta = plan.meta | {"predicted": clock.predict(units, plan.resolve(units))}
-        plan.meta = plan.meta | {k: v for k, v in (("transform", chosen.transform), ("reconstruct", chosen.reconstruct)) if v not in ("none", None)}
+        plan.meta = plan.meta | {k: v for k, v in (("transform", chosen.transform), ("reconstruct", chosen.reconstruct), ("distill", chosen.distill))
+                                 if v not in ("none", None)}
         plan.save(directory / "plan.json")
         width = next(model.parameters()).element_size()
         nbytes, stored = plan.predicted_bytes(units, width)["total"], plan.stored_bits(units, width)
@@ -248,7 +255,12 @@ def quantize_model(model: nn.Module, tokenizer, *, bits: float | None = None, nb
                 moments = output_moments(model, texts.spread(tokens, MOMENT_WINDOWS), progress=progress)
                 qtensors = reconstruct_blocks(model, qtensors, tokens, blocks, moments=moments, directory=directory / "blocks" / trials.key,
                                               progress=progress)
+        norms = {}
+        if training is not None:
+            qtensors, norms = train_constants(model, qtensors, tokens, training, directory=directory / "distill", progress=progress)
         replace_linear(model, plan, qtensors=qtensors, progress=SILENT)
+        for name, weight in norms.items():
+            model.get_parameter(name).data.copy_(weight)
     return Result(model, plan, table, stats if work is not None else None, stored, nbytes)
 
 
@@ -440,7 +452,7 @@ def quantize_checkpoint(model_path, out, *, bits: float | None = None, nbytes: i
                         candidates=None, metric: str | None = None, method: str | None = None, changes: dict | None = None, windows: int = WINDOWS,
                         activations: str | None = None, uniform: str | None = None, plan=None, stats=None, work=None, overwrite: bool = False,
                         times=None, max_ms_per_token: float | None = None, transform: str | None = None, reconstruct: int | None = None,
-                        context: int | None = None, batch: int = 1, progress: Progress = SILENT) -> dict:
+                        distill: int | None = None, context: int | None = None, batch: int = 1, progress: Progress = SILENT) -> dict:
     """``mxq quantize``: the whole line on paths. Resumes from ``work`` (default ``<out>.work``, removed after success)."""
     out = Path(out)
     checkpoint.check_target(out, overwrite)
@@ -449,7 +461,7 @@ def quantize_checkpoint(model_path, out, *, bits: float | None = None, nbytes: i
     result = quantize_model(model, tokenizer, bits=bits, nbytes=nbytes, plan=uniform if plan is None else Path(plan), text=text, preset=preset,
                             candidates=candidates, metric=metric, method=method, activations=activations, changes=changes, windows=windows, stats_dir=stats,
                             times=times, max_ms_per_token=max_ms_per_token, transform=transform, reconstruct=reconstruct,
-                            work=directory, context=context, batch=batch, progress=progress)
+                            distill=distill, work=directory, context=context, batch=batch, progress=progress)
     save_counted(result.model, out, tokenizer, result.plan, result.nbytes, overwrite=overwrite, progress=progress)
     if work is None:
         shutil.rmtree(directory)

@@ -50,7 +50,8 @@ def check_parts(preset: Preset, name: str | Preset | None) -> None:
 def describe_presets() -> list[dict]:
     """``mxq presets``: one dict of plain values per preset, its parts in the order of the plan language, then where it is from and what it lacks."""
     return [{"name": name, "runs": not missing_parts(p), "unit": p.unit, "candidates": list(p.candidates), "metric": p.metric, "allocator": p.allocator,
-             "quantizer": p.method, "transform": p.transform, "reconstruct": p.reconstruct, "activations": p.activations or "a16", "kv": p.kv or "as it is",
+             "quantizer": p.method, "transform": p.transform, "reconstruct": p.reconstruct, "distill": p.distill,
+             "activations": p.activations or "a16", "kv": p.kv or "as it is",
              "solver": dict(p.solver), "about": p.about, "source": p.source, "formula": p.formula, "departures": list(p.departures),
              "missing": missing_parts(p)}
             for name, p in PRESETS.items()]

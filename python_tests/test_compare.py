@@ -40,7 +40,7 @@ def test_every_pair_has_a_row_and_refusals_say_why(run):
     assert list(rows) == [FLOAT, *(f"{p} {b}" for b in ("4.6", "5.2") for p in ("rtn", "uniform_rtn", "spqr", "mxq transform=rotate",
                                                                                "uniform_awq solver.tolerance=1"))]
     assert "nested" not in rows["spqr 4.6"]["refused"] and "quantized to 3 bits" in rows["spqr 4.6"]["refused"]
-    assert "over 0.02 less" in rows["uniform_rtn 5.2"]["refused"]
+    assert rows["uniform_rtn 5.2"]["stored_bits"] < 5.1  # a control is taken as it is; elsewhere this budget lies between two of its formats
     assert {r["family"] for r in result["rows"]} == {"float", "ours", "controls", "frameworks"}
     for r in result["rows"]:
         if "refused" not in r and r["name"] != FLOAT:

@@ -9,8 +9,10 @@ from conftest import make_sharp_model, make_tokenizer
 from typer.testing import CliRunner
 
 from mxq_ext import checkpoint, pipeline
+from mxq_ext import text as texts
 from mxq_ext.cli import app
 from mxq_ext.errors import ModelError, PlanError, QuantizationError
+from mxq_ext.evaluate import evaluate
 from mxq_ext.formats import Format
 from mxq_ext.plan import Plan
 from mxq_ext.plan.presets import find_preset
@@ -50,6 +52,18 @@ def test_reconstruction_lowers_the_error_on_other_text(source, tmp_path, steps):
     assert torch.equal(again.model(TOKENS).logits, better.model(TOKENS).logits), "read from the work directory"
 
 
+def test_distillation_comes_last_and_is_saved_with_its_norms(source, tmp_path):
+    plan = Plan(default="w2g32_asym", units={"re:.*down_proj": "lut3", "model.embed_tokens": "keep"})
+    plain, better = run(source, plan), run(source, plan, distill=20, work=tmp_path / "work")
+    assert better.nbytes == plain.nbytes and better.plan.units == plain.plan.units and better.plan.meta["distill"] == 20
+    assert not torch.equal(better.model.model.norm.weight, plain.model.model.norm.weight)
+    tokens = texts.windows(make_tokenizer(), " ".join(f"Such a text, {i ** 3} in number, is needed by a truth." for i in range(40)), 64)
+    assert evaluate(better.model, make_sharp_model(), tokens).kl < evaluate(plain.model, make_sharp_model(), tokens).kl
+    checkpoint.save(better.model, tmp_path / "q", plan=better.plan)
+    again = checkpoint.load(tmp_path / "q", fuse=None)
+    assert torch.equal(again(TOKENS).logits, better.model(TOKENS).logits)
+
+
 def test_a_uniform_preset_counts_the_head_that_rotation_unties(source):
     tied, one = make_sharp_model(), Format.parse("w4g128_asym")
     nbytes = sum(one.nbytes(*u.shape) for u in find_units(tied))  # enough for the tied model in w4, too little for the untied one
@@ -87,7 +101,8 @@ def test_a_budget_with_a_transform(source):
 
 
 def test_mistakes_are_told_before_calibration(source):
-    for options, kind, match in (({"transform": "smooth"}, PlanError, "it is one of none, rotate, awq"), ({"reconstruct": -1}, QuantizationError, "steps=-1")):
+    for options, kind, match in (({"transform": "smooth"}, PlanError, "it is one of none, rotate, awq"), ({"reconstruct": -1}, QuantizationError, "steps=-1"),
+                                 ({"distill": 0}, QuantizationError, "steps=0")):
         with pytest.raises(kind, match=match):
             run(source, text=source / "missing.txt", **options)
     model = copy.deepcopy(make_sharp_model())
@@ -98,10 +113,10 @@ def test_mistakes_are_told_before_calibration(source):
 
 def test_the_command_passes_them_on(source, tmp_path):
     arguments = ["quantize", str(source / "model"), "-o", str(tmp_path / "q"), "--format", "w3g32_asym", "--text", str(source / "calib.txt"), "--windows", "2",
-                 "--transform", "rotate", "--reconstruct", "1", "--json"]
+                 "--transform", "rotate", "--reconstruct", "1", "--distill", "2", "--json"]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     manifest = json.loads((tmp_path / "q" / "mxq_manifest.json").read_text())
     info = manifest["units"]["model.layers.1.mlp.up_proj"]["info"]
-    assert {"block_error_start", "block_error_requantized", "block_error_trained"} <= set(info)
+    assert {"block_error_start", "block_error_requantized", "block_error_trained", "distill_kl_end"} <= set(info)
     assert "lm_head" in manifest["units"]

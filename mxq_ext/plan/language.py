@@ -1,5 +1,5 @@
-"""The language of presets: unit x candidates x metric x allocator x quantizer x transform x reconstruction x activations x KV x solver budget, as one
-frozen value.
+"""The language of presets: unit x candidates x metric x allocator x quantizer x transform x reconstruction x distillation x activations x KV x solver
+budget, as one frozen value.
 
 A preset holds names only, which ``pipeline.py`` resolves, since metrics lie below this folder and quantizers above it.
 """
@@ -39,6 +39,7 @@ class Preset:
         scope: ``"model"``: one budget for all units; ``"unit"``: each linear keeps to the same stored bits.
         transform: of ``TRANSFORMS``.
         reconstruct: steps that each decoder block is trained for on its output after the quantizer; 0: quantized again on its real inputs alone; None: neither.
+        distill: steps that the constants of all weights, and the norms, are then trained for on the KL to the float model; None: not.
         activations: ``"a16"``, ``"a8"``, or None: exactly.
         kv: how keys and values are cached, as ``find_kv`` reads it; None: as the model does.
         solver: limits as pairs, of ``SOLVER``.
@@ -58,6 +59,7 @@ class Preset:
     scope: str = "model"
     transform: str = "none"
     reconstruct: int | None = None
+    distill: int | None = None
     activations: str | None = None
     kv: str | None = None
     solver: tuple[tuple[str, object], ...] = ()

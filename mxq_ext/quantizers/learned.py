@@ -15,6 +15,8 @@ more than the nearest ones, and a code that could as well be its neighbour chang
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 
 from ..formats import NF4_LEVELS, Format
@@ -75,6 +77,20 @@ class LearnedWeight:
         gradient = self._permuted(gradient)
         for r, part in zip(self.start.rectangles, self.parts, strict=True):
             part.step(gradient[r.r0:r.r1, r.c0:r.c1], rounding, scale)
+
+    def slopes(self, gradient: torch.Tensor) -> list[dict[str, torch.Tensor]]:
+        """dL/dW [N, K] -> for each rectangle that can move, the derivatives of L along its constants (``move`` takes as many steps)."""
+        gradient = self._permuted(gradient)
+        return [p.slopes(gradient[r.r0:r.r1, r.c0:r.c1]) for r, p in zip(self.start.rectangles, self.parts, strict=True) if isinstance(p, _Learned)]
+
+    def move(self, steps: Sequence[Mapping[str, torch.Tensor]]) -> None:
+        """Moves the constants of each rectangle that can; codes stay."""
+        for part, step in zip((p for p in self.parts if isinstance(p, _Learned)), steps, strict=True):
+            part.move(step)
+
+    def constants(self) -> list[dict[str, torch.Tensor]]:
+        """How far the constants of each rectangle that can move have moved, in the units of ``move``: the tensors themselves."""
+        return [p.constants() for p in self.parts if isinstance(p, _Learned)]
 
     def qtensor(self) -> QTensor:
         """The weight as it is stored; ``info`` is that of the start."""
@@ -148,26 +164,40 @@ class _Learned:
     def step(self, gradient: torch.Tensor, rounding: float, scale: float) -> None:
         codes = self.codes()
         if scale:
-            self._move_constants(gradient, codes, scale)
+            self.move({name: slope.sign_().mul_(-scale) for name, slope in self.slopes(gradient, codes).items()})
         direction = gradient.sign() if self.sign is None else gradient.sign().mul_(self.sign)
         self.latent.sub_(direction, alpha=rounding).clamp_(-0.5, self.fmt.levels - 0.5)
 
-    def _move_constants(self, gradient, codes, rate):
+    def slopes(self, gradient: torch.Tensor, codes: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        """dL/dW [R, C] -> the derivative of L with respect to the moves of each kind of constants, in the units of :meth:`move`."""
+        codes = self.codes() if codes is None else codes
         if self.fmt.kind == "lut":
-            slope = torch.zeros_like(self.table).scatter_add_(1, codes.long(), gradient)
-            self.moved.sub_(slope.sign_(), alpha=rate)
-            # A row's order must survive, since latents count entries: entries that would cross meet instead.
-            self.table = torch.cummax((self.start + self.moved * self.unit).half().float(), 1).values
-            return
+            return {"table": torch.zeros_like(self.table).scatter_add_(1, codes.long(), gradient).mul_(self.unit)}
         if self.fmt.kind == "nf":
             units = LEVELS[codes.long()]
         else:
             units = codes if self.fmt.zero == "float" else codes - spread(self.zeros, self.width, self.cols)
-        self.moved.sub_(self._group_sum(gradient * units).mul_(self.start.sign()).sign_(), alpha=rate)
+        out = {"scales": self._group_sum(gradient * units).mul_(self.start)}
+        return out if self.fmt.zero != "float" else out | {"zeros": self._group_sum(gradient).mul_(self.start.abs())}
+
+    def move(self, steps: Mapping[str, torch.Tensor]) -> None:
+        """Moves constants: scales by a part of their starting size, float zeros by one of the scale's, entries of a table by one of their row's mean gap."""
+        if self.fmt.kind == "lut":
+            self.moved.add_(steps["table"])
+            # A row's order must survive, since latents count entries: entries that would cross meet instead.
+            self.table = torch.cummax((self.start + self.moved * self.unit).half().float(), 1).values
+            return
+        self.moved.add_(steps["scales"])
         self.scales = round_scale(self.start * (1 + self.moved.clamp_(-0.5, 0.5)), self.fmt)
         if self.fmt.zero == "float":
-            self.moved_zeros.sub_(self._group_sum(gradient).sign_(), alpha=rate)
+            self.moved_zeros.add_(steps["zeros"])
             self.zeros = round_zero(self.start_zeros + self.moved_zeros * self.start.abs(), self.fmt)
+
+    def constants(self) -> dict[str, torch.Tensor]:
+        """What :meth:`move` adds to."""
+        if self.fmt.kind == "lut":
+            return {"table": self.moved}
+        return {"scales": self.moved} if self.fmt.zero != "float" else {"scales": self.moved, "zeros": self.moved_zeros}
 
     def _group_sum(self, t):
         """[R, C] -> sums over groups [R, G]; the last group may be ragged."""
