@@ -1,12 +1,12 @@
-"""What reconstruction brings on the demo's model: GPTQ alone, then its linears on their real inputs, then trained blocks.
+"""What reconstruction and distillation bring on the demo's model: GPTQ alone, its linears on their real inputs, trained blocks, trained constants.
 
-    python bench/reconstruct.py -o bench/results/reconstruction.json [--work DIR] [--formats w2g64_asym,w3g64_asym] [--steps 0,30]
+    python bench/reconstruct.py -o bench/results/reconstruction.json [--work DIR] [--formats w2g64_asym,w3g64_asym] [--steps 0,30] [--distill 100]
 
 Decoder linears only (embedding and head stay float), in perplexity, KL to the float model and greedy agreement on 12 windows of 512 tokens of both held-out
 texts.
 Calibration: 64 windows, half technical and half narrative of other books, like the held-out texts but apart from them. GPTQ's second moments are
-of all 64, with attention-weighted keys and values; reconstruction sees every other window, the gradients at the blocks' outputs every eighth. Everything is
-kept in DIR, so that an interrupted run goes on.
+of all 64, with attention-weighted keys and values; reconstruction sees every other window, the gradients at the blocks' outputs every eighth, distillation
+(which follows the last of the steps) all. Everything is kept in DIR, so that an interrupted run goes on.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from mxq_ext.plan import Plan  # noqa: E402
 from mxq_ext.plan.presets import find_preset  # noqa: E402
 from mxq_ext.progress import Progress  # noqa: E402
 from mxq_ext.quantizers.blocks import BlockOptions, reconstruct_blocks  # noqa: E402
+from mxq_ext.quantizers.distill import DistillOptions, distill  # noqa: E402
 from mxq_ext.report import markdown_table  # noqa: E402
 from mxq_ext.stats import calibrate  # noqa: E402
 from mxq_ext.stats.outputs import OutputMoments, output_moments  # noqa: E402
@@ -61,9 +62,9 @@ class Bench:
         tensors, _ = load_tensors(path)
         return OutputMoments(tensors["moment"], tensors["first"])
 
-    def row(self, fmt: str, steps: int | None) -> dict:
+    def row(self, fmt: str, steps: int | None, distilled: int = 0) -> dict:
         """One quantized model, read from its file when it has been measured before; ``steps`` None is GPTQ alone."""
-        path = self.work / f"row-{fmt}-{'gptq' if steps is None else steps}.json"
+        path = self.work / f"row-{fmt}-{'gptq' if steps is None else steps}{f'-{distilled}' if distilled else ''}.json"
         if path.exists():
             return read_json(path)
         trials = Trials(self.work / "trials", self.model, self.stats, find_preset(None))
@@ -74,20 +75,28 @@ class Bench:
                                           directory=self.work / "blocks" / trials.key, progress=self.progress)
             blocks = [q.info for n, q in qtensors.items() if n.endswith("down_proj")]
             errors = {k.removeprefix("block_error_"): [i[k] for i in blocks] for k in blocks[0] if k.startswith("block_error_")}
+        norms = {}
+        if distilled:
+            qtensors, norms = distill(self.model, qtensors, self.tokens, DistillOptions(steps=distilled), directory=self.work / "distill",
+                                      progress=self.progress)
         seconds = time.perf_counter() - start
         swapped, nbytes = copy.deepcopy(self.model), 0
+        for parameter, weight in norms.items():
+            swapped.get_parameter(parameter).data.copy_(weight)
         for unit, q in qtensors.items():
             swapped.get_submodule(unit).weight.data.copy_(q.dequantize())
             nbytes += q.nbytes()
-        row = {"format": fmt, "steps": steps, "bytes": nbytes, "stored_bits": 8 * nbytes / sum(q.shape[0] * q.shape[1] for q in qtensors.values()),
+        row = {"format": fmt, "steps": steps, "distilled": distilled, "bytes": nbytes,
+               "stored_bits": 8 * nbytes / sum(q.shape[0] * q.shape[1] for q in qtensors.values()),
                "seconds": seconds, "block_errors": errors,
                "quality": {k: evaluate(swapped, self.reference[k], t, progress=self.progress).to_dict() for k, t in self.held.items()}}
         write_json(path, row)
         return row
 
 
-def name(steps: int | None) -> str:
-    return "GPTQ" if steps is None else "real inputs" if steps == 0 else f"real inputs, {steps} steps"
+def name(steps: int | None, distilled: int) -> str:
+    made = "GPTQ" if steps is None else "real inputs" if steps == 0 else f"real inputs, {steps} steps"
+    return f"{made}, distilled {distilled} steps" if distilled else made
 
 
 def main() -> None:
@@ -96,15 +105,18 @@ def main() -> None:
     parser.add_argument("--work", default="mxq-reconstruct", help="calibration, quantized weights and rows; kept")
     parser.add_argument("--formats", default="w2g64_asym,w3g64_asym,w4g64_asym")
     parser.add_argument("--steps", default="0,30", help="training steps a block")
+    parser.add_argument("--distill", type=int, default=0, help="steps for the whole model after the last of these")
     parser.add_argument("--windows", type=int, default=12, help="held-out windows of each text")
     options = parser.parse_args()
     with Progress() as progress:
         bench = Bench(Path(options.work), options.windows, 64, progress)
-        rows = [bench.row(f, s) for f in options.formats.split(",") for s in (None, *map(int, options.steps.split(",")))]
+        steps = [None, *(int(s) for s in options.steps.split(",") if s)]
+        made = [(s, 0) for s in steps] + ([(steps[-1], options.distill)] if options.distill else [])
+        rows = [bench.row(f, s, d) for f in options.formats.split(",") for s, d in made]
     write_json(options.out, {"machine": machine(), "model": bench.model.mxq_source | {"path": demo_model_path().name, "permuted": True},
                              "texts": texts.describe(), "rows": rows})
     header = ["format", "made by", "stored bits", *(f"{what} {k}" for k in KINDS for what in ("ppl", "KL"))]
-    print(markdown_table(header, [[r["format"], name(r["steps"]), f"{r['stored_bits']:.2f}",
+    print(markdown_table(header, [[r["format"], name(r["steps"], r["distilled"]), f"{r['stored_bits']:.2f}",
                                    *(f"{r['quality'][k][w]:.{d}f}" for k in KINDS for w, d in (("perplexity", 2), ("kl", 4)))] for r in rows]))
 
 
