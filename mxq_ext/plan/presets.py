@@ -25,6 +25,8 @@ from .schema import Plan
 _OURS: dict[str, Preset] = {
     "mxq": Preset(DEFAULT_CANDIDATES,
                   about="GPTQ with positions of keys and values weighted by the attention they receive, second-order KL as cost: the default"),
+    "mxq_tuned": Preset(DEFAULT_CANDIDATES, reconstruct=0, distill=64,
+                        about="the default, then each linear again on its real inputs, and scales and norms trained on the float model's predictions"),
     "gradient": Preset(DEFAULT_CANDIDATES, weighting="gradient",
                        about="positions weighted by the squared gradient of each layer's output instead (GuidedQuant, 2025)"),
     "anchored_kl": Preset(DEFAULT_CANDIDATES, metric="anchored_kl", about="cost = KL measured with the coarsest candidate, scaled by second order"),

@@ -11,10 +11,11 @@ The model is walked forward without a graph, then back block by block, each comp
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from ..fileio import load_tensors, save_tensors
 from ..progress import SILENT, Progress
 from ..qtensor import QTensor
 from ..stats.outputs import PRECISIONS, autocast
-from ..stats.walk import Calls, capture_calls, check_tokens, embed, final_hidden, frozen, run_block, tail
+from ..stats.walk import Calls, capture_calls, check_tokens, embed, final_hidden, frozen, linears_of, run_block, tail
 from ..structure import decoder_blocks
 from .base import need
 from .learned import LearnedWeight
@@ -109,27 +110,23 @@ class _Distillation:
     def __init__(self, model, start, tokens, options, directory, progress):
         self.model, self.start, self.tokens, self.options, self.progress = model, dict(start), tokens, options, progress
         self.student = copy.deepcopy(model)
-        modules = dict(self.student.named_modules())
-        inside = {n for n, _ in self._named(modules)}
+        self.modules = dict(self.student.named_modules())
+        self.blocks = list(decoder_blocks(self.student)[1])
+        self.linears = [[n for n in names if n in self.start] for names in linears_of(self.student)[0]]  # quantized ones of each block
+        inside = {n for names in self.linears for n in names}
+        found = {n: LearnedWeight(self.modules[n].weight, self.start[n]) for n in inside}
+        self.learned = {n: w for n, w in sorted(found.items()) if w.learnable}
         for name, q in self.start.items():
-            if name not in inside:
-                modules[name].weight.data = q.dequantize()
-        self.learned = {n: w for n, m in modules.items() if n in inside and n in self.start
-                        if (w := LearnedWeight(m.weight, self.start[n])).learnable}
-        for name, q in self.start.items():
-            if name in inside:
-                modules[name].weight.data = self.learned[name].value() if name in self.learned else q.dequantize()
-        self.modules = modules
+            self.modules[name].weight.data = self.learned[name].value() if name in self.learned else q.dequantize()
         self.norms = {n: p for n, p in self.student.named_parameters() if p.dim() == 1 and "norm" in n.lower()} if options.norms else {}
         self.sizes = {n: p.detach().abs().mean() for n, p in self.norms.items()}
-        self.moves = {n: [_Moves(list(part.values())) for part in w.slopes(torch.zeros(w.start.shape))] for n, w in self.learned.items()}
+        mine = [{id(p) for p in block.parameters()} for block in self.blocks]
+        self.block_norms = [[n for n, p in self.norms.items() if id(p) in ids] for ids in mine]
+        self.last_norms = [n for n, p in self.norms.items() if not any(id(p) in ids for ids in mine)]
+        self.moves = {n: [_Moves(list(part.values())) for part in w.constants()] for n, w in self.learned.items()}
         self.norm_moves = _Moves(list(self.norms.values()))
         self.losses: list[float] = []
         self.state = None if directory is None else Path(directory) / f"{self._key()}.safetensors"
-
-    def _named(self, modules):
-        prefix, _ = decoder_blocks(self.student)
-        return [(n, m) for n, m in modules.items() if n.startswith(f"{prefix}.") and isinstance(m, nn.Linear)]
 
     def _key(self) -> str:
         digest = hashlib.sha256(json.dumps(asdict(self.options), sort_keys=True).encode())
@@ -191,54 +188,32 @@ class _Distillation:
 
     def _backward(self, w: int, calls: Calls, target: torch.Tensor, slopes: dict, norms: dict) -> float:
         """Adds the derivatives of one window's mean KL to ``slopes`` and ``norms``; returns the KL."""
-        blocks = decoder_blocks(self.student)[1]
-        names = {id(p): n for n, p in self.norms.items()}
         with torch.no_grad(), autocast(self.options.precision):
             hidden = [embed(self.student, self.tokens[w:w + 1])]
-            for i, block in enumerate(blocks):
+            for i, block in enumerate(self.blocks):
                 hidden.append(run_block(block, i, hidden[-1], calls))
-        last = [p for n, p in self.norms.items() if not n.startswith(f"{decoder_blocks(self.student)[0]}.")]
-        loss, grad, found = self._head(hidden.pop(), target, last)
-        for p, g in zip(last, found, strict=True):
-            norms[names[id(p)]] += g
-        for i in range(len(blocks) - 1, -1, -1):
-            inside = [p for p in blocks[i].parameters() if id(p) in names]
-            linears = [(n, self.modules[n].weight) for n in self.learned if self._block_of(n) == i]
+        loss, grad, found = self._head(hidden.pop(), target, [self.norms[n] for n in self.last_norms])
+        for n, g in zip(self.last_norms, found, strict=True):
+            norms[n] += g
+        for i in range(len(self.blocks) - 1, -1, -1):
+            linears = [n for n in self.linears[i] if n in self.learned]
+            moving = [*(self.norms[n] for n in self.block_norms[i]), *(self.modules[n].weight for n in linears)]
             entry = hidden.pop().detach().requires_grad_()
-            moving = [*inside, *(p for _, p in linears)]
-            for p in moving:
-                p.requires_grad_(True)
-            try:
-                with torch.enable_grad(), autocast(self.options.precision):
-                    out = run_block(blocks[i], i, entry, calls)
+            with _needing_gradients(moving), torch.enable_grad():
+                with autocast(self.options.precision):
+                    out = run_block(self.blocks[i], i, entry, calls)
                 grad, *found = torch.autograd.grad(out, [entry, *moving], grad.to(out.dtype), allow_unused=True)
-            finally:
-                for p in moving:
-                    p.requires_grad_(False)
-            for p, g in zip(inside, found, strict=False):
-                norms[names[id(p)]] += g
-            for (n, _), g in zip(linears, found[len(inside):], strict=True):
-                if g is None:
-                    continue
-                mine = self.learned[n].slopes(g)
-                if n in slopes:
-                    for part, more in zip(slopes[n], mine, strict=True):
-                        for k, t in more.items():
-                            part[k] += t
-                else:
-                    slopes[n] = mine
+            for n, g in zip(self.block_norms[i], found, strict=False):
+                norms[n] += 0 if g is None else g
+            for n, g in zip(linears, found[len(self.block_norms[i]):], strict=True):
+                if g is not None:  # else an expert that no token of this window chose
+                    slopes[n] = _added(slopes.get(n), self.learned[n].slopes(g))
         return loss
 
-    def _block_of(self, name: str) -> int:
-        return int(name.removeprefix(f"{decoder_blocks(self.student)[0]}.").partition(".")[0])
-
     def _head(self, hidden: torch.Tensor, target: torch.Tensor, norms: list[torch.Tensor]) -> tuple[float, torch.Tensor, list[torch.Tensor]]:
-        """(mean KL over positions, its derivative at ``hidden`` [1, T, H], and those of the last norm), a slice of positions at a time."""
-        total, grads, length = 0.0, [], hidden.shape[1]
-        found = [torch.zeros_like(p) for p in norms]
-        for p in norms:
-            p.requires_grad_(True)
-        try:
+        """(mean KL over positions, its derivative at ``hidden`` [1, T, H], and those of the last norms), a slice of positions at a time."""
+        total, grads, found, length = 0.0, [], [torch.zeros_like(p) for p in norms], hidden.shape[1]
+        with _needing_gradients(norms):
             for start in range(0, length, SLICE):
                 piece = hidden[:, start:start + SLICE].detach().float().requires_grad_()
                 with torch.no_grad():
@@ -252,9 +227,6 @@ class _Distillation:
                 grads.append(g)
                 for a, b in zip(found, more, strict=True):
                     a += b
-        finally:
-            for p in norms:
-                p.requires_grad_(False)
         return total, torch.cat(grads, dim=1), found
 
     # States
@@ -285,3 +257,22 @@ class _Distillation:
             weight.move([{k: torch.zeros_like(t) for k, t in part.items()} for part in weight.constants()])  # constants anew, from their moves
             self.modules[name].weight.data = weight.value()
         return int(meta["steps"])
+
+
+@contextlib.contextmanager
+def _needing_gradients(parameters: list[torch.Tensor]) -> Iterator[None]:
+    for p in parameters:
+        p.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for p in parameters:
+            p.requires_grad_(False)
+
+
+def _added(old: list[dict[str, torch.Tensor]] | None, new: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
+    """``old`` with ``new`` added in place, or ``new``."""
+    for part, more in zip(old or (), new, strict=old is not None):
+        for kind, t in more.items():
+            part[kind] += t
+    return new if old is None else old
