@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import hashlib
+import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -219,3 +221,14 @@ def check_half(values: torch.Tensor, fmt: Format, what: str) -> None:
 def _round(w: torch.Tensor) -> QTensor:
     check_half(w, Format.parse("fp16"), "weight")
     return QTensor.from_float(w)
+
+
+def training_key(options: object, start: Mapping[str, QTensor], tokens: torch.Tensor) -> str:
+    """Twelve hex digits of all that decides a training run beside the float model: options (a dataclass), starting weights, windows."""
+    digest = hashlib.sha256(json.dumps(dataclasses.asdict(options), sort_keys=True).encode())
+    for name, q in sorted(start.items()):
+        digest.update(name.encode())
+        for t in q.to_tensors().values():
+            digest.update(t.contiguous().view(torch.uint8).numpy())
+    digest.update(tokens.contiguous().numpy())
+    return digest.hexdigest()[:12]

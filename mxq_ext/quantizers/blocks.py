@@ -14,10 +14,9 @@ it seems.)
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -31,7 +30,7 @@ from ..stats.collect import probed_attention
 from ..stats.outputs import PRECISIONS, OutputMoments, autocast
 from ..stats.walk import Recorder, capture_calls, check_tokens, embed, frozen, linears_of, run_block
 from ..structure import decoder_blocks, find_units
-from .base import need
+from .base import need, training_key
 from .learned import LearnedWeight
 from .sequential import requantize
 
@@ -116,16 +115,7 @@ class _Reconstruction:
         self.model, self.start, self.tokens, self.options, self.moments, self.progress = model, dict(start), tokens, options, moments, progress
         self.blocks, self.linears = decoder_blocks(model)[1], linears_of(model)[0]
         self.calls, self.watched = capture_calls(model, tokens), None
-        self.directory = None if directory is None else Path(directory) / self._key()
-
-    def _key(self) -> str:
-        digest = hashlib.sha256(json.dumps(asdict(self.options), sort_keys=True).encode())
-        for name, q in sorted(self.start.items()):
-            digest.update(name.encode())
-            for t in q.to_tensors().values():
-                digest.update(t.contiguous().view(torch.uint8).numpy())
-        digest.update(self.tokens.contiguous().numpy())
-        return digest.hexdigest()[:12]
+        self.directory = None if directory is None else Path(directory) / training_key(self.options, self.start, self.tokens)
 
     # Files
 

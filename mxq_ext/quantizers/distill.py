@@ -13,10 +13,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -29,7 +28,7 @@ from ..qtensor import QTensor
 from ..stats.outputs import PRECISIONS, autocast
 from ..stats.walk import Calls, capture_calls, check_tokens, embed, final_hidden, frozen, linears_of, run_block, tail
 from ..structure import decoder_blocks
-from .base import need
+from .base import need, training_key
 from .learned import LearnedWeight
 
 SLICE = 128  #: positions whose logits are held at a time
@@ -126,16 +125,7 @@ class _Distillation:
         self.moves = {n: [_Moves(list(part.values())) for part in w.constants()] for n, w in self.learned.items()}
         self.norm_moves = _Moves(list(self.norms.values()))
         self.losses: list[float] = []
-        self.state = None if directory is None else Path(directory) / f"{self._key()}.safetensors"
-
-    def _key(self) -> str:
-        digest = hashlib.sha256(json.dumps(asdict(self.options), sort_keys=True).encode())
-        for name, q in sorted(self.start.items()):
-            digest.update(name.encode())
-            for t in q.to_tensors().values():
-                digest.update(t.contiguous().view(torch.uint8).numpy())
-        digest.update(self.tokens.contiguous().numpy())
-        return digest.hexdigest()[:12]
+        self.state = None if directory is None else Path(directory) / f"{training_key(self.options, self.start, self.tokens)}.safetensors"
 
     # The run
 
