@@ -110,6 +110,26 @@ def kv_table(result: dict) -> list[str]:
     return [*lines, "", f"{setup['windows']} windows of {setup['length']} tokens of each held-out text; {m['cpu']}, target and versions in the file; {peers}."]
 
 
+def reconstruction_table(result: dict) -> list[str]:
+    """What reconstruction and distillation bring, decoder linears only."""
+    lines = ["| format | made by | stored bits | ppl technical | KL technical | ppl literary | KL literary |",
+             "| --- | --- | ---: | ---: | ---: | ---: | ---: |"]
+    for r in result["rows"]:
+        cells = " | ".join(f"{r['quality'][k]['perplexity']:.2f} | {r['quality'][k]['kl']:.4f}" for k in KINDS)
+        lines.append(f"| {r['format']} | {r['made_by']} | {r['stored_bits']:.2f} | {cells} |")
+    return [*lines, "", f"{result['windows']} windows of 512 tokens of each held-out text."]
+
+
+def autoround_table(result: dict) -> list[str]:
+    """AutoRound's rows."""
+    lines = ["| bits | steps a block | stored bits | ppl technical | KL technical | ppl literary | KL literary |",
+             "| ---: | ---: | ---: | ---: | ---: | ---: | ---: |"]
+    for r in result["rows"]:
+        cells = " | ".join(f"{r['quality'][k]['perplexity']:.2f} | {r['quality'][k]['kl']:.4f}" for k in KINDS)
+        lines.append(f"| {r['bits']} | {r['iterations']} | {r['stored_bits']:.2f} | {cells} |")
+    return [*lines, "", f"auto-round {result['versions']['auto-round']}, torch {result['versions']['torch']}."]
+
+
 def joint_table(result: dict) -> list[str]:
     """Each budget: the joint plan and the splits by hand within it."""
     lines = ["| budget of | plan | weights MB | cache MB | KL foretold | ppl technical | KL technical | ppl literary | KL literary |",
@@ -124,7 +144,8 @@ def joint_table(result: dict) -> list[str]:
 
 #: document -> [(file under bench/results, table)]
 TABLES: dict[str, list[tuple[str, Callable[[dict], list[str]]]]] = {
-    "README.md": [("demo.json", demo_table)], "docs/quality.md": [("quality.json", quality_table)],
+    "README.md": [("demo.json", demo_table)],
+    "docs/quality.md": [("quality.json", quality_table), ("reconstruction.json", reconstruction_table), ("autoround.json", autoround_table)],
     "docs/performance.md": [("linear-cpu.json", speed_table), ("attention-cpu.json", attention_table)],
     "docs/kv.md": [("kv-quality.json", kv_table), ("kv-joint.json", joint_table)]}
 

@@ -14,13 +14,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from mxq_ext.compare import bits_table, measured, rivals_table, verdicts_table  # noqa: E402
 from mxq_ext.plan.frameworks import CONTROLS, FRAMEWORKS  # noqa: E402
 from mxq_ext.plan.language import OTHER_ALLOCATORS, TRANSFORMS, Preset  # noqa: E402
 from mxq_ext.plan.presets import PRESETS  # noqa: E402
 from mxq_ext.plan.rules import METHODS  # noqa: E402
 from mxq_ext.report import Column, table  # noqa: E402
 from mxq_ext.request import missing_parts  # noqa: E402
+from mxq_ext.verdicts import bits_table, measured, rivals_table, verdicts_table  # noqa: E402
 
 OUTPUT, RESULTS = ROOT / "docs" / "frameworks.md", ROOT / "bench" / "results" / "frameworks.json"
 NOTHING: dict = {"rows": [], "verdicts": [], "rivals": [], "bits_at": []}

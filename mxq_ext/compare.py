@@ -24,22 +24,20 @@ import torch
 from . import __version__, checkpoint, llamacpp, pipeline
 from . import text as texts
 from .errors import BudgetError, CheckpointError, MxqError, PlanError, QuantizationError
-from .evaluate import Evaluation, Reference, evaluate, paired, speed
+from .evaluate import Reference, evaluate, speed
 from .fileio import read_json, write_json, write_text
 from .plan.frameworks import CONTROLS, FRAMEWORKS
 from .plan.presets import PRESETS, find_preset, parse_changes
 from .progress import SILENT, Progress
-from .report import Column, markdown_table, need_matplotlib, pareto_svg, table
+from .report import need_matplotlib, pareto_svg
 from .request import missing_parts
 from .structure import find_units
 from .testing.timing import machine
+from .verdicts import FLOAT, LLAMA_CPP, bits_at, bits_table, measured, rivals, rivals_table, rows_table, verdicts, verdicts_table
 
 GROUPS = {"all": tuple(PRESETS), "frameworks": tuple(FRAMEWORKS), "controls": tuple(CONTROLS),
           "ours": tuple(n for n in PRESETS if n not in FRAMEWORKS and n not in CONTROLS)}
 KINDS = ("technical", "literary")  #: held-out texts, unless others are named
-RISES = (0.01, 0.05, 0.10)  #: of the perplexity, whose stored bits are told
-FLOAT = "float32"
-LLAMA_CPP = "llama.cpp"
 CHECKED = 64  #: tokens whose logits must be the same to the bit after the checkpoint is read back
 
 
@@ -232,96 +230,6 @@ class Comparison:
         for kind in kinds:
             points = [{"series": r["preset"], "stored_bits": r["stored_bits"], "value": r[kind]["kl"]} for r in measured(self.record["rows"])]
             pareto_svg(sorted(points, key=lambda p: p["series"]), self.out / f"pareto-{kind}.svg", ylabel="KL to the float model, nats per token", title=kind)
-
-
-def measured(rows: Sequence[dict]) -> list[dict]:
-    """Rows of quantized models that were not refused."""
-    return [r for r in rows if "refused" not in r and r["name"] != FLOAT]
-
-
-def verdicts(rows: Sequence[dict], kinds: Sequence[str]) -> list[dict]:
-    """Of each budget and text: the plan with the least KL within it, and the uniform control with the least KL within it; how they differ, paired."""
-    out, done = [], measured(rows)
-    for bits in sorted({r["bits"] for r in done if "bits" in r}):
-        fitting = [r for r in done if r["stored_bits"] <= bits * (1 + 1e-9)]
-        for kind in kinds:
-            sides = [[r for r in fitting if r["family"] in family] for family in (("ours", "frameworks"), ("controls",))]
-            if all(sides):
-                best, rival = (min(side, key=lambda r: r[kind]["kl"]) for side in sides)
-                out.append({"bits": bits, "text": kind, "best": best["name"], "stored_bits": best["stored_bits"], "best_kl": best[kind]["kl"],
-                            "control": rival["name"], "control_bits": rival["stored_bits"], "control_kl": rival[kind]["kl"],
-                            **paired(Evaluation.from_dict(best[kind]), Evaluation.from_dict(rival[kind]))})
-    return out
-
-
-def rivals(rows: Sequence[dict], kinds: Sequence[str]) -> list[dict]:
-    """Each file of llama.cpp, and of our checkpoints that are no larger as a whole the one with the least KL; how they differ, paired."""
-    out, done = [], measured(rows)
-    for other in (r for r in done if r["family"] == LLAMA_CPP):
-        fitting = [r for r in done if r["family"] != LLAMA_CPP and r["checkpoint_bytes"] <= other["checkpoint_bytes"]]
-        for kind in kinds if fitting else ():
-            best = min(fitting, key=lambda r: r[kind]["kl"])
-            out.append({"rival": other["name"], "text": kind, "rival_bytes": other["checkpoint_bytes"], "rival_kl": other[kind]["kl"], "best": best["name"],
-                        "best_bytes": best["checkpoint_bytes"], "best_kl": best[kind]["kl"],
-                        **paired(Evaluation.from_dict(best[kind]), Evaluation.from_dict(other[kind]))})
-    return out
-
-
-def bits_at(rows: Sequence[dict], kinds: Sequence[str], rises: Sequence[float] = RISES) -> list[dict]:
-    """Of each family and text: the stored bits of the decoder's linears at which perplexity lies ``rises`` above the float model's.
-
-    Read off the best row of each size, between the two that enclose the rise: linear in bits, logarithmic in the rise. None where no two rows do.
-    """
-    base = next(r for r in rows if r["name"] == FLOAT)
-    out = []
-    for family in dict.fromkeys(r["family"] for r in measured(rows)):
-        for kind in kinds:
-            found = sorted((r["linear_bits"], r[kind]["perplexity"] / base[kind]["perplexity"] - 1) for r in measured(rows) if r["family"] == family)
-            best: list[tuple[float, float]] = []
-            for bits, rise in found:  # more bits and no better: not on the front
-                if not best or rise < best[-1][1]:
-                    best = [*best[:-1], (bits, rise)] if best and best[-1][0] == bits else [*best, (bits, rise)]
-            out.append({"family": family, "text": kind, **{f"{rise:.0%}": _crossing(best, rise) for rise in rises}})
-    return out
-
-
-def _crossing(front: Sequence[tuple[float, float]], rise: float) -> float | None:
-    """Bits at which a falling front of (bits, rise) passes ``rise``, or None."""
-    for (b0, r0), (b1, r1) in zip(front, front[1:], strict=False):
-        if r0 >= rise >= r1 and r1 > 0:
-            return b0 + (b1 - b0) * (math.log(r0 / rise) / math.log(r0 / r1))
-    return None
-
-
-def rows_table(rows: Sequence[dict], kinds: Sequence[str]) -> str:
-    """Markdown of all rows, by budget and KL; refusals behind them."""
-    flat = [{**r, "mb": r["checkpoint_bytes"] / 1e6, **{f"{what} {k}": r[k][what] for k in kinds for what in ("perplexity", "kl")}}
-            for r in rows if "refused" not in r]
-    flat.sort(key=lambda r: (-1 if r["name"] == FLOAT else r.get("bits", r["stored_bits"]), r[f"kl {kinds[0]}"]))
-    columns = [Column("name", "plan"), Column("stored_bits", "stored bits", ".3f"), Column("linear_bits", "of linears", ".3f"),
-               Column("mb", "checkpoint MB", ".1f"),
-               *(c for k in kinds for c in (Column(f"perplexity {k}", f"ppl {k}", ".2f"), Column(f"kl {k}", f"KL {k}", ".4f"))),
-               Column("decode_tokens_per_s", "decode tok/s", ".1f"), Column("minutes", None, ".1f")]
-    refused = [f"- {r['name']}: {r['refused']}" for r in rows if "refused" in r]
-    return "\n".join([table(flat, columns).markdown(), *(["", "Refused:", "", *refused] if refused else [])])
-
-
-def verdicts_table(found: Sequence[dict]) -> str:
-    return table(found, [Column("bits"), Column("text"), Column("best", "best plan"), Column("best_kl", "KL", ".4f"), Column("control", "best uniform"),
-                         Column("control_bits", "its bits", ".3f"), Column("control_kl", "its KL", ".4f"), Column("kl", "difference", "+.4f"),
-                         Column("kl_se", "error", ".4f")]).markdown()
-
-
-def rivals_table(found: Sequence[dict]) -> str:
-    rows = [{**r, "rival_mb": r["rival_bytes"] / 1e6, "best_mb": r["best_bytes"] / 1e6} for r in found]
-    return table(rows, [Column("rival", "file"), Column("text"), Column("rival_mb", "MB", ".1f"), Column("rival_kl", "KL", ".4f"),
-                        Column("best", "best of ours"), Column("best_mb", "its MB", ".1f"), Column("best_kl", "its KL", ".4f"),
-                        Column("kl", "difference", "+.4f"), Column("kl_se", "error", ".4f")]).markdown()
-
-
-def bits_table(found: Sequence[dict]) -> str:
-    rises = [k for k in (found[0] if found else {}) if k.endswith("%")]
-    return markdown_table(["family", "text", *rises], [[r["family"], r["text"], *("-" if r[k] is None else f"{r[k]:.2f}" for k in rises)] for r in found])
 
 
 def compare(model_path: str | os.PathLike, out: str | os.PathLike, *, bits: Sequence[float], presets: Sequence[str] = ("all",), also: Sequence[str] = (),

@@ -10,9 +10,10 @@ from conftest import make_model, make_sharp_model, make_tokenizer
 
 from mxq_ext import checkpoint, pipeline
 from mxq_ext import text as texts
-from mxq_ext.compare import FLOAT, bits_at, compare, contenders, verdicts
+from mxq_ext.compare import compare, contenders
 from mxq_ext.errors import BudgetError, CheckpointError, PlanError
 from mxq_ext.evaluate import evaluate
+from mxq_ext.verdicts import FLOAT, bits_at, verdicts
 
 SETUP = {"windows": 4, "eval_windows": 2, "length": 64}
 
