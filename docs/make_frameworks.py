@@ -61,8 +61,8 @@ def flat(rows: list[dict]) -> list[dict]:
 
 
 def base_name(row: dict) -> str:
-    """The preset of a row, without the parts that were replaced in it."""
-    return row["preset"].split()[0]
+    """The preset of a row, without the parts that were replaced in it; the float model has none."""
+    return row.get("preset", "-").split()[0]
 
 
 def summary(rows: list[dict]) -> str:

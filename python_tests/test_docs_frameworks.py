@@ -37,7 +37,8 @@ def test_measured_rows_are_shown_beside_their_command():
            "checkpoint_bytes": 56_000_000, "minutes": 1.5, "decode_tokens_per_s": 31.5, "command": "mxq compare M --presets owq", **quality}
     refused = {"name": "owq 2", "preset": "owq", "family": "frameworks", "bits": 2.0, "refused": "the budget is too small", "command": "mxq compare M"}
     setup = {"calibration_windows": 48, "held_out": {k: {"windows": 12, "length": 512} for k in quality}}
-    text = make().render(make().NOTHING | {"rows": [row, refused], "setup": setup})
+    base = {"name": "float32", "family": "float", "stored_bits": 32.0, "checkpoint_bytes": 1, **quality}
+    text = make().render(make().NOTHING | {"rows": [base, row, refused], "setup": setup})
     part = text.split("### owq\n")[1].split("\n### ")[0]
     line = next(line for line in part.splitlines() if line.startswith("| owq"))
     assert [c.strip() for c in line.strip("|").split("|")] == ["owq", "3.25", "3.249", "56.0", "20.25", "0.1250", "30.50", "0.2500", "31.5", "1.5",
