@@ -91,7 +91,7 @@ def comparison(results: dict) -> str:
     if rivals:
         parts += ["Files of llama.cpp, each beside the best of our checkpoints that is no larger as a whole:", rivals_table(results["rivals"]),
                   "By llama.cpp's own logits, its files without a vocabulary. `imatrix`: with an importance matrix from the same calibration windows. On the "
-                  "literary text, which the calibration windows are unlike, files above 5 bits lose less than ours do: feedback of errors fits what it has seen.",
+                  "literary text, which the calibration windows are unlike, all of those but Q2_K lose less than ours: feedback of errors fits what it saw.",
                   table(flat(rivals), [Column("name", "file"), *(c for c in COLUMNS if c.key not in ("preset", "bits", "decode_tokens_per_s"))]).markdown()]
     return "\n\n".join(parts) + "\n"
 
