@@ -17,6 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from reconstruct import calibration_windows, heldout_windows
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout wins over an installed package
 
@@ -28,8 +29,7 @@ from mxq_ext.pipeline import LENGTH  # noqa: E402
 from mxq_ext.progress import Progress  # noqa: E402
 from mxq_ext.testing.timing import machine  # noqa: E402
 
-KINDS = ("technical", "literary")
-GROUP, BATCH, CALIBRATION = 64, 4, 64
+GROUP, BATCH = 64, 4
 
 
 def stored_weight(layer: torch.nn.Module, bits: int) -> torch.Tensor:
@@ -63,9 +63,7 @@ def main() -> None:
     options = parser.parse_args()
     model, tokenizer = load_model(demo_model_path())
     permute_model(model)
-    sources = (texts.calibration_text(), texts.literary_calibration_text())
-    tokens = torch.cat([texts.spread(texts.windows(tokenizer, t, LENGTH), CALIBRATION // 2) for t in sources])
-    held = {k: texts.spread(texts.windows(tokenizer, texts.heldout_text(k), LENGTH), options.windows) for k in KINDS}
+    tokens, held = calibration_windows(tokenizer), heldout_windows(tokenizer, options.windows)
     record = read_json(options.out) if options.out.exists() else {"rows": []}
     with Progress() as progress:
         references = {k: Reference.of(model, t, progress) for k, t in held.items()}

@@ -10,6 +10,7 @@ that OUT has already are kept. bench/results/frameworks.json then holds what OUT
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 from pathlib import Path
 
@@ -28,11 +29,14 @@ NAME = "smollm2-shuffled"
 def shuffled_model(out: Path) -> Path:
     """The directory of the shuffled copy, written unless it is there."""
     path = out / NAME
-    if not (path / "config.json").exists():
+    if not path.exists():
+        part = out / f".{NAME}.part"  # renamed when it is whole
+        shutil.rmtree(part, ignore_errors=True)
         model, tokenizer = load_model(demo_model_path())
         permute_model(model)
-        tokenizer.save_pretrained(path)
-        model.save_pretrained(path)
+        tokenizer.save_pretrained(part)
+        model.save_pretrained(part)
+        part.rename(path)
     return path
 
 

@@ -110,23 +110,25 @@ def kv_table(result: dict) -> list[str]:
     return [*lines, "", f"{setup['windows']} windows of {setup['length']} tokens of each held-out text; {m['cpu']}, target and versions in the file; {peers}."]
 
 
-def reconstruction_table(result: dict) -> list[str]:
-    """What reconstruction and distillation bring, decoder linears only."""
-    lines = ["| format | made by | stored bits | ppl technical | KL technical | ppl literary | KL literary |",
-             "| --- | --- | ---: | ---: | ---: | ---: | ---: |"]
-    for r in result["rows"]:
+def linears_table(rows: list[dict], names: dict[str, str]) -> list[str]:
+    """Models whose decoder linears alone are quantized; ``names``: heading -> key of what comes before their bits."""
+    lines = [f"| {' | '.join(names)} | stored bits | ppl technical | KL technical | ppl literary | KL literary |",
+             f"|{' --- |' * len(names)} ---: | ---: | ---: | ---: | ---: |"]
+    for r in rows:
         cells = " | ".join(f"{r['quality'][k]['perplexity']:.2f} | {r['quality'][k]['kl']:.4f}" for k in KINDS)
-        lines.append(f"| {r['format']} | {r['made_by']} | {r['stored_bits']:.2f} | {cells} |")
+        lines.append(f"| {' | '.join(str(r[key]) for key in names.values())} | {r['stored_bits']:.2f} | {cells} |")
+    return lines
+
+
+def reconstruction_table(result: dict) -> list[str]:
+    """What reconstruction and distillation bring."""
+    lines = linears_table(result["rows"], {"format": "format", "made by": "made_by"})
     return [*lines, "", f"{result['windows']} windows of 512 tokens of each held-out text."]
 
 
 def autoround_table(result: dict) -> list[str]:
     """AutoRound's rows."""
-    lines = ["| bits | steps a block | stored bits | ppl technical | KL technical | ppl literary | KL literary |",
-             "| ---: | ---: | ---: | ---: | ---: | ---: | ---: |"]
-    for r in result["rows"]:
-        cells = " | ".join(f"{r['quality'][k]['perplexity']:.2f} | {r['quality'][k]['kl']:.4f}" for k in KINDS)
-        lines.append(f"| {r['bits']} | {r['iterations']} | {r['stored_bits']:.2f} | {cells} |")
+    lines = linears_table(result["rows"], {"bits": "bits", "steps a block": "iterations"})
     return [*lines, "", f"auto-round {result['versions']['auto-round']}, torch {result['versions']['torch']}."]
 
 

@@ -39,19 +39,30 @@ from mxq_ext.trials import Trials  # noqa: E402
 
 KEEP = ("model.embed_tokens",)
 KINDS = ("technical", "literary")
+CALIBRATION = 64  #: windows
+
+
+def calibration_windows(tokenizer) -> torch.Tensor:
+    """int64 [CALIBRATION, LENGTH]: half technical, half narrative of other books than the held-out ones."""
+    sources = (texts.calibration_text(), texts.literary_calibration_text())
+    return torch.cat([texts.spread(texts.windows(tokenizer, t, LENGTH), CALIBRATION // 2) for t in sources])
+
+
+def heldout_windows(tokenizer, count: int) -> dict[str, torch.Tensor]:
+    """Text -> int64 [count, LENGTH]."""
+    return {k: texts.spread(texts.windows(tokenizer, texts.heldout_text(k), LENGTH), count) for k in KINDS}
 
 
 class Bench:
     """The model, what calibration saw of it, and the held-out windows."""
 
-    def __init__(self, work: Path, windows: int, calibration: int, progress: Progress):
+    def __init__(self, work: Path, windows: int, progress: Progress):
         self.work, self.progress = work, progress
         self.model, tokenizer = load_model(demo_model_path())
         permute_model(self.model)
-        sources = (texts.calibration_text(), texts.literary_calibration_text())
-        self.tokens = torch.cat([texts.spread(texts.windows(tokenizer, t, LENGTH), calibration // 2) for t in sources])
+        self.tokens = calibration_windows(tokenizer)
         self.stats = calibrate(self.model, self.tokens, work / "stats", weightings=("attention",), fisher=False, progress=progress)
-        self.held = {k: texts.spread(texts.windows(tokenizer, texts.heldout_text(k), LENGTH), windows) for k in KINDS}
+        self.held = heldout_windows(tokenizer, windows)
         self.reference = {k: Reference.of(self.model, t, progress) for k, t in self.held.items()}
 
     def moments(self) -> OutputMoments:
@@ -109,7 +120,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=12, help="held-out windows of each text")
     options = parser.parse_args()
     with Progress() as progress:
-        bench = Bench(Path(options.work), options.windows, 64, progress)
+        bench = Bench(Path(options.work), options.windows, progress)
         steps = [None, *(int(s) for s in options.steps.split(",") if s)]
         made = [(s, 0) for s in steps] + ([(steps[-1], options.distill)] if options.distill else [])
         rows = [bench.row(f, s, d) for f in options.formats.split(",") for s, d in made]

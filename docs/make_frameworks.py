@@ -20,14 +20,13 @@ from mxq_ext.plan.presets import PRESETS  # noqa: E402
 from mxq_ext.plan.rules import METHODS  # noqa: E402
 from mxq_ext.report import Column, table  # noqa: E402
 from mxq_ext.request import missing_parts  # noqa: E402
-from mxq_ext.verdicts import bits_table, measured, rivals_table, verdicts_table  # noqa: E402
+from mxq_ext.verdicts import LLAMA_CPP, bits_table, flat, measured, quality_columns, rivals_table, verdicts_table  # noqa: E402
 
 OUTPUT, RESULTS = ROOT / "docs" / "frameworks.md", ROOT / "bench" / "results" / "frameworks.json"
 NOTHING: dict = {"rows": [], "verdicts": [], "rivals": [], "bits_at": []}
+KINDS = ("technical", "literary")
 COLUMNS = (Column("preset"), Column("bits", "asked", "g"), Column("stored_bits", "stored bits", ".3f"), Column("mb", "checkpoint MB", ".1f"),
-           Column("technical perplexity", "ppl technical", ".2f"), Column("technical kl", "KL technical", ".4f"),
-           Column("literary perplexity", "ppl literary", ".2f"), Column("literary kl", "KL literary", ".4f"),
-           Column("decode_tokens_per_s", "decode tok/s", ".1f"), Column("minutes", "minutes", ".1f"), Column("code", "command"))
+           *quality_columns(KINDS), Column("decode_tokens_per_s", "decode tok/s", ".1f"), Column("minutes", "minutes", ".1f"), Column("code", "command"))
 
 INTRODUCTION = """# Frameworks
 
@@ -54,10 +53,9 @@ unit, token embedding and head included. W is [N, K], H the second moment of the
 """
 
 
-def flat(rows: list[dict]) -> list[dict]:
+def shown(rows: list[dict]) -> list[dict]:
     """Rows as ``COLUMNS`` reads them, those that were refused left out."""
-    return [{**r, "mb": r["checkpoint_bytes"] / 1e6, "code": f"`{r['command']}`",
-             **{f"{k} {part}": r[k][part] for k in ("technical", "literary") for part in ("perplexity", "kl")}} for r in measured(rows)]
+    return [{**r, "code": f"`{r['command']}`"} for r in flat(measured(rows), KINDS)]
 
 
 def base_name(row: dict) -> str:
@@ -78,7 +76,7 @@ def comparison(results: dict) -> str:
     """The tables over all presets, or nothing."""
     if not measured(results["rows"]):
         return ""
-    setup, rivals = results["setup"], [r for r in results["rows"] if r["family"] == "llama.cpp"]
+    setup, rivals = results["setup"], [r for r in results["rows"] if r["family"] == LLAMA_CPP]
     texts = " and ".join(f"{v['windows']} windows of {v['length']} tokens of the {k} text" for k, v in setup["held_out"].items())
     parts = ["## Side by side",
              f"SmolLM2-135M-Instruct with shuffled channels ([reproducing.md](reproducing.md)), {setup['calibration_windows']} calibration windows, half "
@@ -92,7 +90,7 @@ def comparison(results: dict) -> str:
         parts += ["Files of llama.cpp, each beside the best of our checkpoints that is no larger as a whole:", rivals_table(results["rivals"]),
                   "By llama.cpp's own logits, its files without a vocabulary. `imatrix`: with an importance matrix from the same calibration windows. On the "
                   "literary text, which the calibration windows are unlike, all of those but Q2_K lose less than ours: feedback of errors fits what it saw.",
-                  table(flat(rivals), [Column("name", "file"), *(c for c in COLUMNS if c.key not in ("preset", "bits", "decode_tokens_per_s"))]).markdown()]
+                  table(shown(rivals), [Column("name", "file"), *(c for c in COLUMNS if c.key not in ("preset", "bits", "decode_tokens_per_s"))]).markdown()]
     return "\n\n".join(parts) + "\n"
 
 
@@ -107,7 +105,7 @@ def section(name: str, p: Preset, rows: list[dict]) -> str:
         lines += ["- Cannot run yet, and is refused. It needs:", *(f"  - {m}" for m in missing)]
     lines.append("")
     if measured(mine):
-        lines.append(table(flat(mine), COLUMNS).markdown())
+        lines.append(table(shown(mine), COLUMNS).markdown())
     elif not missing:
         lines.append(f"Not measured yet. To run it: `mxq quantize MODEL -o OUT --preset {name} --bits B`.")
     lines += [line for r in mine if "refused" in r and not missing for line in ("", f"{r['bits']:g} bits were refused: {r['refused']}.")]

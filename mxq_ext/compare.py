@@ -15,7 +15,7 @@ import copy
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,6 +49,10 @@ class Contender:
     preset: str
     settings: tuple[str, ...] = ()
 
+    def name(self, bits: float) -> str:
+        """Of its row at a budget."""
+        return f"{self.label} {bits:g}"
+
     @property
     def family(self) -> str:
         """``controls`` for uniform formats alone, ``frameworks`` for the literature's, ``ours`` for the rest; also for those with other parts than their own,
@@ -77,16 +81,17 @@ class Comparison:
 
     def __init__(self, model_path: str | os.PathLike, out: str | os.PathLike, *, text: str | os.PathLike | None = None, windows: int = pipeline.WINDOWS,
                  held_out: Sequence[str | os.PathLike] = (), eval_windows: int = 12, length: int = pipeline.LENGTH, progress: Progress = SILENT):
-        self.path, self.out, self.text, self.windows, self.progress = str(model_path), Path(out), text, windows, progress
-        self.model, self.tokenizer = pipeline.load(model_path)
-        pipeline.need_tokenizer(self.tokenizer, model_path)
         if checkpoint.is_checkpoint(model_path):
             raise PlanError(f"comparing plans for {model_path}", "it is quantized already", "pass the float model")
+        self.path, self.out, self.text, self.windows, self.progress = str(model_path), Path(out), text, windows, progress
+        self.read = None if text is None else texts.read_text(text)
+        self.model, self.tokenizer = pipeline.load(model_path)
+        pipeline.need_tokenizer(self.tokenizer, model_path)
         found = {Path(f).stem: texts.read_text(f) for f in held_out} if held_out else {k: texts.heldout_text(k) for k in KINDS}
         if len(found) < len(held_out):
             raise MxqError(f"held-out texts {', '.join(map(str, held_out))}", "rows are named by the files' names, two of which are the same", "rename one")
         self.tokens = {k: texts.spread(texts.windows(self.tokenizer, t, length), eval_windows) for k, t in found.items()}
-        calibration = "built-in, and written by the model" if text is None else texts.text_hash(texts.read_text(text))
+        calibration = "built-in, and written by the model" if self.read is None else texts.text_hash(self.read)
         setup = {"model": self.model.mxq_source["sha256"], "calibration": calibration, "calibration_windows": windows,
                  "held_out": {k: {"sha256": texts.text_hash(t), "windows": len(self.tokens[k]), "length": length} for k, t in found.items()}}
         self.file = self.out / "compare.json"
@@ -114,20 +119,13 @@ class Comparison:
         if self.row(FLOAT) is None:
             total = sum(p.numel() for p in self.model.parameters())
             self.keep({"name": FLOAT, "family": "float", "stored_bits": 32.0, "linear_bits": 32.0, "checkpoint_bytes": 4 * total, **self.quality(self.model)})
-        missing = [(b, c) for b in bits for c in chosen if (self.row(f"{c.label} {b:g}") or {"refused": ""}).get("refused") is not None]
+        # What was refused is tried again: another version may know how.
+        missing = [(b, c) for b in bits for c in chosen if "refused" in (self.row(c.name(b)) or {"refused": ""})]
         self.calibrate([c for _, c in missing])
         for budget, contender in missing:
-            name = f"{contender.label} {budget:g}"
-            row = {"name": name, "preset": contender.label, "family": contender.family, "bits": budget, "version": __version__, "command": self.command(
-                contender, budget)}
-            try:
-                row |= self.measure(contender, budget)
-                cells = "  ".join(f"{k}: ppl {row[k]['perplexity']:.2f} KL {row[k]['kl']:.4f}" for k in self.tokens)
-                note = f"{row['stored_bits']:.3f} bits  {cells}  {row['minutes']:.1f} min"
-            except (BudgetError, PlanError) as error:  # a preset that has no plan of this size, or cannot run: the table says why
-                row["refused"] = note = str(error)
-            self.keep(row)
-            self.progress.note(f"{name}: {note}")
+            row = {"name": contender.name(budget), "preset": contender.label, "family": contender.family, "bits": budget, "version": __version__,
+                   "command": self.command(contender, budget)}
+            self.add(row, lambda c=contender, b=budget: self.measure(c, b), BudgetError, PlanError)
         self.measure_llama_cpp(llama_cpp)
         if timed:
             self.time()
@@ -137,17 +135,27 @@ class Comparison:
         self.show()
         return self.record
 
+    def add(self, row: dict, measure: Callable[[], dict], *refusals: type[MxqError]) -> None:
+        """Completes a row and keeps it; one of ``refusals`` makes a row that says why there is no such plan or file."""
+        try:
+            row |= measure()
+            cells = "  ".join(f"{k}: ppl {row[k]['perplexity']:.2f} KL {row[k]['kl']:.4f}" for k in self.tokens)
+            note = f"{row['stored_bits']:.3f} bits  {cells}  {row['minutes']:.1f} min"
+        except refusals as error:
+            row["refused"] = note = str(error)
+        self.keep(row)
+        self.progress.note(f"{row['name']}: {note}")
+
     def calibrate(self, chosen: Sequence[Contender]) -> None:
         """Once for all that read statistics of the model as it is: each by itself would walk through it again for its own kinds."""
         presets = [find_preset(c.preset, **parse_changes(c.settings, c.preset)) for c in chosen]
-        reading = [p for p in presets if p.transform != "rotate" and not missing_parts(p) and (p.method in pipeline.CALIBRATED or p.allocator != "uniform")]
+        reading = [p for p in presets if p.transform != "rotate" and not missing_parts(p) and pipeline.reads_text(p, planned=p.allocator == "uniform")]
         if reading:
             kinds = frozenset().union(*map(pipeline.kinds_for, reading))
             pipeline.calibrate_kinds(self.model, self.calibration_tokens(), kinds, self.out / "work", self.progress)
 
     def calibration_tokens(self) -> torch.Tensor:
-        text = None if self.text is None else texts.read_text(self.text)
-        return pipeline.calibration_tokens(self.model, self.tokenizer, self.out / "work", text=text, windows=self.windows, progress=self.progress)
+        return pipeline.calibration_tokens(self.model, self.tokenizer, self.out / "work", text=self.read, windows=self.windows, progress=self.progress)
 
     def command(self, contender: Contender, bits: float) -> str:
         """The command that measures one row again."""
@@ -162,7 +170,7 @@ class Comparison:
 
     def measure(self, contender: Contender, bits: float) -> dict:
         """Quantizes, saves, reads back, checks that this changes no bit, and evaluates what was read."""
-        start, target = time.monotonic(), self.checkpoint(f"{contender.label} {bits:g}")
+        start, target = time.monotonic(), self.checkpoint(contender.name(bits))
         # A control is the largest uniform format that fits, however much smaller: the row says its bits.
         free = {"solver": ()} if contender.family == "controls" else {}
         result = pipeline.quantize_model(copy.deepcopy(self.model), self.tokenizer, bits=bits, text=self.text, windows=self.windows, preset=contender.preset,
@@ -188,23 +196,24 @@ class Comparison:
             return
         (self.out / "gguf").mkdir(exist_ok=True)
         source = self.out / "gguf" / "float32.gguf"
-        llamacpp.write_gguf(self.model, source)
-        stats = pipeline.calibrate_kinds(self.model, self.calibration_tokens(), frozenset(("none",)), self.out / "work", self.progress)
-        found = llamacpp.importance(self.model, stats)
-        for kind, matrix, name in wanted:
-            target, start = self.out / "gguf" / f"{name.partition(' ')[2].replace(' ', '-')}.gguf", time.monotonic()
-            row = {"name": name, "preset": LLAMA_CPP + (" imatrix" if matrix else ""), "family": LLAMA_CPP,
-                   "command": f"mxq compare {Path(self.path).name} -o {self.out.name} --llama-cpp {kind}"}
-            try:
-                llamacpp.quantize_gguf(source, target, kind, found if matrix else None)
-                row |= {"minutes": (time.monotonic() - start) / 60, **llamacpp.sizes(target)}
-                row |= {k: llamacpp.evaluate_gguf(target, self.references[k], t, self.progress).to_dict() for k, t in self.tokens.items()}
-                note = "  ".join(f"{k}: ppl {row[k]['perplexity']:.2f} KL {row[k]['kl']:.4f}" for k in self.tokens)
-            except QuantizationError as error:
-                row["refused"] = note = str(error)
-            self.keep(row)
-            self.progress.note(f"{name}: {note}")
-        source.unlink()
+        llamacpp.write_gguf(self.model, source)  # first, for it may refuse the model
+        try:
+            stats = pipeline.calibrate_kinds(self.model, self.calibration_tokens(), frozenset(("none",)), self.out / "work", self.progress)
+            found = llamacpp.importance(self.model, stats)
+            for kind, matrix, name in wanted:
+                row = {"name": name, "preset": LLAMA_CPP + (" imatrix" if matrix else ""), "family": LLAMA_CPP,
+                       "command": f"mxq compare {Path(self.path).name} -o {self.out.name} --llama-cpp {kind}"}
+                target = self.out / "gguf" / f"{name.partition(' ')[2].replace(' ', '-')}.gguf"
+                self.add(row, lambda t=target, k=kind, m=matrix: self.measure_gguf(source, t, k, found if m else None), QuantizationError)
+        finally:
+            source.unlink()
+
+    def measure_gguf(self, source: Path, target: Path, kind: str, matrix: Mapping | None) -> dict:
+        """Makes one of llama.cpp's files and evaluates it."""
+        start = time.monotonic()
+        llamacpp.quantize_gguf(source, target, kind, matrix)
+        return {"minutes": (time.monotonic() - start) / 60, **llamacpp.sizes(target),
+                **{k: llamacpp.evaluate_gguf(target, self.references[k], t, self.progress).to_dict() for k, t in self.tokens.items()}}
 
     def time(self) -> None:
         """Tokens per second of every row that has a checkpoint and no time yet."""
@@ -212,9 +221,9 @@ class Comparison:
             at = self.checkpoint(row["name"])
             if "decode_tokens_per_s" in row or row["family"] == LLAMA_CPP or (row["name"] != FLOAT and not checkpoint.is_checkpoint(at)):
                 continue
-            measured = speed(self.model if row["name"] == FLOAT else checkpoint.load(at))
-            self.keep(row | {k: measured[k] for k in ("decode_tokens_per_s", "prefill_tokens_per_s", "threads")})
-            self.progress.note(f"{row['name']}: {measured['decode_tokens_per_s']:.1f} tokens/s")
+            found = speed(self.model if row["name"] == FLOAT else checkpoint.load(at))
+            self.keep(row | {k: found[k] for k in ("decode_tokens_per_s", "prefill_tokens_per_s", "threads")})
+            self.progress.note(f"{row['name']}: {found['decode_tokens_per_s']:.1f} tokens/s")
 
     def show(self) -> None:
         """Writes the Markdown page and the pictures."""

@@ -214,7 +214,7 @@ def quantize_model(model: nn.Module, tokenizer, *, bits: float | None = None, nb
         table = stats = None
         if stats_dir is not None:
             stats, tokens = open_stats(stats_dir, model)
-        elif plan is None or chosen.method in CALIBRATED or blocks is not None or training is not None or chosen.transform == "awq":
+        elif reads_text(chosen, planned=plan is not None):
             read = None if text is None else texts.read_text(text)
             tokens = calibration_tokens(model, tokenizer, directory, text=read, windows=windows, source=source, progress=progress)
             stats = calibrate_for(model, tokens, chosen, directory / "rotate" if chosen.transform == "rotate" else directory, progress)
@@ -305,6 +305,12 @@ def quantize_by_layouts(model: nn.Module, layouts: dict[str, banding.Layout], st
 
         out[name] = kept(work / f"bands-{key}" / f"{name}.{layout.digest()[:12]}.safetensors", weight, make)
     return out
+
+
+def reads_text(preset: Preset, planned: bool) -> bool:
+    """Whether quantizing by a preset looks at calibration text: to choose a plan, unless there is one, for the quantizer, or before or after it."""
+    return (not planned or preset.method in CALIBRATED or preset.reconstruct is not None or preset.distill is not None
+            or preset.transform == "awq")
 
 
 def kinds_for(preset: Preset) -> frozenset[str]:

@@ -76,26 +76,37 @@ def _crossing(front: Sequence[tuple[float, float]], rise: float) -> float | None
     return None
 
 
+def flat(rows: Sequence[dict], kinds: Sequence[str]) -> list[dict]:
+    """Rows that were not refused as a table reads them: with ``mb``, and with ``perplexity <text>`` and ``kl <text>`` beside the rest."""
+    return [{**r, "mb": r["checkpoint_bytes"] / 1e6, **{f"{what} {k}": r[k][what] for k in kinds for what in ("perplexity", "kl")}}
+            for r in rows if "refused" not in r]
+
+
+def quality_columns(kinds: Sequence[str]) -> list[Column]:
+    """Perplexity and KL on each text, of ``flat`` rows."""
+    return [c for k in kinds for c in (Column(f"perplexity {k}", f"ppl {k}", ".2f"), Column(f"kl {k}", f"KL {k}", ".4f"))]
+
+
 def rows_table(rows: Sequence[dict], kinds: Sequence[str]) -> str:
     """Markdown of all rows, by budget and KL; refusals behind them."""
-    flat = [{**r, "mb": r["checkpoint_bytes"] / 1e6, **{f"{what} {k}": r[k][what] for k in kinds for what in ("perplexity", "kl")}}
-            for r in rows if "refused" not in r]
-    flat.sort(key=lambda r: (-1 if r["name"] == FLOAT else r.get("bits", r["stored_bits"]), r[f"kl {kinds[0]}"]))
+    shown = sorted(flat(rows, kinds), key=lambda r: (-1 if r["name"] == FLOAT else r.get("bits", r["stored_bits"]), r[f"kl {kinds[0]}"]))
     columns = [Column("name", "plan"), Column("stored_bits", "stored bits", ".3f"), Column("linear_bits", "of linears", ".3f"),
                Column("mb", "checkpoint MB", ".1f"),
-               *(c for k in kinds for c in (Column(f"perplexity {k}", f"ppl {k}", ".2f"), Column(f"kl {k}", f"KL {k}", ".4f"))),
+               *quality_columns(kinds),
                Column("decode_tokens_per_s", "decode tok/s", ".1f"), Column("minutes", None, ".1f")]
     refused = [f"- {r['name']}: {r['refused']}" for r in rows if "refused" in r]
-    return "\n".join([table(flat, columns).markdown(), *(["", "Refused:", "", *refused] if refused else [])])
+    return "\n".join([table(shown, columns).markdown(), *(["", "Refused:", "", *refused] if refused else [])])
 
 
 def verdicts_table(found: Sequence[dict]) -> str:
+    """Markdown of :func:`verdicts`."""
     return table(found, [Column("bits"), Column("text"), Column("best", "best plan"), Column("best_kl", "KL", ".4f"), Column("control", "best uniform"),
                          Column("control_bits", "its bits", ".3f"), Column("control_kl", "its KL", ".4f"), Column("kl", "difference", "+.4f"),
                          Column("kl_se", "error", ".4f")]).markdown()
 
 
 def rivals_table(found: Sequence[dict]) -> str:
+    """Markdown of :func:`rivals`."""
     rows = [{**r, "rival_mb": r["rival_bytes"] / 1e6, "best_mb": r["best_bytes"] / 1e6} for r in found]
     return table(rows, [Column("rival", "file"), Column("text"), Column("rival_mb", "MB", ".1f"), Column("rival_kl", "KL", ".4f"),
                         Column("best", "best of ours"), Column("best_mb", "its MB", ".1f"), Column("best_kl", "its KL", ".4f"),
@@ -103,5 +114,6 @@ def rivals_table(found: Sequence[dict]) -> str:
 
 
 def bits_table(found: Sequence[dict]) -> str:
+    """Markdown of :func:`bits_at`."""
     rises = [k for k in (found[0] if found else {}) if k.endswith("%")]
     return markdown_table(["family", "text", *rises], [[r["family"], r["text"], *("-" if r[k] is None else f"{r[k]:.2f}" for k in rises)] for r in found])

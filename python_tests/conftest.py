@@ -54,6 +54,18 @@ def make_sharp_model(seed: int = 0):
     return model.requires_grad_(False)
 
 
+def load_real_model():
+    """(model, tokenizer) of the demo; skips the test where its package is not installed."""
+    from mxq_ext.errors import ModelError
+    from mxq_ext.hf import demo_model_path, load_model
+
+    try:
+        path = demo_model_path()
+    except ModelError as error:
+        pytest.skip(str(error))
+    return load_model(path)
+
+
 @pytest.fixture
 def tiny_model():
     return make_model()

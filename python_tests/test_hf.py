@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_model, make_tokenizer
+from conftest import load_real_model, make_model, make_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -343,11 +343,7 @@ def test_permutation_refuses_what_it_does_not_know():
 
 @pytest.mark.slow
 def test_the_real_model():
-    try:
-        path = demo_model_path()
-    except ModelError as e:
-        pytest.skip(str(e))
-    model, tokenizer = load_model(path)
+    model, tokenizer = load_real_model()
     assert model.mxq_source["stored"] == {"Q4_1": 210, "F32": 61, "Q8_0": 1}
     ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
     with torch.no_grad():

@@ -4,15 +4,15 @@ import copy
 
 import pytest
 import torch
+from conftest import load_real_model
 from transformers import DynamicCache
 
 from mxq_ext.decoding import cache_name
-from mxq_ext.errors import ModelError
-from mxq_ext.hf import demo_model_path, load_model
 from mxq_ext.kv.attention import replace_attention
 from mxq_ext.kv.cache import MxqCache
 from mxq_ext.plan import KVPlan, KVSpec
 
+pytestmark = pytest.mark.slow
 EXACT = KVPlan(KVSpec(16, 16))
 PROMPTS = ["The three most important things to know about the sea are", "In the beginning of the year the farmer", "Python is a language that"]
 
@@ -20,11 +20,7 @@ PROMPTS = ["The three most important things to know about the sea are", "In the 
 @pytest.fixture(scope="module")
 def real():
     """(model, the same with packed pages of 16 bits, tokenizer)."""
-    try:
-        path = demo_model_path()
-    except ModelError as error:
-        pytest.skip(str(error))
-    model, tokenizer = load_model(path)
+    model, tokenizer = load_real_model()
     return model, replace_attention(copy.deepcopy(model), EXACT), tokenizer
 
 
