@@ -19,7 +19,7 @@ read and which is made once at load.
 
 ## Names
 
-    w<bits>[g<group>][_asym|_fz][_bf16]    uniform, bits 2, 3, 4, 8      w4g64  w3g64_asym  w8
+    w<bits>[g<group>][_asym|_fz][_bf16]    uniform, bits 2 to 6, 8      w4g64  w3g64_asym  w8
     nf4g<group>[_bf16]                     NormalFloat levels            nf4g64
     lut<bits>                              k-means table per output row  lut3
     fp16                                   plain half precision
@@ -47,7 +47,7 @@ enum Zero : uint8_t { SYM = 0, INT = 1, FLOATZERO = 2 };
 
 struct Format {
   uint8_t kind;    // Kind
-  uint8_t bits;    // code bits: uniform 2 3 4 8, nf 4, lut 2 3 4, float 16
+  uint8_t bits;    // code bits: uniform 2 3 4 5 6 8, nf 4, lut 2 3 4, float 16
   uint8_t zero;    // Zero; SYM for all but uniform
   uint8_t bf16;    // 1: scales and float zeros are bfloat16, 0: fp16
   uint32_t group;  // columns per scale: 32, 64, 128, or 0 for the whole row
@@ -141,6 +141,19 @@ its word, where the float kernels look it up in a table (what is left above it i
              byte k of word 1   |7|6|5 4 3|2 1 0|     quad 7 = word2[7:6] + 4 * word1[7]
              byte k of word 2   |7 6|5 4 3|2 1 0|
 
+    5 bits   word i     bit 8*k               for i < 5; the three top bits of each byte hold quads 5, 6 and 7:
+
+             byte k of word 0   |7 6 5|4 3 2 1 0|     quad 5 = 4 * word0[7:5] + word3[6:5]
+             byte k of word 1   |7 6 5|4 3 2 1 0|     quad 6 = 4 * word1[7:5] + word4[6:5]
+             byte k of word 2   |7 6 5|4 3 2 1 0|     quad 7 = 4 * word2[7:5] + 2 * word3[7] + word4[7]
+             byte k of word 3   |7|6 5|4 3 2 1 0|
+             byte k of word 4   |7|6 5|4 3 2 1 0|
+
+    6 bits   word i     bit 8*k               for i < 6; the two top bits of each byte hold quads 6 and 7:
+
+             byte k of word i   |7 6|5 4 3 2 1 0|     quad 6 = 16 * word0[7:6] + 4 * word1[7:6] + word2[7:6]
+                                                      quad 7 = 16 * word3[7:6] + 4 * word4[7:6] + word5[7:6]
+
 ### Row lanes: uniform, nf, fp16
 
 The 16 lanes are 16 rows. Rows are padded to a multiple of 16 and columns to a multiple of 32 (`Kp`). A tile is 16 rows:
@@ -150,7 +163,7 @@ The 16 lanes are 16 rows. Rows are padded to a multiple of 16 and columns to a m
     scales   [tile][groups]    16 x fp16 or bf16
     zeros    [tile][groups]    _asym: 16 x int8, z - 2^(bits-1);  _fz: 16 x fp16 or bf16
 
-Uniform codes of 2, 3 and 4 bits are stored centred: `q - 2^(bits-1)` in two's complement, which is `q` with its top bit flipped. So symmetric
+Uniform codes of less than 8 bits are stored centred: `q - 2^(bits-1)` in two's complement, which is `q` with its top bit flipped. So symmetric
 formats need no correction at all in the float kernels. Those of 8 bits are stored as they are: the integer kernels multiply unsigned bytes, and
 read these straight from memory. Padding is: code 0, scale 0, zero 0; the padded inputs are zero too.
 

@@ -3,7 +3,7 @@
 This file and ``csrc/formats.h`` say the same thing twice, once for each language; ``python_tests/test_formats.py`` compares
 them. The grammar of the names::
 
-    w<bits>[g<group>][_asym|_fz][_bf16]    uniform, bits 2, 3, 4, 8      w4g64  w3g64_asym  w8
+    w<bits>[g<group>][_asym|_fz][_bf16]    uniform, bits 2 to 6, 8      w4g64  w3g64_asym  w8
     nf4g<group>[_bf16]                     NormalFloat levels            nf4g64
     lut<bits>                              k-means table per output row  lut3
     fp16                                   plain half precision
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 from .errors import FormatError
 
-UNIFORM_BITS = (2, 3, 4, 8)
+UNIFORM_BITS = (2, 3, 4, 5, 6, 8)
 LUT_BITS = (2, 3, 4)
 GROUPS = (32, 64, 128)
 PAGE = 64  #: tokens of a page of the KV cache, the amount that is quantized at a time

@@ -41,4 +41,4 @@ def test_mistakes():
     with pytest.raises(ShapeError, match="sizes must be at least 1"):
         bench.linear_speed(n=0)
     with pytest.raises(FormatError):
-        bench.linear_speed(["w5"], n=8, k=8)
+        bench.linear_speed(["w7"], n=8, k=8)

@@ -148,7 +148,7 @@ def test_peers_are_pinned(linear):
 
 
 @pytest.mark.parametrize("args, message", [
-    (["--formats", "w5"], "bench: uniform format of 5 bits"),
+    (["--formats", "w7"], "bench: uniform format of 7 bits"),
     (["--target", "sse9"], "bench: CPU target 'sse9'"),
     (["--shapes", "4096"], "bench: shape '4096': a shape is NxK with whole numbers above 0; write 4096x4096, or one of llama3-8b, smollm2"),
     (["--m", "1,0"], "bench: --m 1,0: '0' is no whole number above 0"),

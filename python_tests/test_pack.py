@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from mxq_ext import _native, ops, reference
 from mxq_ext.errors import NativeError, ShapeError
-from mxq_ext.formats import Format
+from mxq_ext.formats import UNIFORM_BITS, Format
 from mxq_ext.ops import Packed
 from mxq_ext.pack import pack_codes, unpack_codes
 from mxq_ext.qtensor import QTensor, Rectangle
@@ -25,7 +25,7 @@ def same(a: QTensor, b: QTensor) -> bool:
         ta[n].dtype == tb[n].dtype and torch.equal(ta[n].contiguous().view(torch.uint8), tb[n].contiguous().view(torch.uint8)) for n in ta)
 
 
-@given(st.sampled_from((2, 3, 4, 8)), st.integers(0, 5), st.integers(0, 70), st.randoms())
+@given(st.sampled_from(UNIFORM_BITS), st.integers(0, 5), st.integers(0, 70), st.randoms())
 def test_stream_is_what_the_document_says(bits, rows, cols, random):
     codes = torch.tensor([[random.randrange(2**bits) for _ in range(cols)] for _ in range(rows)], dtype=torch.int64).reshape(rows, cols)
     packed = pack_codes(codes, bits)
@@ -88,6 +88,13 @@ def test_layouts(layout):
 def stripe(words: list[int], bits: int) -> list[int]:
     """The 32 codes of one lane of a stripe, by the drawing in docs/formats.md."""
     field = [[word >> 8 * k & 255 for k in range(4)] for word in words]  # [word][byte]
+    if bits in (5, 6):  # one whole quad a word; the bits above them, from the highest on, make the others
+        high = [[byte >> bits for byte in word] for word in field]
+        codes = [byte & ((1 << bits) - 1) for word in field for byte in word]
+        if bits == 6:
+            return codes + [16 * high[w][k] + 4 * high[w + 1][k] + high[w + 2][k] for w in (0, 3) for k in range(4)]
+        codes += [4 * high[w][k] + high[w + 3][k] % 4 for w in (0, 1) for k in range(4)]
+        return codes + [4 * high[2][k] + 2 * (high[3][k] >> 2) + (high[4][k] >> 2) for k in range(4)]
     if bits != 3:
         per = 8 // bits
         return [field[i // per][k] >> bits * (i % per) & ((1 << bits) - 1) for i in range(8) for k in range(4)]
@@ -96,7 +103,7 @@ def stripe(words: list[int], bits: int) -> list[int]:
     return codes + [field[2][k] >> 6 | (field[1][k] >> 7) << 2 for k in range(4)]
 
 
-@pytest.mark.parametrize("name", ["w2", "w3", "w4", "w8", "nf4", "lut2", "lut3", "lut4"])
+@pytest.mark.parametrize("name", ["w2", "w3", "w4", "w5", "w6", "w8", "nf4", "lut2", "lut3", "lut4"])
 def test_prepacked_codes_are_what_the_document_says(name):
     """Finds the stripes of a one-tile weight in the blob's bytes by value: their place is the blob's own business, their form is not."""
     fmt = Format.parse(name)

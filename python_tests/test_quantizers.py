@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from mxq_ext.errors import QuantizationError, ShapeError
-from mxq_ext.formats import NF4_LEVELS, Format
+from mxq_ext.formats import NF4_LEVELS, UNIFORM_BITS, Format
 from mxq_ext.quantizers import METHODS, default_method, find_method, make_options, prepare_hessian, quantize
 from mxq_ext.quantizers.grid import make_grid, round_scale
 from mxq_ext.quantizers.hqq import optimize_zeros
 
-FORMATS = [f"w{b}{g}{z}" for b in (2, 3, 4, 8) for g in ("", "g32", "g64") for z in ("", "_asym", "_fz")] + [
+FORMATS = [f"w{b}{g}{z}" for b in UNIFORM_BITS for g in ("", "g32", "g64") for z in ("", "_asym", "_fz")] + [
     "w3g32_asym_bf16", "w4g64_bf16", "w4g32_fz_bf16", "nf4", "nf4g32", "nf4g64_bf16", "lut2", "lut3", "lut4"]
 
 

@@ -258,8 +258,8 @@ def test_names_that_match_nothing():
         replace_linear(model, Plan(default="w4g64", units={"model.layers.0.mlp.down_porj": "w8"}))
     with pytest.raises(PlanError, match="quantized weight 'model.layers.9.mlp.up_proj'.*did you mean"):
         replace_linear(model, "w4g64", qtensors={"model.layers.9.mlp.up_proj": quantize(torch.randn(96, 64), "w4g64", method="rtn")})
-    with pytest.raises(FormatError, match="uniform format of 5 bits"):
-        replace_linear(model, "w5")
+    with pytest.raises(FormatError, match="uniform format of 7 bits"):
+        replace_linear(model, "w7")
     assert untouched(model, logits)
 
 

@@ -11,7 +11,7 @@ namespace MXQ_TARGET {
 // A decoder's step() reads BYTES bytes and calls f(Int<i>, vector) for each of STEP columns; STEP divides 32.
 
 template <int BITS, bool SIGNED>
-struct Words {  // 2, 4 and 8 bits: one word a step
+struct Words {  // 2 and 4 bits: one word a step
   static constexpr int STEP = 32 / BITS, BYTES = 64;
   static constexpr bool SCALED = true;
   template <class F>
@@ -60,6 +60,40 @@ struct Words<3, SIGNED> {  // 3 bits: a whole stripe, because quads 6 and 7 lie 
   }
 };
 
+// The quads of 5 and 6 bits that lie across the words of a stripe (formats.h): calls f(Int<quad>, bytes), each code in the upper bits of its byte.
+template <int BITS, class F>
+MXQ_INLINE void across(const W* w, F&& f) {
+  if constexpr (BITS == 5) {
+    f(Int<5>{}, merge<0x18181818u>(w[0], shift<2>(w[3])));
+    f(Int<6>{}, merge<0x18181818u>(w[1], shift<2>(w[4])));
+    f(Int<7>{}, merge<0x08080808u>(merge<0x10101010u>(w[2], shift<3>(w[3])), shift<4>(w[4])));
+  } else {
+    f(Int<6>{}, merge<0x0c0c0c0cu>(merge<0x30303030u>(w[0], shift<2>(w[1])), shift<4>(w[2])));
+    f(Int<7>{}, merge<0x0c0c0c0cu>(merge<0x30303030u>(w[3], shift<2>(w[4])), shift<4>(w[5])));
+  }
+}
+
+template <int BITS>
+struct Stripes {  // 5 and 6 bits
+  static constexpr int STEP = 32, BYTES = BITS * 64;
+  static constexpr bool SCALED = true;
+  template <class F>
+  MXQ_INLINE void step(const uint8_t* p, const Book& book, F&& f) {
+    W w[BITS];
+    unroll<BITS>([&](auto v) MXQ_LAMBDA {
+      constexpr int Q = decltype(v)::value;
+      w[Q] = load_words(p + 64 * Q);
+      unroll<4>([&](auto k) MXQ_LAMBDA { f(Int<4 * Q + decltype(k)::value>{}, centred<BITS, 8 * decltype(k)::value>(book, w[Q])); });
+    });
+    across<BITS>(w, [&](auto q, W u) MXQ_LAMBDA {
+      unroll<4>([&](auto k) MXQ_LAMBDA {
+        constexpr int K = decltype(k)::value;
+        f(Int<4 * decltype(q)::value + K>{}, centred<BITS, 8 * K + 8 - BITS>(book, u));
+      });
+    });
+  }
+};
+
 struct Codes8 {  // 8 bits, not centred in memory
   static constexpr int STEP = 4, BYTES = 64;
   static constexpr bool SCALED = true;
@@ -79,7 +113,7 @@ struct Halves {  // fp16
   }
 };
 
-// The table of a uniform or nf format (see formats.h); unused for 8 and 16 bits. Constants: a piece of a mixed weight may be a tile of few columns.
+// The table of a uniform or nf format (see formats.h); unused for more than 4 bits. Constants: a piece of a mixed weight may be a tile of few columns.
 static constexpr float CENTRED_2[16] = {0, 1, -2, -1, 0, 1, -2, -1, 0, 1, -2, -1, 0, 1, -2, -1};
 static constexpr float CENTRED_3[16] = {0, 1, 2, 3, -4, -3, -2, -1, 0, 1, 2, 3, -4, -3, -2, -1};
 static constexpr float CENTRED_4[16] = {0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1};
@@ -274,6 +308,8 @@ static void gemv_piece(const Job& j, const Piece& p, int64_t tile, int64_t end, 
     case 2: return gemv_tile<Words<2, true>, MR>(t, book, x, sums, acc);
     case 3: return gemv_tile<Words<3, true>, MR>(t, book, x, sums, acc);
     case 4: return gemv_tile<Words<4, true>, MR>(t, book, x, sums, acc);
+    case 5: return gemv_tile<Stripes<5>, MR>(t, book, x, sums, acc);
+    case 6: return gemv_tile<Stripes<6>, MR>(t, book, x, sums, acc);
     case 8: return gemv_tile<Codes8, MR>(t, book, x, sums, acc);
     default: return gemv_tile<Halves, MR>(t, book, x, sums, acc);
   }
@@ -336,6 +372,8 @@ static void decode_panel(const Job& j, const Piece& p, int64_t tile, int64_t row
     case 2: return decode_tile<Words<2, true>>(t, book, c0, c1, panel);
     case 3: return decode_tile<Words<3, true>>(t, book, c0, c1, panel);
     case 4: return decode_tile<Words<4, true>>(t, book, c0, c1, panel);
+    case 5: return decode_tile<Stripes<5>>(t, book, c0, c1, panel);
+    case 6: return decode_tile<Stripes<6>>(t, book, c0, c1, panel);
     case 8: return decode_tile<Codes8>(t, book, c0, c1, panel);
     default: return decode_tile<Halves>(t, book, c0, c1, panel);
   }

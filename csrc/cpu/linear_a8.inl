@@ -67,6 +67,30 @@ struct Quads<3, IN_PLACE> {
   }
 };
 
+template <int BITS, bool IN_PLACE>
+struct StripeQuads {  // uniform 5 and 6 bits
+  static constexpr int OFFSET = 1 << (BITS - 1), BYTES = BITS * 64, ABOVE = 8 - BITS;
+  static constexpr bool SMALL = true;
+  static constexpr int SHIFTS = IN_PLACE ? 1 | 1 << ABOVE : 1;
+  template <class F>
+  MXQ_INLINE void step(const uint8_t* p, const Bytes&, F&& f) {
+    constexpr uint32_t MASK = ((1u << BITS) - 1) * 0x01010101u, FLIP = (1u << (BITS - 1)) * 0x01010101u;
+    W w[BITS];
+    unroll<BITS>([&](auto v) MXQ_LAMBDA {
+      w[decltype(v)::value] = load_words(p + 64 * decltype(v)::value);
+      f(v, Int<0>{}, field<MASK, FLIP>(w[decltype(v)::value]));
+    });
+    across<BITS>(w, [&](auto q, W u) MXQ_LAMBDA {
+      if constexpr (IN_PLACE) f(q, Int<ABOVE>{}, field<(MASK << ABOVE), (FLIP << ABOVE)>(u));
+      else f(q, Int<0>{}, field<MASK, FLIP>(shift<ABOVE>(u)));
+    });
+  }
+};
+template <bool IN_PLACE>
+struct Quads<5, IN_PLACE> : StripeQuads<5, IN_PLACE> {};
+template <bool IN_PLACE>
+struct Quads<6, IN_PLACE> : StripeQuads<6, IN_PLACE> {};
+
 template <bool IN_PLACE>
 struct Quads<8, IN_PLACE> {
   static constexpr int OFFSET = BIAS, BYTES = 512;
@@ -351,6 +375,8 @@ static void gemv8_piece(const Job& j, const Piece& p, int64_t pieces, int64_t ti
     case 2: return gemv8_tile<Quads<2, VNNI>, MR>(t, table, in, late, acc);
     case 3: return gemv8_tile<Quads<3, VNNI>, MR>(t, table, in, late, acc);
     case 4: return gemv8_tile<Quads<4, VNNI>, MR>(t, table, in, late, acc);
+    case 5: return gemv8_tile<Quads<5, VNNI>, MR>(t, table, in, late, acc);
+    case 6: return gemv8_tile<Quads<6, VNNI>, MR>(t, table, in, late, acc);
     default: return gemv8_tile<Quads<8, VNNI>, MR>(t, table, in, late, acc);
   }
 }
@@ -434,6 +460,8 @@ static void unpack_panel(const Job& j, const Piece& p, int64_t tile, int64_t row
     case 2: return unpack_tile<Quads<2, false>>(t, table, group, c0, c1, out);
     case 3: return unpack_tile<Quads<3, false>>(t, table, group, c0, c1, out);
     case 4: return unpack_tile<Quads<4, false>>(t, table, group, c0, c1, out);
+    case 5: return unpack_tile<Quads<5, false>>(t, table, group, c0, c1, out);
+    case 6: return unpack_tile<Quads<6, false>>(t, table, group, c0, c1, out);
     default: return unpack_tile<Quads<8, false>>(t, table, group, c0, c1, out);
   }
 }

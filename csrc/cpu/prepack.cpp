@@ -13,43 +13,46 @@ namespace {
 
 // ------------------------------------------------------------------------------------------------------------ single codes
 
-// Where a code of `bits` bits (2, 4, 8; the low two bits of quads 6 and 7 for 3) lies: vector and bit of quad i, byte k (formats.h).
-struct Place {
-  int word, bit;
+// Where a part of a code lies: its bits from `from` on, `count` of them, at bit `bit` of vector `word` of the stripe.
+struct Part {
+  int word, bit, from, count;
 };
+struct Place {
+  Part parts[3];
+  int count;
+};
+// Of quad i, byte k (drawn in formats.h).
 Place place_of(int i, int k, int bits) {
-  if (bits == 3) return i < 6 ? Place{i / 2, 8 * k + 3 * (i % 2)} : Place{i == 6 ? 0 : 2, 8 * k + 6};
+  const int byte = 8 * k;
+  if (bits == 3 && i >= 6) return {{{i == 6 ? 0 : 2, byte + 6, 0, 2}, {1, byte + i, 2, 1}}, 2};
+  if (bits == 5 && i == 7) return {{{2, byte + 5, 2, 3}, {3, byte + 7, 1, 1}, {4, byte + 7, 0, 1}}, 3};
+  if (bits == 5 && i >= 5) return {{{i - 5, byte + 5, 2, 3}, {i - 2, byte + 5, 0, 2}}, 2};
+  if (bits == 6 && i >= 6) return {{{3 * (i - 6), byte + 6, 4, 2}, {3 * (i - 6) + 1, byte + 6, 2, 2}, {3 * (i - 6) + 2, byte + 6, 0, 2}}, 3};
   const int per = quads_per_word(bits);
-  return {i / per, 8 * k + bits * (i % per)};
-}
-
-uint32_t word_get(const uint8_t* words, Place p, int lane, int bits) {
-  uint32_t w;
-  std::memcpy(&w, words + 64 * p.word + 4 * lane, 4);
-  return w >> p.bit & ((1u << bits) - 1);
-}
-
-void word_put(uint8_t* words, Place p, int lane, uint32_t field) {  // into zeroed words
-  uint32_t w;
-  std::memcpy(&w, words + 64 * p.word + 4 * lane, 4);
-  w |= field << p.bit;
-  std::memcpy(words + 64 * p.word + 4 * lane, &w, 4);
+  return {{{i / per, byte + bits * (i % per), 0, bits}}, 1};
 }
 
 // Code p of lane l of the stripe at `words`.
 uint32_t stripe_get(const uint8_t* words, int p, int lane, int bits) {
-  const int i = p / 4, k = p % 4;
-  if (bits == 3 && i >= 6) return word_get(words, place_of(i, k, 3), lane, 2) | word_get(words, {1, 8 * k + i}, lane, 1) << 2;
-  return word_get(words, place_of(i, k, bits), lane, bits);
+  const Place place = place_of(p / 4, p % 4, bits);
+  uint32_t code = 0;
+  for (int n = 0; n < place.count; n++) {
+    const Part& part = place.parts[n];
+    uint32_t w;
+    std::memcpy(&w, words + 64 * part.word + 4 * lane, 4);
+    code |= (w >> part.bit & ((1u << part.count) - 1)) << part.from;
+  }
+  return code;
 }
 
-void stripe_put(uint8_t* words, int p, int lane, int bits, uint32_t code) {
-  const int i = p / 4, k = p % 4;
-  if (bits == 3 && i >= 6) {
-    word_put(words, place_of(i, k, 3), lane, code & 3);
-    word_put(words, {1, 8 * k + i}, lane, code >> 2);
-  } else {
-    word_put(words, place_of(i, k, bits), lane, code);
+void stripe_put(uint8_t* words, int p, int lane, int bits, uint32_t code) {  // into zeroed words
+  const Place place = place_of(p / 4, p % 4, bits);
+  for (int n = 0; n < place.count; n++) {
+    const Part& part = place.parts[n];
+    uint32_t w;
+    std::memcpy(&w, words + 64 * part.word + 4 * lane, 4);
+    w |= (code >> part.from & ((1u << part.count) - 1)) << part.bit;
+    std::memcpy(words + 64 * part.word + 4 * lane, &w, 4);
   }
 }
 

@@ -112,10 +112,10 @@ static constexpr bool PAIRS = true;
 MXQ_INLINE Book upper_code(Book book) {
   return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3), book);
 }
-// Field of BITS bits at bit S as a signed number; for less than 8 bits `book` says the same as a table.
+// Field of BITS bits at bit S as a signed number; up to 4 bits `book` says the same as a table.
 template <int BITS, int S>
 MXQ_INLINE V centred(Book book, W w) {
-  if constexpr (BITS == 8) return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(w, 24 - S), 24));
+  if constexpr (BITS > 4) return _mm512_cvtepi32_ps(_mm512_srai_epi32(BITS + S == 32 ? w : _mm512_slli_epi32(w, 32 - BITS - S), 32 - BITS));
   else return lookup<BITS>(book, shift<S>(w));
 }
 
@@ -142,6 +142,9 @@ template <bool FLIP>
 MXQ_INLINE W merge3(W a, W b) {
   return _mm512_ternarylogic_epi32(_mm512_and_si512(a, ints(0x03030303)), b, ints(0x04040404), FLIP ? 0xf2 : 0xf8);
 }
+// The bits of b where MASK has ones, those of a elsewhere.
+template <uint32_t MASK>
+MXQ_INLINE W merge(W a, W b) { return _mm512_ternarylogic_epi32(a, b, ints((int32_t)MASK), 0xd8); }
 MXQ_INLINE void pin(W& w) { __asm__("" : "+v"(w)); }
 MXQ_INLINE Bytes load_bytes(const void* p) { return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)p)); }
 MXQ_INLINE W lookup_bytes(Bytes t, W index) { return _mm512_shuffle_epi8(t, index); }
@@ -296,6 +299,11 @@ MXQ_INLINE W merge3(W a, W b) {
   const W low = mask_words(a, 0x03030303), top = field<0x04040404, FLIP ? 0x04040404 : 0>(b);
   return {_mm256_or_si256(low.a, top.a), _mm256_or_si256(low.b, top.b)};
 }
+template <uint32_t MASK>
+MXQ_INLINE W merge(W a, W b) {
+  const W low = mask_words(a, ~MASK), top = mask_words(b, MASK);
+  return {_mm256_or_si256(low.a, top.a), _mm256_or_si256(low.b, top.b)};
+}
 MXQ_INLINE void pin(W&) {}
 MXQ_INLINE Bytes load_bytes(const void* p) { return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)p)); }
 MXQ_INLINE W lookup_bytes(Bytes t, W i) { return {_mm256_shuffle_epi8(t, i.a), _mm256_shuffle_epi8(t, i.b)}; }
@@ -418,6 +426,10 @@ MXQ_INLINE W field(W w) { return MXQ_EACH(MXQ_F); }
 #define MXQ_F(m) (x.m & 0x03030303u) | ((FLIP ? ~y.m : y.m) & 0x04040404u)
 template <bool FLIP>
 MXQ_INLINE W merge3(W x, W y) { return MXQ_EACH(MXQ_F); }
+#undef MXQ_F
+#define MXQ_F(m) (x.m & ~MASK) | (y.m & MASK)
+template <uint32_t MASK>
+MXQ_INLINE W merge(W x, W y) { return MXQ_EACH(MXQ_F); }
 #undef MXQ_F
 MXQ_INLINE void pin(W&) {}
 MXQ_INLINE Bytes load_bytes(const void* p) { return read<Bytes>(p); }

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from ..formats import UNIFORM_BITS
 from .language import DEFAULT_CANDIDATES, Preset
 
 #: A plan of a paper's rule that stays this far below the bits that were asked for is refused: a comparison at equal bytes would be none.
@@ -43,7 +44,7 @@ FRAMEWORKS: dict[str, Preset] = {
         source="SliM-LLM, Huang et al. 2024, arXiv 2405.14917",
         formula="groups sorted by sum w^2 / U_jj^2; the i lowest get N - 1 bits, the i highest N + 1; i = argmin of "
                 "KL(softmax of the quantized output || softmax of the output)",
-        departures=(_WHOLE, "N = 3 only: N = 2 and N = 4 need 1-bit and 5-bit formats", "groups are stored by rising bits, with a permutation",
+        departures=(_WHOLE, "N = 3; replace the candidates for N = 4; N = 2 needs a 1-bit format", "groups are stored by rising bits, with a permutation",
                     "range search under the Hessian's price per column in place of the salience-weighted one", "i = 0 is tried too")),
     "mixllm": Preset(
         ("w4g128_asym", "w8g128"), metric="row_taylor", allocator="threshold", unit="rows", weighting="none", activations="a8", solver=_STRICT,
@@ -101,7 +102,7 @@ FRAMEWORKS: dict[str, Preset] = {
 
 
 def _all_groups(zero: str, groups: tuple[int, ...] = (128, 64, 32)) -> tuple[str, ...]:
-    return tuple(f"w{bits}g{g}{zero}" for bits in (2, 3, 4, 8) for g in groups)
+    return tuple(f"w{bits}g{g}{zero}" for bits in UNIFORM_BITS for g in groups)
 
 
 _UNIFORM = ("one format for all: the largest that fits; a budget between two formats is refused, or raise solver.tolerance",)

@@ -92,5 +92,6 @@ class Preset:
 
 
 #: What the solver takes at 2.5 to 4 stored bits when it is offered everything: integer zero points, since a symmetric grid loses a level that
-#: 2 bits cannot spare; groups of 128, which leave more bytes for code bits than groups of 32 bring; at 3 bits a symmetric g64 between them.
-DEFAULT_CANDIDATES = ("w2g64_asym", "w3g128_asym", "w3g64", "w4g128_asym", "w4g64_asym", "w8g128_asym")
+#: 2 bits cannot spare; groups of 128, which leave more bytes for code bits than groups of 32 bring; at 3 bits a symmetric g64 between them. Above 4 bits
+#: every width counts: a mix of 4 and 8 bits has about twice the KL of one with 5 and 6 between them (docs/quality.md).
+DEFAULT_CANDIDATES = ("w2g64_asym", "w3g128_asym", "w3g64", "w4g128_asym", "w4g64_asym", "w5g128_asym", "w6g128_asym", "w8g128_asym")

@@ -26,7 +26,7 @@ MIDDLES = (LEVELS[1:] + LEVELS[:-1]) / 2
 _CHUNK = 1 << 15  # weights searched at a time: a handful of float32 buffers of this size stay in the L2 cache
 
 #: Smallest shrink factor worth trying, by code bits: coarser grids clip more.
-SMALLEST = {2: 0.30, 3: 0.45, 4: 0.60, 8: 0.90}
+SMALLEST = {2: 0.30, 3: 0.45, 4: 0.60, 5: 0.72, 6: 0.82, 8: 0.90}
 
 
 @dataclass
