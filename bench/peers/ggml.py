@@ -19,8 +19,8 @@ from gguf.quants import dequantize
 from . import INT8_X, Candidate, Case
 
 #: (type, bits, interleaved): llama.cpp interleaves eight rows at load where it can, which helps one row of x and harms many in Q4_K and Q2_K.
-TYPES = (("Q8_0", 8, False), ("Q6_K", 6, True), ("Q6_K", 6, False), ("Q5_K", 5, True), ("Q5_K", 5, False), ("Q4_0", 4, True), ("Q4_K", 4, True),
-         ("Q4_K", 4, False), ("Q3_K", 3, False), ("IQ3_S", 3, False), ("Q2_K", 2, False), ("TQ2_0", 2, False))
+TYPES = (("Q8_0", 8, False), ("Q6_K", 6, False), ("Q5_K", 5, False), ("Q4_0", 4, True), ("Q4_K", 4, True), ("Q4_K", 4, False), ("Q3_K", 3, False),
+         ("IQ3_S", 3, False), ("Q2_K", 2, False), ("TQ2_0", 2, False))
 
 
 class Init(ctypes.Structure):

@@ -60,6 +60,24 @@ struct Words<3, SIGNED> {  // 3 bits: a whole stripe, because quads 6 and 7 lie 
   }
 };
 
+// The BITS bits at bit P of each lane, less the middle of their range; CENTRED: their top bit is stored flipped. With the exponent of 2^(23 - P) set above
+// them they are the last bits of a float of that size: two operations, where widening the sign and converting takes three.
+template <int BITS, int P, bool CENTRED>
+MXQ_INLINE V number(W w) {
+  static_assert(P + BITS <= 23, "a float has 23 bits below its exponent");
+  constexpr uint32_t MASK = ((1u << BITS) - 1) << P, SET = (150u - P) << 23 | (CENTRED ? 1u << (P + BITS - 1) : 0);
+  return sub(as_floats(field<MASK, SET>(w)), set1((float)(1 << (23 - P)) + (float)(1 << (BITS - 1))));
+}
+// f(Int<byte>, number at bit S of that byte) for the four bytes of a word.
+template <int BITS, int S, bool CENTRED, class F>
+MXQ_INLINE void four_numbers(W w, F&& f) {
+  const W upper = shift<16>(w);
+  f(Int<0>{}, number<BITS, S, CENTRED>(w));
+  f(Int<1>{}, number<BITS, S + 8, CENTRED>(w));
+  f(Int<2>{}, number<BITS, S, CENTRED>(upper));
+  f(Int<3>{}, number<BITS, S + 8, CENTRED>(upper));
+}
+
 // The quads of 5 and 6 bits that lie across the words of a stripe (formats.h): calls f(Int<quad>, bytes), each code in the upper bits of its byte.
 template <int BITS, class F>
 MXQ_INLINE void across(const W* w, F&& f) {
@@ -78,18 +96,15 @@ struct Stripes {  // 5 and 6 bits
   static constexpr int STEP = 32, BYTES = BITS * 64;
   static constexpr bool SCALED = true;
   template <class F>
-  MXQ_INLINE void step(const uint8_t* p, const Book& book, F&& f) {
+  MXQ_INLINE void step(const uint8_t* p, const Book&, F&& f) {
     W w[BITS];
     unroll<BITS>([&](auto v) MXQ_LAMBDA {
       constexpr int Q = decltype(v)::value;
       w[Q] = load_words(p + 64 * Q);
-      unroll<4>([&](auto k) MXQ_LAMBDA { f(Int<4 * Q + decltype(k)::value>{}, centred<BITS, 8 * decltype(k)::value>(book, w[Q])); });
+      four_numbers<BITS, 0, true>(w[Q], [&](auto k, V d) MXQ_LAMBDA { f(Int<4 * Q + decltype(k)::value>{}, d); });
     });
     across<BITS>(w, [&](auto q, W u) MXQ_LAMBDA {
-      unroll<4>([&](auto k) MXQ_LAMBDA {
-        constexpr int K = decltype(k)::value;
-        f(Int<4 * decltype(q)::value + K>{}, centred<BITS, 8 * K + 8 - BITS>(book, u));
-      });
+      four_numbers<BITS, 8 - BITS, true>(u, [&](auto k, V d) MXQ_LAMBDA { f(Int<4 * decltype(q)::value + decltype(k)::value>{}, d); });
     });
   }
 };
@@ -98,9 +113,8 @@ struct Codes8 {  // 8 bits, not centred in memory
   static constexpr int STEP = 4, BYTES = 64;
   static constexpr bool SCALED = true;
   template <class F>
-  MXQ_INLINE void step(const uint8_t* p, const Book& book, F&& f) {
-    const W w = field<0xffffffffu, 0x80808080u>(load_words(p));
-    unroll<4>([&](auto i) MXQ_LAMBDA { f(i, centred<8, 8 * decltype(i)::value>(book, w)); });
+  MXQ_INLINE void step(const uint8_t* p, const Book&, F&& f) {
+    four_numbers<8, 0, false>(load_words(p), f);
   }
 };
 

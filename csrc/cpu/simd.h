@@ -112,12 +112,9 @@ static constexpr bool PAIRS = true;
 MXQ_INLINE Book upper_code(Book book) {
   return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3), book);
 }
-// Field of BITS bits at bit S as a signed number; up to 4 bits `book` says the same as a table.
+// Field of BITS bits, at most 4, at bit S as a signed number; `book` says the same as a table.
 template <int BITS, int S>
-MXQ_INLINE V centred(Book book, W w) {
-  if constexpr (BITS > 4) return _mm512_cvtepi32_ps(_mm512_srai_epi32(BITS + S == 32 ? w : _mm512_slli_epi32(w, 32 - BITS - S), 32 - BITS));
-  else return lookup<BITS>(book, shift<S>(w));
-}
+MXQ_INLINE V centred(Book book, W w) { return lookup<BITS>(book, shift<S>(w)); }
 
 // Integers: W as 64 bytes or as 16 sums.
 using Bytes = __m512i;  // a table of 16 bytes, once in each 128 bits
