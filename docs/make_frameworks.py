@@ -36,9 +36,9 @@ line; `mxq presets` lists them, `mxq quantize MODEL -o OUT --preset NAME --bits 
 
 | part | what it says | values |
 | --- | --- | --- |
-| unit | what one decision covers | `linear`, `rows` and `cols` (bands of a weight), `element` (kept exactly in sparse fp16) |
+| unit | what one decision covers | `linear`, `rows` and `cols` (bands of a weight), `tiles` (of both), `element` (kept exactly in sparse fp16) |
 | candidates | formats that may be mixed | [formats.md](formats.md) |
-| metric | what a format costs a unit | `sensitivity/metrics.py` for linears, `sensitivity/lines.py` for rows, columns and elements |
+| metric | what a format costs a unit | `sensitivity/metrics.py` for linears, `sensitivity/lines.py` for rows, columns, tiles and elements |
 | allocator | who gets which | ALLOCATORS |
 | scope | whose the budget is | `model`: one for all; `unit`: each linear's own |
 | method, options, weighting | the quantizer, and the second moments it minimizes the error under | `quantizers/` |

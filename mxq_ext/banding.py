@@ -1,30 +1,31 @@
-"""Presets whose unit is a row, a column or an element: scores -> tiles -> allocation -> bands or a sparse part -> QTensors.
+"""Presets whose unit is a row, a column, a tile or an element: scores -> tiles -> allocation -> bands, tiles or a sparse part -> QTensors.
 
     layouts, plan = choose_layouts(model, tokens, stats, preset, bits=3.5)        which lines of which weight get which format
     q = compose(weight, layouts[name], preset, hessian=..., fisher=...)           that weight, quantized so
 
 Lines (rows or columns) are sorted by what a wider format would save and taken by tiles, the least that a kernel reads in one format. Bytes of a tile are
 those that it adds to its band; what a weight pays once (permutation, tables of a band, starts of sparse rows) is counted exactly from the bands themselves,
-and the budget of the tiles is lowered until the whole fits.
+and the budget of the tiles is lowered until the whole fits. With the unit ``tiles`` both axes are sorted and a tile covers rows and columns.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import nn
 
-from .errors import BudgetError, PlanError
+from .errors import BudgetError, CheckpointError, PlanError
 from .formats import Format
 from .plan.knapsack import Problem
 from .plan.language import Preset
 from .plan.rules import METHODS, double_pointer
-from .plan.schema import COL_TILE, ROW_TILE, Bands, Plan, entry_json
+from .plan.schema import COL_TILE, ROW_TILE, Bands, Cut, Plan, Tiles, entry_json, spans
 from .progress import SILENT, Progress
 from .qtensor import QTensor, Rectangle, Sparse
 from .quantizers import prepare_hessian, quantize
@@ -36,20 +37,23 @@ from .structure import Unit, find_units
 LINE_METRICS = ("column_salience", "column_error", "column_norm", "row_error", "row_taylor", "fisher_diag")
 WINDOWS = 2  #: whose gradients ``row_taylor`` reads
 TOKENS = 128  #: whose outputs the double pointer compares
+TILE = (512, 128)  #: rows and columns of a tile, unless the preset's solver says otherwise
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How one weight [N, K] is stored: a Format or Bands; which line is where (int64, None: in order); which elements are exact (bool [N, K], or None)."""
+    """How one weight [N, K] is stored: a Format, Bands or Tiles; which line is where (int64, None: in order; of tiles the rows, and in ``cols`` the columns);
+    which elements are exact (bool [N, K], or None)."""
 
-    decision: Format | Bands
+    decision: Format | Cut
     perm: torch.Tensor | None = None
     exact: torch.Tensor | None = None
+    cols: torch.Tensor | None = None
 
     def digest(self) -> str:
         """sha256 of everything in it, for the names of files."""
         h = hashlib.sha256(repr(entry_json(self.decision)).encode())
-        for t in (self.perm, self.exact):
+        for t in (self.perm, self.exact, self.cols):
             h.update(b"-" if t is None else t.contiguous().numpy().tobytes())
         return h.hexdigest()
 
@@ -71,6 +75,8 @@ def choose_layouts(model: nn.Module, tokens: torch.Tensor, stats: Stats, preset:
         raise PlanError(f"metric {preset.metric!r} of a preset by {preset.unit}", f"it scores whole linears; lines are scored by {', '.join(LINE_METRICS)}",
                         "choose one of those, or --set unit=linear")
     formats = sorted((Format.parse(c) for c in preset.candidates), key=lambda f: f.bits)
+    if preset.unit == "tiles":
+        tile_shape(preset)
     if (preset.allocator == "share") != (preset.unit == "element") or (preset.allocator == "double_pointer" and preset.unit != "cols") or \
             preset.allocator == "uniform":
         raise PlanError(f"allocator {preset.allocator} of a preset by {preset.unit}", "share goes with elements, double_pointer with cols, uniform with "
@@ -124,6 +130,71 @@ def tile_of(axis: str, formats: Sequence[Format]) -> int:
     return ROW_TILE if axis == "rows" else max(COL_TILE, *(f.group for f in formats))
 
 
+def tile_shape(preset: Preset) -> tuple[int, int]:
+    """Rows and columns of a tile. Raises PlanError for a preset by tiles that cannot be: sizes that kernels cannot cut at, groups across tiles, a metric
+    that has no value for each element."""
+    limits = dict(preset.solver)
+    shape = tuple(limits.get(name, default) for name, default in zip(("tile_rows", "tile_cols"), TILE, strict=True))
+    for name, value, least in zip(("tile_rows", "tile_cols"), shape, (ROW_TILE, tile_of("cols", [Format.parse(c) for c in preset.candidates])), strict=True):
+        if value < least or value % least:
+            raise PlanError(f"{name}={value:g} of a preset by tiles", f"it is a multiple of {least}, for kernels and for the groups of its candidates",
+                            f"--set solver.{name}={max(1, round(value / least)) * least}")
+    if preset.metric != "fisher_diag":
+        raise PlanError(f"metric {preset.metric!r} of a preset by tiles", "tiles are sorted by a value of each element, and fisher_diag is the only one",
+                        "use fisher_diag, or another unit")
+    return int(shape[0]), int(shape[1])
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """Tiles of one unit, its rows and columns in order of salience: losses float64 [C, F] and bytes int64 [C, F], band of rows after band of rows.
+
+    ``nbytes`` leaves out what a rectangle rounds up (streams of zero points end with a whole byte), which depends on how many tiles it holds: no more than
+    what is stored, and in proportion to a tile's weights, so that gain per byte is mean salience also in ragged tiles.
+    """
+
+    unit: Unit
+    rows: torch.Tensor
+    cols: torch.Tensor
+    tile: tuple[int, int]
+    loss: np.ndarray
+    nbytes: np.ndarray
+
+    @staticmethod
+    def of(unit: Unit, salience: torch.Tensor, formats: Sequence[Format], tile: tuple[int, int]) -> _Grid:
+        rows, cols, sums = lines.tile_sums(salience, tile)
+        # An order, not a loss: fourfold per bit makes it one.
+        loss = sums.reshape(-1, 1).numpy() * np.array([4.0**-f.bits for f in formats])
+        nbytes = [[f.nbytes(r, 8 * c) // 8 for f in formats] for r in _sizes(unit.shape[0], tile[0]) for c in _sizes(unit.shape[1], tile[1])]
+        return _Grid(unit, rows, cols, tile, loss, np.array(nbytes, dtype=np.int64))
+
+    def layout(self, choice: np.ndarray, formats: Sequence[Format]) -> Layout:
+        """Neighbours of one format as one rectangle, equal bands as one band; a weight of a single format is not permuted."""
+        if len(set(choice.tolist())) == 1:
+            return Layout(formats[choice[0]])
+        heights, widths = _sizes(self.unit.shape[0], self.tile[0]), _sizes(self.unit.shape[1], self.tile[1])
+        bands = [tuple(_joined((w, formats[c]) for w, c in zip(widths, row, strict=True))) for row in choice.reshape(len(heights), len(widths)).tolist()]
+        tiles = Tiles(tuple(_joined(zip(heights, bands, strict=True))), permute=True)
+        return Layout(tiles, self.rows if "rows" in tiles.permuted else None, cols=self.cols if "cols" in tiles.permuted else None)
+
+
+def _sizes(length: int, step: int) -> list[int]:
+    """``length`` in steps, the last one ragged."""
+    return [min(step, length - start) for start in range(0, length, step)]
+
+
+def _joined(parts: Iterable[tuple[int, object]]) -> list[tuple[int, object]]:
+    """(count, value) with neighbours of equal value added up."""
+    return [(sum(count for count, _ in run), value) for value, run in itertools.groupby(parts, key=lambda p: p[1])]
+
+
+def _fisher(stats: Stats, unit: Unit) -> torch.Tensor:
+    fisher = stats.fisher(unit.name)
+    if fisher is None:
+        raise CheckpointError(f"the Fisher diagonal of {unit.name}", "the statistics were collected without", "calibrate again with fisher=True")
+    return fisher
+
+
 def _tiles(unit: Unit, axis: str, loss: torch.Tensor, formats: Sequence[Format]) -> _Tiles:
     """``loss`` float64 [lines, F] -> tiles of lines, the least important first."""
     n, k = unit.shape
@@ -148,6 +219,9 @@ def _bands(model, units, tokens, stats, preset, formats, budget: int, progress) 
             fits = [f for f in formats if f.nbytes(*unit.shape) <= total * unit.numel]
             out[unit.name] = Layout(max(fits or formats[:1], key=lambda f: f.bits))
             budget -= out[unit.name].decision.nbytes(*unit.shape)
+            continue
+        if preset.unit == "tiles":
+            weights.append(_Grid.of(unit, _fisher(stats, unit), formats, tile_shape(preset)))
             continue
         weight = modules[unit.name].weight.detach().float()
         weights.append(_tiles(unit, preset.unit, line_losses(unit, weight, stats, preset, formats, products), formats))
@@ -199,7 +273,7 @@ def _products(model, units, tokens, fmt: Format, progress) -> dict[str, torch.Te
     return {name: torch.stack(rows) for name, rows in seen.items() if rows}
 
 
-def _fill(tiles: list[_Tiles], formats: Sequence[Format], preset: Preset, budget: int) -> dict[str, Layout]:
+def _fill(tiles: Sequence[_Tiles | _Grid], formats: Sequence[Format], preset: Preset, budget: int) -> dict[str, Layout]:
     """The layouts of least loss whose exact bytes are within the budget; the smallest ones where nothing fits (the caller tells)."""
     loss, nbytes = np.concatenate([t.loss for t in tiles]), np.concatenate([t.nbytes for t in tiles])
     ends = np.cumsum([len(t.loss) for t in tiles])[:-1]
@@ -304,7 +378,7 @@ def _shares(model, units, stats, preset, formats, budget: int, progress) -> dict
         weight = modules[unit.name].weight.detach().float()
         exact = torch.zeros(unit.shape, dtype=torch.bool)
         if unit.name in stats:
-            exact = lines.largest(stats.fisher(unit.name), int(part * count))
+            exact = lines.largest(_fisher(stats, unit), int(part * count))
         exact |= lines.largest(lines.outlier_score(weight).masked_fill_(exact, -1), count - int(exact.sum()))
         out[unit.name] = Layout(Bands("rows", ((unit.shape[0], fmt),), sparse=count) if count else fmt, exact=exact if count else None)
     return out
@@ -318,7 +392,8 @@ def compose(weight: torch.Tensor, layout: Layout, preset: Preset, *, hessian: to
 
     Row bands share the second moment. Column bands are quantized from the narrowest to the widest: with GPTQ each is rounded under what later bands
     cannot absorb of its error, the Schur complement of H, and they then take up what they can; so the widest absorb the errors of all, as GPTQ with
-    columns in this order does. Exact elements count nothing in the fit of the others, and the sparse part holds what is missing at their places.
+    columns in this order does. Tiles: the same for the rows of each pattern of columns. Exact elements count nothing in the fit of the others, and the
+    sparse part holds what is missing at their places.
     """
     options, method, decision = dict(preset.options), preset.method, layout.decision
     if hessian is None and method in ("auto", "gptq"):  # a lookup's rows do not interact
@@ -334,6 +409,11 @@ def compose(weight: torch.Tensor, layout: Layout, preset: Preset, *, hessian: to
         return _with_sparse(q, weight, layout.exact)
     if isinstance(decision, Format):
         return part(weight, decision, hessian=hessian, fisher=fisher)
+    if isinstance(decision, Tiles):
+        found = _grid(weight, layout, part, hessian, fisher, feedback=method == "gptq")
+        rects = [Rectangle(r0, r1, c0, c1, fmt, found[r0, c0]) for r0, r1, c0, c1, fmt in decision.rectangles(tuple(weight.shape))]
+        permutations = {"perm_rows": layout.perm, "perm_cols": layout.cols}
+        return _checked(weight, rects, **{name: p.int() for name, p in permutations.items() if p is not None})
     if decision.axis == "rows":
         factor = None if hessian is None else prepare_hessian(hessian)
         rects = []
@@ -342,17 +422,40 @@ def compose(weight: torch.Tensor, layout: Layout, preset: Preset, *, hessian: to
             q = part(weight[rows], fmt, hessian=factor, fisher=None if fisher is None else fisher[rows])
             rects.append(Rectangle(r0, r1, c0, c1, fmt, q.rectangles[0].tensors))
         return _checked(weight, rects, perm_rows=layout.perm.int())
-    return _columns(weight, layout, part, hessian, fisher, feedback=method == "gptq")
+    found = _columns(weight, layout.perm, decision.parts, part, hessian, fisher, feedback=method == "gptq")
+    rects = [Rectangle(*place, tensors) for place, tensors in zip(decision.rectangles(tuple(weight.shape)), found, strict=True)]
+    return _checked(weight, rects, perm_cols=layout.perm.int())
 
 
-def _columns(weight, layout: Layout, part, hessian, fisher, feedback: bool) -> QTensor:
-    perm, rects = layout.perm, []
+def _grid(weight, layout: Layout, part, hessian, fisher, feedback: bool) -> dict[tuple[int, int], dict[str, torch.Tensor]]:
+    """Tensors of each rectangle by (r0, c0). Rows do not interact, so bands of one pattern of columns are quantized together."""
+    row_order, col_order = (torch.arange(size) if p is None else p for size, p in zip(weight.shape, (layout.perm, layout.cols), strict=True))
+    alike: dict[tuple, list[tuple[int, int]]] = {}
+    for r0, r1, pattern in spans(layout.decision.bands):
+        alike.setdefault(pattern, []).append((r0, r1))
+    found = {}
+    for pattern, bands in alike.items():
+        places = sorted(spans(pattern), key=lambda p: p[2].bits)  # the order of storage is by salience, that of feedback by bits
+        order = torch.cat([col_order[c0:c1] for c0, c1, _ in places])
+        rows = torch.cat([row_order[r0:r1] for r0, r1 in bands])
+        parts = [(c1 - c0, fmt) for c0, c1, fmt in places]
+        own = _columns(weight[rows], order, parts, part, hessian, None if fisher is None else fisher[rows], feedback)
+        for (c0, _, _), tensors in zip(places, own, strict=True):
+            heights = [r1 - r0 for r0, r1 in bands]
+            split = {name: t.split(heights) for name, t in tensors.items()}
+            found |= {(r0, c0): {name: pieces[i].contiguous() for name, pieces in split.items()} for i, (r0, _) in enumerate(bands)}
+    return found
+
+
+def _columns(weight, perm: torch.Tensor, parts: Sequence[tuple[int, Format]], part, hessian, fisher, feedback: bool) -> list[dict[str, torch.Tensor]]:
+    """Tensors of each of the ``parts``, which take the columns ``perm`` of the weight one after the other."""
+    found = []
     target = weight[:, perm].clone()
     h = None if hessian is None else hessian[perm][:, perm].double()
-    if feedback:
+    if feedback and len(parts) > 1:
         live = h.diagonal() > 0
         h = h + torch.diag(torch.where(live, 0.01 * h.diagonal()[live].mean() if live.any() else 1.0, 1.0))
-    for r0, r1, c0, c1, fmt in layout.decision.rectangles(tuple(weight.shape)):
+    for c0, c1, fmt in spans(parts):
         inner = None if h is None else h[c0:c1, c0:c1]
         carry = None
         if feedback and c1 < len(perm):
@@ -360,10 +463,10 @@ def _columns(weight, layout: Layout, part, hessian, fisher, feedback: bool) -> Q
             inner = inner - h[c0:c1, c1:] @ carry
         own = None if fisher is None else fisher[:, perm[c0:c1]].contiguous()
         q = part(target[:, c0:c1], fmt, hessian=None if inner is None else inner.float(), fisher=own)
-        rects.append(Rectangle(r0, r1, c0, c1, fmt, q.rectangles[0].tensors))
+        found.append(q.rectangles[0].tensors)
         if carry is not None:
             target[:, c1:] -= ((q.dequantize() - target[:, c0:c1]).double() @ carry.T).float()
-    return _checked(weight, rects, perm_cols=perm.int())
+    return found
 
 
 def _checked(weight: torch.Tensor, rects: list[Rectangle], **permutation) -> QTensor:

@@ -82,6 +82,17 @@ def check_spent(preset: Preset, stored: float, asked: float, others: Sequence[st
                           f"ask for {math.ceil(stored * 1e4) / 1e4:.4f}, or --set solver.tolerance={math.ceil((asked - stored) * 100) / 100:g}")
 
 
+def check_span(units: list[Unit], preset: Preset, formats: Sequence[Format], *, bits: float | None, nbytes: int | None) -> None:
+    """Raises BudgetError for a budget that no mix of the formats meets within the preset's tolerance."""
+    numel = sum(u.numel for u in units)
+    asked = 8 * nbytes / numel if bits is None else bits
+    sizes = sorted((8 * sum(f.nbytes(*u.shape) for u in units) / numel, f.name) for f in formats)
+    (least, low), (most, high) = sizes[0], sizes[-1]
+    if asked < least - 1e-9 or (preset.tolerance is not None and asked - most > preset.tolerance):
+        raise BudgetError(f"budget of {asked:.6g} stored bits in {preset.unit} of {', '.join(f.name for f in formats)}",
+                          f"they span {least:.4f} ({low} for all units) to {most:.4f} ({high})", "ask for what lies between, or replace the candidates")
+
+
 def _lossless(units: list[Unit], formats: Sequence[Format], kv: KVTable | None = None) -> CostTable:
     """A table of true bytes in which nothing costs anything: what can be solved by it fits."""
     sizes = np.array([[f.nbytes(*u.shape) for f in formats] for u in units])
@@ -98,6 +109,9 @@ def check_request(units: list[Unit], preset: Preset, plan: Plan | None, *, bits:
             if decision is not None and not isinstance(decision, Format):
                 raise PlanError(f"bands of unit {name}", "the pipeline makes one format per unit", "use replace_linear(model, plan, stats)")
             formats += [decision] if decision is not None else []
+    elif preset.unit == "tiles":
+        banding.tile_shape(preset)
+        check_span(units, preset, formats, bits=bits, nbytes=nbytes)
     elif preset.unit != "linear":
         return  # bands are counted when they are made: their bytes depend on what is seen
     else:

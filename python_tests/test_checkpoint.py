@@ -216,6 +216,13 @@ def test_plan_entries_of_rectangles():
     assert plan_entry({**base, "rectangles": [[0, 8, 64, 96, "w8"], [0, 8, 0, 64, "w3g32"]]}) == {"cols": [[64, "w3g32"], [32, "w8"]],
                                                                                                  "permute": True}
     assert plan_entry({**base, "rectangles": [[0, 4, 0, 64, "w8"], [4, 8, 0, 64, "w8"], [0, 8, 64, 96, "w8"]]}) is None
+    falling = {**base, "rectangles": [[0, 8, 64, 96, "w3g32"], [0, 8, 0, 64, "w8"]]}
+    assert plan_entry(falling) == {"tiles": [[8, [[64, "w8"], [32, "w3g32"]]]], "permute": True}
+    tiles = {"shape": [24, 96], "rectangles": [[8, 24, 0, 96, "w3g32"], [0, 8, 0, 64, "w3g32"], [0, 8, 64, 96, "w8"]], "sparse": False}
+    for both in (False, True):
+        entry = plan_entry({**tiles, "perm_rows": both, "perm_cols": both})
+        assert entry == {"tiles": [[8, [[64, "w3g32"], [32, "w8"]]], [16, [[96, "w3g32"]]]]} | ({"permute": True} if both else {})
+    assert plan_entry({**tiles, "perm_rows": True, "perm_cols": False}) is None, "tiles permute both axes"
 
 
 # -- the target ---------------------------------------------------------------------------------------------------------------

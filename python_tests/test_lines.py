@@ -1,4 +1,4 @@
-"""Scores of rows, columns and elements against plain loops."""
+"""Scores of rows, columns, tiles and elements against plain loops."""
 
 import pytest
 import torch
@@ -41,6 +41,14 @@ def test_row_taylor_is_first_and_second_order_with_the_whole_fisher(layer):
         d, g = delta[i].double(), weight_gradients[:, i]
         fisher = sum(torch.outer(w, w) for w in g) / 3
         assert float(lines.row_taylor(products)[i]) == pytest.approx(abs(float(g.mean(0) @ d + 0.5 * d @ fisher @ d)), rel=1e-3)
+
+
+def test_tiles_are_summed_in_the_order_of_the_sums_of_rows_and_columns():
+    f = torch.rand(7, 10, generator=torch.Generator().manual_seed(2))
+    rows, cols, sums = lines.tile_sums(f, (3, 4))
+    assert rows.tolist() == sorted(range(7), key=lambda i: float(f[i].sum())) and cols.tolist() == sorted(range(10), key=lambda j: float(f[:, j].sum()))
+    want = [[sum(float(f[i, j]) for i in rows[a : a + 3] for j in cols[b : b + 4]) for b in (0, 4, 8)] for a in (0, 3, 6)]
+    assert sums.dtype == torch.float64 and [row.tolist() for row in sums] == [pytest.approx(row) for row in want]
 
 
 def test_outliers_lie_beyond_the_quartiles():

@@ -8,7 +8,7 @@ from conftest import make_model
 
 from mxq_ext.errors import CheckpointError, FormatError, PlanError
 from mxq_ext.formats import Format
-from mxq_ext.plan import Bands, Plan
+from mxq_ext.plan import Bands, Cut, Plan
 from mxq_ext.qtensor import QTensor, Rectangle
 from mxq_ext.structure import Unit, find_units
 
@@ -74,7 +74,7 @@ def test_unreadable_files(tmp_path):
     ({"mxq_plan": 1, "default": "w7"}, r"default 'w7': bits must be one of \(2, 3, 4, 5, 6, 8\)"),
     ({"mxq_plan": 1, "default": "int4"}, "default 'int4': the name does not follow the grammar; names look like"),
     ({"mxq_plan": 1, "default": 4}, "default 4: a format name is expected, found int"),
-    ({"mxq_plan": 1, "default": {"rows": [[8, "w4"]]}}, "bands belong to one unit"),
+    ({"mxq_plan": 1, "default": {"rows": [[8, "w4"]]}}, "bands and tiles belong to one unit"),
     ({"mxq_plan": 1, "units": ["a"]}, "an object of name -> format is expected, found list"),
     ({"mxq_plan": 1, "units": {"": "w4"}}, "the name of a unit is a non-empty string"),
     ({"mxq_plan": 1, "units": {"a": None}}, "plan entry 'a': None: a format name is expected, found NoneType; write a format"),
@@ -94,6 +94,11 @@ def test_unreadable_files(tmp_path):
     ({"mxq_plan": 1, "units": {"a": {"cols": [[40, "w4"], [8, "w8"]]}}}, "ends at col 40: bands end at multiples of 32 cols.*use 32 or 64"),
     ({"mxq_plan": 1, "units": {"a": {"rows": [[8, "w8"], [8, "w4"]]}}},
      r"must not fall from band to band \(8 to 4\); put the most precise"),
+    ({"mxq_plan": 1, "units": {"a": {"tiles": [[8, [[32, "w4"]]]], "sparse": 3}}}, "exactly one of the keys format, rows, cols, tiles"),
+    ({"mxq_plan": 1, "units": {"a": {"tiles": [[8, "w4"]]}}}, "columns of band 0: cols 'w4': a non-empty list"),
+    ({"mxq_plan": 1, "units": {"a": {"tiles": [[12, [[32, "w4"]]], [8, [[32, "w4"]]]]}}}, "ends at row 12: bands end at multiples of 8 rows"),
+    ({"mxq_plan": 1, "units": {"a": {"tiles": [[8, [[40, "w8"], [8, "w4"]]]]}}}, "columns of band 0: band 0 ends at col 40"),
+    ({"mxq_plan": 1, "default": {"tiles": [[8, [[32, "w4"]]]]}}, "bands and tiles belong to one unit"),
     ({"mxq_plan": 1, "units": {"a": {"rows": [[8, "w8"]], "permute": 1}}}, "permute 1: it must be true or false"),
     ({"mxq_plan": 1, "quantizer": "gptq"}, "quantizer 'gptq': an object with string keys is expected, found str"),
     ({"mxq_plan": 1, "quantizer": {}}, "it must have a name"),
@@ -187,15 +192,18 @@ def test_uniform_and_keep(units, untied):
     ({"cols": [[64, "w3g32_asym"], [32, "w8"]]}, "w3g32_asym+w8"),
     ({"rows": [[40, "lut3"], [24, "lut4"]], "permute": True}, "lut3+lut4"),
     ({"cols": [[96, "w2g64"]], "permute": True}, "w2g64"),
+    ({"tiles": [[40, [[64, "w4g32_asym"], [32, "w3g32_asym"]]], [24, [[96, "w4g32_asym"]]]], "permute": True}, "w3g32_asym+w4g32_asym"),
+    ({"tiles": [[64, [[64, "w8"], [32, "w3g32"]]]], "permute": True}, "w3g32+w8"),
+    ({"tiles": [[40, [[96, "w8"]]], [24, [[96, "w4"]]]], "permute": True}, "w4+w8"),
+    ({"tiles": [[40, [[32, "lut3"], [64, "w4g64"]]], [24, [[96, "lut3"]]]]}, "lut3+w4g64"),
 ])
 def test_bands_predict_the_bytes_of_real_tensors(entry, name):
     unit = Unit("l.down_proj", "linear", (64, 96), 0, "down_proj")
     plan = Plan(units={"l.down_proj": entry})
     bands = plan.resolve([unit])["l.down_proj"]
-    assert isinstance(bands, Bands) and bands.name == str(bands) == name and bands.to_json() == plan.units["l.down_proj"] == entry
+    assert isinstance(bands, Cut) and bands.name == str(bands) == name and bands.to_json() == plan.units["l.down_proj"] == entry
     rects = [Rectangle(*r[:4], r[4], stored(r[4], r[1] - r[0], r[3] - r[2])) for r in bands.rectangles(unit.shape)]
-    size = unit.shape[0] if bands.axis == "rows" else unit.shape[1]
-    perm = {f"perm_{bands.axis}": torch.arange(size, dtype=torch.int32)} if bands.permute else {}
+    perm = {f"perm_{axis}": torch.arange(unit.shape[axis == "cols"], dtype=torch.int32) for axis in bands.permuted}
     q = QTensor(unit.shape, rects, **perm)
     q.validate()  # the rectangles tile the weight
     assert q.format_name == name
@@ -208,6 +216,10 @@ def test_bands_that_do_not_fill_the_unit(units):
         Plan(units={name: {"cols": [[32, "w4"], [32, "w8"]]}}).validate(units)
     with pytest.raises(PlanError, match="must sum to 64, they sum to 72; take away 8 rows"):
         Plan(units={name: {"rows": [[64, "w4"], [8, "w8"]]}}).validate(units)
+    with pytest.raises(PlanError, match=rf"band 1 of the tiles of {name} \(64 x 96\): the counts of cols must sum to 96, they sum to 64"):
+        Plan(units={name: {"tiles": [[32, [[96, "w4"]]], [32, [[64, "w4"]]]]}}).validate(units)
+    with pytest.raises(PlanError, match=rf"^tiles of {name} .*the counts of rows must sum to 64, they sum to 32; add 32 rows"):
+        Plan(units={name: {"tiles": [[32, [[96, "w4"]]]]}}).validate(units)
 
 
 # -- what it amounts to ----------------------------------------------------------------------------------------------------------

@@ -8,12 +8,12 @@ import pytest
 import torch
 from conftest import make_model, make_tokenizer
 
-from mxq_ext import banding, checkpoint, pipeline, request
+from mxq_ext import banding, checkpoint, ops, pipeline, request
 from mxq_ext.banding import Layout, choose_layouts, compose
 from mxq_ext.decoding import Decoder
-from mxq_ext.errors import BudgetError, MxqError, PlanError
+from mxq_ext.errors import BudgetError, CheckpointError, MxqError, PlanError
 from mxq_ext.formats import Format
-from mxq_ext.plan import Bands, Plan
+from mxq_ext.plan import Bands, Plan, Tiles
 from mxq_ext.plan.presets import PRESETS, find_preset, parse_changes
 from mxq_ext.quantizers import quantize
 from mxq_ext.stats import calibrate
@@ -23,7 +23,7 @@ from mxq_ext.structure import find_units
 TEXT = "It is a truth that a test needs a text, and any text will do for a model whose weights are random numbers. " * 40
 RUN = sorted(n for n, p in PRESETS.items() if p.source != "ours" and not request.missing_parts(p))
 #: What each is asked for on the tiny model (hidden 128), within reach of its formats; most is what lies between.
-BITS = {"mixllm": 6.0, "owq": 7.0, "slim_llm": 3.2, "squeezellm": 4.4, "uniform_hqq": 4.0, "nf4": 4.5}
+BITS = {"mixllm": 6.0, "owq": 7.0, "slim_llm": 3.2, "squeezellm": 4.4, "sfmp": 3.7, "uniform_hqq": 4.0, "nf4": 4.5}
 
 
 def small():
@@ -67,7 +67,7 @@ def test_every_preset_of_the_literature_runs_saves_and_reloads_bit_equal(source,
 
 def test_what_cannot_run_names_what_is_missing(source, tmp_path):
     lacking = {n: request.missing_parts(p) for n, p in PRESETS.items() if request.missing_parts(p)}
-    assert set(RUN).isdisjoint(lacking) and {"spqr", "pb_llm", "sfmp"} <= set(lacking)
+    assert set(RUN).isdisjoint(lacking) and {"spqr", "pb_llm"} <= set(lacking)
     for name, parts in lacking.items():
         with pytest.raises(PlanError, match="cannot run yet") as e:
             pipeline.quantize_checkpoint(source / "model", tmp_path / "q", bits=4, preset=name)
@@ -81,7 +81,7 @@ def test_what_cannot_run_names_what_is_missing(source, tmp_path):
 @pytest.mark.parametrize(("name", "bits", "match"), [
     ("uniform_rtn", 3.7, "w3g32_asym 3.6"), ("uniform_rtn", 1.0, "smallest candidate, w2g128_asym"), ("llm_mq", 8.0, "over 0.02 less"),
     ("slim_llm", 3.6, "over 0.02 less"), ("slim_llm", 3.0, "smallest choice takes"), ("squeezellm", 3.5, "smallest choice takes"),
-    ("owq", 2.0, "smallest choice"),
+    ("owq", 2.0, "smallest choice"), ("sfmp", 2.0, r"they span 2\.\d+ \(w2g128_asym for all units\) to 6\.\d+ \(w6g128_asym\)"), ("sfmp", 6.5, "they span"),
 ])
 def test_budgets_that_a_preset_cannot_spend(source, tmp_path, name, bits, match):
     with pytest.raises(BudgetError, match=match):
@@ -110,6 +110,10 @@ def test_any_part_can_be_replaced():
     ({"unit": "cols", "metric": "column_error", "allocator": "share"}, "share goes with elements"),
     ({"unit": "cols", "metric": "column_error", "allocator": "uniform"}, "uniform with linears"),
     ({"unit": "cols", "metric": "column_error", "allocator": "double_pointer", "candidates": ["w3g64", "w8"]}, "equal steps of bits"),
+    ({"unit": "tiles", "metric": "column_error"}, "fisher_diag is the only one"), ({"unit": "tiles", "metric": "output"}, "metric output for a tiles"),
+    ({"unit": "tiles", "metric": "fisher_diag", "allocator": "share"}, "share goes with elements"),
+    ({"unit": "tiles", "metric": "fisher_diag", "solver": (("tile_rows", 100),)}, "tile_rows=100 .* multiple of 8.*tile_rows=96"),
+    ({"unit": "tiles", "metric": "fisher_diag", "solver": (("tile_cols", 64),)}, "tile_cols=64 .* multiple of 128, for kernels and for the groups"),
 ])
 def test_parts_that_do_not_go_together(setting, changes, match):
     model, tokens, stats = setting
@@ -325,6 +329,99 @@ def test_squeezellm_keeps_sensitive_and_outlying_weights_exactly(setting):
     assert float((f * (got - few).square()).masked_fill(mask, 0).sum()) == pytest.approx(best, rel=1e-2)
 
 
+#: SFMP on a grid that a tiny model has several tiles of.
+SMALL_TILES = {"candidates": ["w3g32_asym", "w4g32_asym"], "solver": (("tolerance", 0.5), ("tile_rows", 48), ("tile_cols", 32))}
+
+
+def bits_of(layout, shape):
+    """int [N, K]: code bits of each weight, in the weight's own order."""
+    if isinstance(layout.decision, Format):
+        return np.full(shape, layout.decision.bits)
+    out, rows, cols = np.zeros(shape, dtype=int), *(np.arange(s) if p is None else p.numpy() for s, p in zip(shape, (layout.perm, layout.cols), strict=True))
+    for r0, r1, c0, c1, fmt in layout.decision.rectangles(shape):
+        out[np.ix_(rows[r0:r1], cols[c0:c1])] = fmt.bits
+    return out
+
+
+def plain_tiles(stats, units):
+    """SFMP's rule without its budget: (mean F, unit, rows, columns) of all tiles of the model, the most salient first."""
+    found = []
+    for unit in units:
+        f = stats.fisher(unit.name).double().numpy()
+        rows, cols = sorted(range(f.shape[0]), key=lambda i: f[i].sum()), sorted(range(f.shape[1]), key=lambda j: f[:, j].sum())
+        for a in range(0, f.shape[0], 48):
+            for b in range(0, f.shape[1], 32):
+                found.append((f[np.ix_(rows[a:a + 48], cols[b:b + 32])].mean(), unit, rows[a:a + 48], cols[b:b + 32]))
+    return sorted(found, key=lambda t: -t[0])
+
+
+@pytest.mark.parametrize("bits", [3.75, 4.1, 4.5])
+def test_sfmp_gives_the_wider_format_to_tiles_above_a_quantile_of_the_whole_model(setting, bits):
+    model, tokens, stats = setting
+    preset, units = find_preset("sfmp", **SMALL_TILES), find_units(model)
+    layouts, plan = choose_layouts(model, tokens, stats, preset, bits=bits)
+    got = {u.name: bits_of(layouts[u.name], u.shape) for u in units}
+    tiles = plain_tiles(stats, units)
+    wide = [set(got[u.name][np.ix_(r, c)].flatten().tolist()) for _, u, r, c in tiles]
+    assert all(w in ({3}, {4}) for w in wide), "a tile has one format"
+    count = sum(w == {4} for w in wide)
+    # Tiles of one size fall at the quantile exactly; a ragged tile right below it may use up bytes that a whole one does not fit in.
+    cut = wide.index({3})
+    assert 0 < cut <= count < len(tiles) and all(len(r) * len(c) < 48 * 32 for (_, _, r, c), w in zip(tiles[cut:], wide[cut:], strict=True) if w == {4})
+    # The budget is spent up to the cost of a tile and of what a weight pays when it is first cut.
+    total, numel = plan.predicted_bytes(units)["total"], sum(u.numel for u in units)
+    assert total <= bits * numel / 8 < total + 48 * (32 // 8 + 2) + 4 * (257 + 192)
+    for unit in units:
+        layout = layouts[unit.name]
+        q = compose(model.get_submodule(unit.name).weight.detach(), layout, preset, hessian=stats.hessian(unit.name), fisher=stats.fisher(unit.name))
+        assert q.nbytes() == layout.decision.nbytes(*unit.shape) == plan.predicted_bytes(units)["units"][unit.name]
+        assert q.format_name == layout.decision.name
+
+
+def test_sfmp_at_the_ends_of_its_budget_and_of_one_linear(setting):
+    model, tokens, stats = setting
+    units = find_units(model)
+    numel = sum(u.numel for u in units)
+    for name in ("w3g32_asym", "w4g32_asym"):
+        size = sum(Format.parse(name).nbytes(*u.shape) for u in units)
+        layouts, plan = choose_layouts(model, tokens, stats, find_preset("sfmp", **SMALL_TILES), nbytes=size)
+        assert {str(layout.decision) for layout in layouts.values()} == {name} and plan.predicted_bytes(units)["total"] == size
+    _, own = choose_layouts(model, tokens, stats, find_preset("sfmp", **SMALL_TILES, scope="unit"), bits=4.2)
+    each = own.predicted_bytes(units)["units"]  # k and v, of 64 x 128, are the ones whose permutations cost most
+    assert all(abs(8 * each[u.name] / u.numel - 4.2) < 0.6 for u in units) and 4.15 * numel / 8 < sum(each.values()) <= 4.2 * numel / 8
+
+
+def test_sfmp_needs_the_fisher_diagonal(setting, tmp_path):
+    model, tokens, _ = setting
+    with pytest.raises(CheckpointError, match="collected without; calibrate again with fisher=True"):
+        choose_layouts(model, tokens, calibrate(model, tokens, tmp_path, fisher=False), find_preset("sfmp"), bits=3.5)
+
+
+def test_sfmp_on_many_tiles_saves_and_reloads_bit_equal(source, tmp_path):
+    result = pipeline.quantize_model(small(), make_tokenizer(), bits=4.2, text=source / "calib.txt", windows=3, preset="sfmp", changes=SMALL_TILES,
+                                     work=tmp_path / "work")
+    cut = [e for e in result.plan.units.values() if isinstance(e, dict)]
+    assert len(cut) > 3 and any(len(e["tiles"]) > 1 for e in cut) and Plan.load(tmp_path / "work" / "plan.json").units == result.plan.units
+    pipeline.save_counted(result.model, tmp_path / "q", make_tokenizer(), result.plan, result.nbytes)
+    loaded, ids = checkpoint.load(tmp_path / "q", fuse=None), torch.arange(30)[None]
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, result.model(ids).logits)
+        fast = checkpoint.load(tmp_path / "q", fuse="layer")
+        assert torch.allclose(Decoder(fast).step(ids), Decoder(loaded).step(ids), rtol=1e-3, atol=1e-5)
+    units = find_units(loaded)
+    for unit in units:
+        q = loaded.get_submodule(unit.name).qtensor()
+        assert torch.equal(q.dequantize(), result.model.get_submodule(unit.name).qtensor().dequantize())
+        x = torch.randn(3, unit.shape[1], generator=torch.Generator().manual_seed(1))
+        want = x.double() @ q.dequantize().double().T
+        assert torch.allclose(ops.linear(x, ops.prepack(q)).double(), want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
+    loaded.mxq_plan = None
+    rebuilt = checkpoint.load(checkpoint.save(loaded, tmp_path / "again"), fuse=None).mxq_plan
+    assert rebuilt.predicted_bytes(units) == result.plan.predicted_bytes(units)
+    assert all(rebuilt.resolve(units)[u.name].rectangles(u.shape) == d.rectangles(u.shape) for u in units
+               if not isinstance(d := result.plan.resolve(units)[u.name], Format) and len(d.bands) > 1)
+
+
 def _spread(points):
     """Weighted squared distance of (value, weight) to their mean."""
     total = sum(w for _, w in points)
@@ -389,6 +486,32 @@ def test_row_bands_equal_their_rows_alone():
     q.validate()
     for rows, fmt in ((perm[:16], "w4g64_asym"), (perm[16:], "w8g64")):
         assert torch.allclose(q.dequantize()[rows], quantize(w[rows], fmt, method="gptq", hessian=h).dequantize(), atol=1e-6)
+
+
+def test_tiles_are_column_bands_for_the_rows_of_each_pattern():
+    """Where bits fall along a band of rows its narrow columns are still rounded first; bands of one pattern, and of one format, among them."""
+    g = torch.Generator().manual_seed(8)
+    x = torch.randn(300, 96, generator=g) @ torch.randn(96, 96, generator=g)
+    h, w, rows, cols = x.T @ x / 300, torch.randn(48, 96, generator=g), torch.randperm(48, generator=g), torch.randperm(96, generator=g)
+    low, high = Format.parse("w3g32_asym"), Format.parse("w8g32")
+    tiles = Tiles(((16, ((64, low), (32, high))), (8, ((32, high), (32, low), (32, high))), (16, ((64, low), (32, high))), (8, ((96, low),))), permute=True)
+    preset = find_preset("sfmp")
+    q = compose(w, Layout(tiles, rows, cols=cols), preset, hessian=h)
+    assert q.nbytes() == tiles.nbytes(48, 96) and torch.equal(q.perm_rows.long(), rows) and torch.equal(q.perm_cols.long(), cols)
+    got = q.dequantize()
+    same = torch.cat([rows[:16], rows[24:40]])
+    plain = compose(w[same], Layout(Bands("cols", ((64, low), (32, high)), permute=True), cols), preset, hessian=h)
+    assert torch.allclose(got[same], plain.dequantize(), atol=1e-6)
+    order = torch.cat([cols[32:64], cols[:32], cols[64:]])
+    falling = compose(w[rows[16:24]], Layout(Bands("cols", ((32, low), (32, high), (32, high)), permute=True), order), preset, hessian=h)
+    assert torch.allclose(got[rows[16:24]], falling.dequantize(), atol=1e-6)
+    back = torch.argsort(cols)
+    alone = quantize(w[rows[40:]][:, cols].contiguous(), low, method="gptq", hessian=h[cols][:, cols].contiguous()).dequantize()[:, back]
+    assert torch.allclose(got[rows[40:]], alone, atol=1e-6)
+    x = torch.randn(5, 96, generator=g)
+    assert torch.allclose(ops.linear(x, ops.prepack(q)), x @ got.T, rtol=1e-4, atol=1e-3)
+    q = compose(w, Layout(tiles, rows, cols=cols), find_preset("sfmp", method="rtn"), hessian=h)  # without feedback
+    assert torch.allclose(q.dequantize()[rows[40:]][:, cols], quantize(w[rows[40:]][:, cols].contiguous(), low, method="rtn").dequantize())
 
 
 def test_plans_with_a_sparse_part():

@@ -142,6 +142,14 @@ def test_bands_become_rectangles():
         assert module.held.nbytes == predicted[name]
 
 
+def test_tiles_become_rectangles_in_the_weights_own_order():
+    entry = {"tiles": [[32, [[64, "w8"], [32, "w3g32"]]], [32, [[96, "w3g32"]]]]}
+    model = replace_linear(make_model(), Plan(default=None, units={"model.layers.0.mlp.down_proj": entry}))
+    q, w = model.model.layers[0].mlp.down_proj.qtensor(), make_model().model.layers[0].mlp.down_proj.weight.detach()
+    assert [(r.r0, r.r1, r.c0, r.c1, r.format.name) for r in q.rectangles] == [(0, 32, 64, 96, "w3g32"), (32, 64, 0, 96, "w3g32"), (0, 32, 0, 64, "w8")]
+    assert q.perm_rows is None and q.perm_cols is None and float((q.dequantize() - w)[:32, :64].abs().max()) < 0.02 * float(w.abs().max())
+
+
 def test_bands_on_the_meta_device():
     plan = Plan(default=None, units={"model.layers.0.mlp.down_proj": {"cols": [[64, "w3g32"], [32, "w8"]], "permute": True}})
     with torch.device("meta"):

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import socket
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -17,8 +18,9 @@ from torch import nn
 from .. import __version__
 from ..errors import CheckpointError, PlanError
 from ..fileio import save_tensors, sha256, write_json
+from ..formats import Format
 from ..nn.linear import Held, QuantModule
-from ..plan.schema import Plan
+from ..plan.schema import Bands, Plan, Tiles
 from ..progress import SILENT, Progress
 from ..structure import Unit, find_units
 from .manifest import MANIFEST, VERSION, digest, producer, tensor_bytes
@@ -258,12 +260,20 @@ def _plan_of(model: nn.Module, units: list[Unit], held: dict[str, Held], plan: P
 
 
 def plan_entry(meta: dict) -> str | dict | None:
-    """The plan entry that asks for the rectangles of a ``QTensor.meta()``, or None if they are no bands."""
+    """The plan entry that asks for the rectangles of a ``QTensor.meta()``, or None if they are neither bands nor tiles in bands of rows."""
     rects, (n, k) = meta["rectangles"], meta["shape"]
     if len(rects) == 1:
         return rects[0][4]
     for axis, low, across, size in (("rows", 0, 2, k), ("cols", 2, 0, n)):
         if all((r[across], r[across + 1]) == (0, size) for r in rects):
-            entry = {axis: [[r[low + 1] - r[low], r[4]] for r in sorted(rects, key=lambda r: r[low])]}
-            return entry | {"permute": True} if meta[f"perm_{axis}"] else entry
-    return None
+            parts = [(r[low + 1] - r[low], Format.parse(r[4])) for r in sorted(rects, key=lambda r: r[low])]
+            if all(a.bits <= b.bits for (_, a), (_, b) in pairwise(parts)):
+                return Bands(axis, tuple(parts), permute=meta[f"perm_{axis}"]).to_json()
+    bands: dict[tuple[int, int], list] = {}
+    for r in sorted(rects, key=lambda r: r[2]):
+        bands.setdefault((r[0], r[1]), []).append((r[3] - r[2], Format.parse(r[4])))
+    if any(a[1] != b[0] for a, b in pairwise(sorted(bands))):
+        return None
+    stored = tuple(axis for axis in ("rows", "cols") if meta[f"perm_{axis}"])
+    tiles = Tiles(tuple((r1 - r0, tuple(parts)) for (r0, r1), parts in sorted(bands.items())), permute=bool(stored))
+    return tiles.to_json() if tiles.permuted == stored else None

@@ -12,7 +12,7 @@ from torch import nn
 from .. import ops
 from ..errors import ModelError, MxqError, PlanError
 from ..formats import Format
-from ..plan.schema import Bands, Plan, closest
+from ..plan.schema import Cut, Plan, closest
 from ..progress import SILENT, Progress
 from ..qtensor import QTensor, Rectangle
 from ..structure import Unit, find_units
@@ -23,7 +23,7 @@ from .linear import Held, QuantLinear, QuantModule, quantize_weight, shape_meta
 #: first token (the attention sink) enter almost every output; unweighted, GPTQ moves its error onto that one row.
 DEFAULT_WEIGHTING = {"k_proj": "attention", "v_proj": "attention", "default": "none"}
 
-Quantizer = Callable[[Unit, torch.Tensor, Format | Bands], QTensor]
+Quantizer = Callable[[Unit, torch.Tensor, Format | Cut], QTensor]
 
 
 def quantized_modules(model: nn.Module) -> dict[str, QuantModule]:
@@ -64,7 +64,7 @@ def replace_linear(model: nn.Module, plan: Plan | Format | str | os.PathLike, st
         stats: what calibration saw; without it GPTQ, the default of a plan, gives way to RTN (k-means for LUT formats).
         qtensors: finished weights by unit name, which are taken as they are; they must have the plan's formats.
         quantizer: overrides the plan's: a method name, ``{"name": ..., "weighting": ..., options}``, or a function
-            (unit, weight float32 [N, K], Format | Bands) -> QTensor. ``weighting`` is one of the weightings of the second moments,
+            (unit, weight float32 [N, K], Format | Cut) -> QTensor. ``weighting`` is one of the weightings of the second moments,
             or a dict from the last part of a module's name (and ``"default"``) to one.
         progress: where to show it.
         fuse: ``"layer"`` runs all decoder layers in one native call where that is possible (:func:`fuse_layers`), ``"auto"`` the same for models that
@@ -195,17 +195,16 @@ def _check_qtensors(qtensors: dict[str, QTensor], units: list[Unit], wanted: dic
             raise PlanError(asked, f"the plan asks for {decision}, it holds {q.format_name}", "quantize it again, or correct the plan")
 
 
-def _meta(unit: Unit, decision: Format | Bands) -> dict:
+def _meta(unit: Unit, decision: Format | Cut) -> dict:
     """``QTensor.meta()`` of a unit before there is a weight."""
     if isinstance(decision, Format):
         return shape_meta(unit.shape, decision)
     meta = shape_meta(unit.shape, "fp16")
     meta["rectangles"] = [[r0, r1, c0, c1, f.name] for r0, r1, c0, c1, f in decision.rectangles(unit.shape, unit.name)]
-    meta[f"perm_{decision.axis}"], meta["sparse"] = decision.permute, decision.sparse > 0
-    return meta
+    return meta | {f"perm_{axis}": True for axis in decision.permuted} | {"sparse": decision.sparse > 0}
 
 
-def _quantize(make: Quantizer, unit: Unit, weight: torch.Tensor, decision: Format | Bands) -> QTensor:
+def _quantize(make: Quantizer, unit: Unit, weight: torch.Tensor, decision: Format | Cut) -> QTensor:
     """Runs the quantizer on one unit; its errors get the unit's name."""
     try:
         return make(unit, weight.detach().float(), decision)
@@ -225,7 +224,7 @@ def _maker(plan: Plan, stats, quantizer: str | Mapping | Quantizer | None) -> Qu
     if stats is None and quantizer is None and method == "gptq":
         method, options = "auto", {}  # every plan says gptq unless it says otherwise, and without Stats there is no Hessian
 
-    def make(unit: Unit, weight: torch.Tensor, decision: Format | Bands) -> QTensor:
+    def make(unit: Unit, weight: torch.Tensor, decision: Format | Cut) -> QTensor:
         if unit.kind == "embedding" and (stats is None or unit.name not in stats):
             # A lookup alone has no second moment: every row is an output of its own, and GPTQ has nothing to spread errors with.
             # (An embedding that is the head too has the head's.)
@@ -243,8 +242,8 @@ def _maker(plan: Plan, stats, quantizer: str | Mapping | Quantizer | None) -> Qu
     return make
 
 
-def _fill(weight: torch.Tensor, decision: Format | Bands, options: dict) -> QTensor:
-    """One call for a Format; one per band otherwise, each with its own part of the Hessian (errors do not cross bands)."""
+def _fill(weight: torch.Tensor, decision: Format | Cut, options: dict) -> QTensor:
+    """One call for a Format; one per band or tile otherwise, each with its own part of the Hessian (errors do not cross bands)."""
     if isinstance(decision, Format):
         return quantize_weight(weight, decision, **options)
     if decision.permute or decision.sparse:

@@ -93,11 +93,18 @@ FRAMEWORKS: dict[str, Preset] = {
         formula="w^2 / U_jj^2 below the quantile: sign(w) mean|w|; above: 8 bits",
         missing=("a 1-bit format: signs with a scale per group", "8-bit elements beside it: the sparse part is fp16")),
     "sfmp": Preset(
-        ("w3g128_asym", "w4g128_asym"), metric="fisher_diag", allocator="threshold", unit="element", weighting="none", solver=_STRICT,
+        ("w2g128_asym", "w3g128_asym", "w4g128_asym", "w5g128_asym", "w6g128_asym"), metric="fisher_diag", allocator="threshold", unit="tiles",
+        weighting="none", solver=(*_STRICT, ("tile_rows", 512), ("tile_cols", 128)),
         about="tiles of 512 x 128 after sorting rows and columns, by a quantile of the Fisher diagonal",
         source="SFMP 2026, arXiv 2602.01027",
-        formula="rows and columns sorted by sums of F_ij; tiles of 512 x 128 above the quantile 1 - p get the wider format, p = fraction of the target bits",
-        missing=("plan entries for two-dimensional tiles", "the choice of tiles")),
+        formula="rows and columns of each linear sorted by sums of F_ij; of all tiles of 512 x 128 those whose mean F_ij lies above the quantile 1 - p get "
+                "the wider of the two widths next to the target, p = fraction of the target bits",
+        departures=(_WHOLE, _LABELS, "p is what the budget in bytes pays for, scales, zero points and permutations counted; a linear stores the permutation "
+                    "of each axis along which its widths differ",
+                    "a linear of fewer than 512 rows or 128 columns has tiles as large as itself; the last ones are ragged",
+                    "within a band of rows GPTQ takes the columns of the narrower format first, wherever they are stored: the wider absorb their errors",
+                    "uniform grids with integer zero points, where the paper's kernel reads bit planes",
+                    "F from 8 windows of calibration; the paper takes 100 samples")),
 }
 
 

@@ -13,14 +13,14 @@ from ..errors import PlanError
 from .rules import METHODS
 from .schema import ACTIVATIONS
 
-#: What one decision of a preset covers: a whole linear, a band of output rows or of input columns, or single elements that stay in fp16.
-UNITS = ("linear", "rows", "cols", "element")
+#: What one decision of a preset covers: a whole linear, a band of output rows or of input columns, a tile of both, or single elements that stay in fp16.
+UNITS = ("linear", "rows", "cols", "tiles", "element")
 #: Allocators beside ``rules.METHODS``: one format for all units; SliM-LLM's search; one format with as many exact elements as the budget pays for.
 OTHER_ALLOCATORS = ("uniform", "double_pointer", "share")
 TRANSFORMS = ("none", "rotate", "awq")  #: of the float model, its function kept
 #: Limits of a plan. tolerance: one of fewer stored bits than asked by more than this is refused (absent: it is not). Of the allocator ``share``: least
-#: and most share of the elements that are kept exactly, and which part of them is chosen by sensitivity.
-SOLVER = ("tolerance", "least_share", "most_share", "sensitive")
+#: and most share of the elements that are kept exactly, and which part of them is chosen by sensitivity. Of the unit ``tiles``: rows and columns of one.
+SOLVER = ("tolerance", "least_share", "most_share", "sensitive", "tile_rows", "tile_cols")
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Preset:
 
     Attributes:
         candidates: format names that the plan may mix, least bits first.
-        metric: a name of ``sensitivity.METRICS``; of ``LINE_METRICS`` where the unit is a row, a column or an element.
+        metric: a name of ``sensitivity.METRICS``; of ``LINE_METRICS`` where the unit is a row, a column, a tile or an element.
         method: a quantizer, or ``"auto"``.
         weighting: which second moments the quantizer minimizes the error under: ``none``, ``attention`` or ``gradient``.
         options: further options of the quantizer, as pairs.
@@ -76,8 +76,8 @@ class Preset:
                 raise PlanError(f"{part} {value!r} of a preset", f"it is one of {', '.join(str(k).lower() for k in known)}",
                                 f"did you mean {close[0]!r}?" if close else "choose one of them")
 
-        if self.scope == "unit" and self.unit not in ("rows", "cols"):
-            raise PlanError(f"scope unit of a preset by {self.unit}", "only rows and columns share a budget within their linear", "use the scope model")
+        if self.scope == "unit" and self.unit not in ("rows", "cols", "tiles"):
+            raise PlanError(f"scope unit of a preset by {self.unit}", "only rows, columns and tiles share a budget within their linear", "use the scope model")
         for name, value in self.solver:
             if name not in SOLVER or isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
                 raise PlanError(f"solver limit {name}={value!r} of a preset", f"it is a number >= 0 for one of {', '.join(SOLVER)}", "correct or remove it")

@@ -7,6 +7,7 @@ A plan is a JSON object::
      "units": {"model.layers.0.mlp.up_proj": "w3g64",         exact module name
                "re:.*\\\\.down_proj": "w8",                     fullmatch on the module name
                "model.layers.1.mlp.up_proj": {"cols": [[448, "w3g64"], [128, "w8"]], "permute": true},
+               "model.layers.2.mlp.up_proj": {"tiles": [[512, [[576, "w3g64"]]], [64, [[448, "w3g64"], [128, "w4g64"]]]], "permute": true},
                "lm_head": "keep"},                            stays in float
      "quantizer": {"name": "gptq"},       how codes are found, with its options
      "activations": "a8",                 how linears read their input: a16 exactly, a8 rounded to int8 by groups; null: a16
@@ -24,8 +25,9 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from ..errors import FormatError, PlanError
 from ..fileio import read_json, write_json
@@ -42,7 +44,9 @@ PATTERN = "re:"  #: prefix of an entry's name that makes it a regular expression
 ROW_TILE, COL_TILE = 8, 32
 
 _KEYS = ("mxq_plan", "default", "units", "quantizer", "kv", "activations", "meta")
-_ENTRY_FIX = 'write a format such as "w4g64", "keep", {"rows": [[count, format], ...]} or {"cols": [[count, format], ...]}'
+_ENTRY_FIX = 'write a format such as "w4g64", "keep", {"rows": [[count, format], ...]}, {"cols": [[count, format], ...]} or ' \
+             '{"tiles": [[rows, [[cols, format], ...]], ...]}'
+_ENTRY_RULE = "an entry object has exactly one of the keys format, rows, cols, tiles, permute beside the last three, and sparse beside rows and cols"
 
 
 def closest(name: str, names: Iterable[str], count: int = 3) -> str:
@@ -77,8 +81,43 @@ def _format(value: object, where: str) -> Format:
         raise PlanError(f"{where} {value!r}", e.rule, e.fix) from None
 
 
+class Cut:
+    """What the two ways of cutting one unit into rectangles of different formats share: :class:`Bands` and :class:`Tiles`."""
+
+    permute: bool
+    sparse: int = 0
+
+    @property
+    def permuted(self) -> tuple[str, ...]:
+        """The axes, ``"rows"`` and ``"cols"``, whose permutation the unit stores."""
+        raise NotImplementedError
+
+    @property
+    def formats(self) -> tuple[Format, ...]:
+        """In the order of :meth:`rectangles`, each once."""
+        raise NotImplementedError
+
+    def rectangles(self, shape: tuple[int, int], name: str = "unit") -> list[tuple[int, int, int, int, Format]]:
+        """(r0, r1, c0, c1, Format) that tile a weight of ``shape`` [N, K]. Raises PlanError if the counts do not sum to the axis."""
+        raise NotImplementedError
+
+    @property
+    def name(self) -> str:
+        """For example ``w3g64+w8``, as :attr:`QTensor.format_name` prints it."""
+        return "+".join(f.name for f in self.formats)
+
+    def __str__(self) -> str:
+        return self.name
+
+    def nbytes(self, rows: int, cols: int) -> int:
+        """Exact stored bytes of a [rows, cols] weight, permutations (4 bytes per entry) and sparse part (a start per row, 6 bytes per value) included."""
+        dense = sum(f.nbytes(r1 - r0, c1 - c0) for r0, r1, c0, c1, f in self.rectangles((rows, cols)))
+        dense += 4 * (rows + 1) + 6 * self.sparse if self.sparse else 0
+        return dense + sum(4 * (rows if axis == "rows" else cols) for axis in self.permuted)
+
+
 @dataclass(frozen=True)
-class Bands:
+class Bands(Cut):
     """One unit cut along one axis into bands of different formats.
 
     Attributes:
@@ -96,89 +135,141 @@ class Bands:
     sparse: int = 0
 
     @property
-    def name(self) -> str:
-        """For example ``w3g64+w8``, as :attr:`QTensor.format_name` prints it."""
-        return "+".join(dict.fromkeys(f.name for _, f in self.parts))
+    def permuted(self) -> tuple[str, ...]:
+        return (self.axis,) if self.permute else ()
 
-    def __str__(self) -> str:
-        return self.name
+    @property
+    def formats(self) -> tuple[Format, ...]:
+        return tuple(dict.fromkeys(f for _, f in self.parts))
 
     @staticmethod
     def parse(value: Mapping, where: str) -> Bands:
         """Bands of a JSON entry ``{"rows"|"cols": [[count, format], ...], "permute": bool}``. Raises PlanError."""
         axis = "rows" if "rows" in value else "cols"
         if set(value) - {axis, "permute", "sparse"} or axis not in value:
-            raise PlanError(f"{where} {dict(value)!r}",
-                            "an entry object has exactly one of the keys format, rows, cols, and permute and sparse beside the last two",
-                            _ENTRY_FIX)
+            raise PlanError(f"{where} {dict(value)!r}", _ENTRY_RULE, _ENTRY_FIX)
         sparse = value.get("sparse", 0)
         if not isinstance(sparse, int) or isinstance(sparse, bool) or sparse < 0:
             raise PlanError(f"{where}: sparse {sparse!r}", "it must be the number of values of the sparse part, an integer >= 0", "write for example 1000")
-        permute = value.get("permute", False)
-        if not isinstance(permute, bool):
-            raise PlanError(f"{where}: permute {permute!r}", f"it must be true or false, found {type(permute).__name__}",
-                            "write true or false")
-        listed = value[axis]
-        if not isinstance(listed, list | tuple) or not listed:
-            raise PlanError(f"{where}: {axis} {listed!r}", "a non-empty list of [count, format] is expected", _ENTRY_FIX)
-        parts, tile, end = [], ROW_TILE if axis == "rows" else COL_TILE, 0
-        for i, part in enumerate(listed):
-            if not isinstance(part, list | tuple) or len(part) != 2:
-                raise PlanError(f"{where}: band {part!r}", "a band is a pair [count, format]", _ENTRY_FIX)
-            count, fmt = part[0], _format(part[1], f"{where}: format of band {i}")
-            if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-                raise PlanError(f"{where}: band {part!r}", f"its count must be a positive integer, found {count!r}",
-                                f"give a number of {axis}")
-            end += count
-            if i < len(listed) - 1 and end % tile:
-                raise PlanError(f"{where}: band {i} ends at {axis[:-1]} {end}",
-                                f"bands end at multiples of {tile} {axis}, the last one excepted",
-                                f"use {end // tile * tile or tile} or {-(-end // tile) * tile}")
-            if parts and fmt.bits < parts[-1][1].bits:
-                raise PlanError(f"{where}: band {i} is {fmt} after {parts[-1][1]}",
-                                f"code bits must not fall from band to band ({parts[-1][1].bits} to {fmt.bits})",
+        permute, parts = _flag(value, where), _counted(value[axis], axis, where, _format)
+        for i, ((_, a), (_, b)) in enumerate(pairwise(parts), 1):
+            if b.bits < a.bits:
+                raise PlanError(f"{where}: band {i} is {b} after {a}", f"code bits must not fall from band to band ({a.bits} to {b.bits})",
                                 "put the most precise band last")
-            parts.append((count, fmt))
-        return Bands(axis, tuple(parts), permute, sparse)
+        return Bands(axis, parts, permute, sparse)
 
     def rectangles(self, shape: tuple[int, int], name: str = "unit") -> list[tuple[int, int, int, int, Format]]:
-        """(r0, r1, c0, c1, Format) that tile a weight of ``shape`` [N, K]. Raises PlanError if the counts do not sum to the axis."""
         n, k = shape
-        total, size = sum(c for c, _ in self.parts), n if self.axis == "rows" else k
-        if total != size:
-            raise PlanError(f"bands of {name} ({n} x {k})", f"the counts of {self.axis} must sum to {size}, they sum to {total}",
-                            f"{'add' if total < size else 'take away'} {abs(size - total)} {self.axis}")
-        out, start = [], 0
-        for count, fmt in self.parts:
-            out.append((start, start + count, 0, k, fmt) if self.axis == "rows" else (0, n, start, start + count, fmt))
-            start += count
-        return out
-
-    def nbytes(self, rows: int, cols: int) -> int:
-        """Exact stored bytes of a [rows, cols] weight, permutation (4 bytes per entry) and sparse part (a start per row, 6 bytes per value) included."""
-        dense = sum(f.nbytes(r1 - r0, c1 - c0) for r0, r1, c0, c1, f in self.rectangles((rows, cols)))
-        dense += 4 * (rows + 1) + 6 * self.sparse if self.sparse else 0
-        return dense + (4 * (rows if self.axis == "rows" else cols) if self.permute else 0)
+        _check_sum(self.parts, self.axis, shape, f"bands of {name}")
+        return [(a, b, 0, k, fmt) if self.axis == "rows" else (0, n, a, b, fmt) for a, b, fmt in spans(self.parts)]
 
     def to_json(self) -> dict:
         out = {self.axis: [[c, f.name] for c, f in self.parts]}
         return out | ({"permute": True} if self.permute else {}) | ({"sparse": self.sparse} if self.sparse else {})
 
 
-#: What a plan decides for a unit: a Format, Bands, or None for float.
-Decision = Format | Bands | None
+@dataclass(frozen=True)
+class Tiles(Cut):
+    """One unit cut into bands of rows, and each of these into columns of different formats, wherever its own need them.
+
+    Attributes:
+        bands: (rows, ((columns, Format), ...)) from row 0 and column 0 on; rows sum to N, the columns of each band to K. Bits may rise and fall along a
+            band: one permutation serves all bands, so it cannot put the most precise columns of each of them last.
+        permute: the unit stores int32 permutations, of its rows if there are several bands, and of its columns if any band has several formats.
+    """
+
+    bands: tuple[tuple[int, tuple[tuple[int, Format], ...]], ...]
+    permute: bool = False
+
+    @property
+    def permuted(self) -> tuple[str, ...]:
+        cut = {"rows": len(self.bands) > 1, "cols": any(len(parts) > 1 for _, parts in self.bands)}
+        return tuple(axis for axis in cut if self.permute and cut[axis])
+
+    @property
+    def formats(self) -> tuple[Format, ...]:
+        return tuple(sorted(dict.fromkeys(f for _, parts in self.bands for _, f in parts), key=lambda f: f.bits))
+
+    @staticmethod
+    def parse(value: Mapping, where: str) -> Tiles:
+        """Tiles of a JSON entry ``{"tiles": [[rows, [[cols, format], ...]], ...], "permute": bool}``. Raises PlanError."""
+        if set(value) - {"tiles", "permute"}:
+            raise PlanError(f"{where} {dict(value)!r}", _ENTRY_RULE, _ENTRY_FIX)
+        bands = _counted(value["tiles"], "rows", where, lambda parts, at: _counted(parts, "cols", at, _format), "[rows, [[cols, format], ...]]", "columns")
+        return Tiles(bands, _flag(value, where))
+
+    def rectangles(self, shape: tuple[int, int], name: str = "unit") -> list[tuple[int, int, int, int, Format]]:
+        """Those of few bits first, so that equal mixes have one name whatever lies at row 0."""
+        _check_sum(self.bands, "rows", shape, f"tiles of {name}")
+        for i, (_, parts) in enumerate(self.bands):
+            _check_sum(parts, "cols", shape, f"band {i} of the tiles of {name}")
+        out = [(r0, r1, c0, c1, fmt) for r0, r1, parts in spans(self.bands) for c0, c1, fmt in spans(parts)]
+        rank = {f: i for i, f in enumerate(self.formats)}
+        return sorted(out, key=lambda r: rank[r[4]])
+
+    def to_json(self) -> dict:
+        out = {"tiles": [[rows, [[c, f.name] for c, f in parts]] for rows, parts in self.bands]}
+        return out | ({"permute": True} if self.permute else {})
+
+
+def spans(parts: Iterable[tuple[int, object]]) -> list[tuple[int, int, object]]:
+    """(start, end, value) of each (count, value), one behind the other from 0 on."""
+    out, start = [], 0
+    for count, value in parts:
+        out.append((start, start + count, value))
+        start += count
+    return out
+
+
+def _counted(listed: object, axis: str, where: str, read: Callable, form: str = "[count, format]", of: str = "format") -> tuple[tuple[int, object], ...]:
+    """(count, ``read(value, where)``) of each pair in a JSON list. Raises PlanError for what is none, and for bands that end inside a kernel tile."""
+    if not isinstance(listed, list | tuple) or not listed:
+        raise PlanError(f"{where}: {axis} {listed!r}", f"a non-empty list of {form} is expected", _ENTRY_FIX)
+    out, tile, end = [], ROW_TILE if axis == "rows" else COL_TILE, 0
+    for i, part in enumerate(listed):
+        if not isinstance(part, list | tuple) or len(part) != 2:
+            raise PlanError(f"{where}: band {part!r}", f"a band is a pair {form}", _ENTRY_FIX)
+        count, value = part[0], read(part[1], f"{where}: {of} of band {i}")
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            raise PlanError(f"{where}: band {part!r}", f"its count must be a positive integer, found {count!r}", f"give a number of {axis}")
+        end += count
+        if i < len(listed) - 1 and end % tile:
+            raise PlanError(f"{where}: band {i} ends at {axis[:-1]} {end}", f"bands end at multiples of {tile} {axis}, the last one excepted",
+                            f"use {end // tile * tile or tile} or {-(-end // tile) * tile}")
+        out.append((count, value))
+    return tuple(out)
+
+
+def _flag(value: Mapping, where: str) -> bool:
+    """``permute`` of an entry object. Raises PlanError."""
+    permute = value.get("permute", False)
+    if not isinstance(permute, bool):
+        raise PlanError(f"{where}: permute {permute!r}", f"it must be true or false, found {type(permute).__name__}", "write true or false")
+    return permute
+
+
+def _check_sum(parts: Sequence[tuple[int, object]], axis: str, shape: tuple[int, int], what: str) -> None:
+    """Raises PlanError if the counts do not fill the axis of a weight of ``shape``."""
+    total, size = sum(c for c, _ in parts), shape[0] if axis == "rows" else shape[1]
+    if total != size:
+        raise PlanError(f"{what} ({shape[0]} x {shape[1]})", f"the counts of {axis} must sum to {size}, they sum to {total}",
+                        f"{'add' if total < size else 'take away'} {abs(size - total)} {axis}")
+
+
+#: What a plan decides for a unit: a Format, Bands or Tiles, or None for float.
+Decision = Format | Cut | None
 
 
 def parse_entry(value: object, where: str = "plan entry") -> Decision:
     """Decision of one JSON entry (format name, ``"keep"`` or an object). Raises PlanError."""
     if value == KEEP:
         return None
-    if isinstance(value, Format | Bands):
+    if isinstance(value, Format | Cut):
         return value
     if isinstance(value, Mapping):
         if set(value) == {"format"}:
             return parse_entry(value["format"], where) if not isinstance(value["format"], Mapping) else _format(value["format"], where)
-        return Bands.parse(value, where)
+        return (Tiles if "tiles" in value else Bands).parse(value, where)
     return _format(value, where)
 
 
@@ -281,8 +372,8 @@ class Plan:
         """Checks every value and brings it to canonical form; with ``units``, also that the plan fits that model. Raises PlanError."""
         if self.default is not None:
             decision = parse_entry(self.default, "plan: default")
-            if isinstance(decision, Bands):
-                raise PlanError(f"plan: default {self.default!r}", "bands belong to one unit, they cannot be the default",
+            if isinstance(decision, Cut):
+                raise PlanError(f"plan: default {self.default!r}", "bands and tiles belong to one unit, they cannot be the default",
                                 'write a format such as "w4g64", or null')
             self.default = None if decision is None else decision.name
         if not isinstance(self.units, Mapping):
@@ -334,7 +425,7 @@ class Plan:
                             "leave one of the entries")
 
     def resolve(self, units: Sequence[Unit]) -> dict[str, Decision]:
-        """Unit name -> Format, :class:`Bands`, or None for float, in the order of ``units``.
+        """Unit name -> Format, :class:`Bands` or :class:`Tiles`, or None for float, in the order of ``units``.
 
         The name of a module tied to a unit stands for that unit, in exact entries and in patterns. Raises PlanError if an entry matches
         no unit (with the closest names), if tied modules are given different formats, or if bands do not fit the shape.
@@ -353,7 +444,7 @@ class Plan:
         out = {}
         for u in units:
             decision = self._for_names((u.name, *u.tied), patterns)
-            if isinstance(decision, Bands):
+            if isinstance(decision, Cut):
                 decision.rectangles(u.shape, u.name)
             out[u.name] = decision
         return out

@@ -6,8 +6,8 @@
 
     time(plan) = rest + sum over linears of time(shape, format, rows)
 
-``rest`` is everything else in the model (attention, norms, calls), measured once as what a whole model takes beyond its linears. A weight in bands takes
-the mean of its formats, weighted by their shares; a lookup takes nothing. The head reads one row, also when a prompt is read.
+``rest`` is everything else in the model (attention, norms, calls), measured once as what a whole model takes beyond its linears. A weight in bands or tiles
+takes the mean of its formats, weighted by their shares; a lookup takes nothing. The head reads one row, also when a prompt is read.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..fileio import read_json, write_json
 from ..formats import Format
 from ..sensitivity.table import KEEP, CostTable
 from ..structure import Unit
-from .schema import Bands, Decision
+from .schema import Cut, Decision
 
 VERSION = 1
 FIX = "measure it: `mxq bench MODEL --table times.json --formats ...`"
@@ -76,7 +76,7 @@ class TimeTable:
     def of(self, shape: tuple[int, int], decision: Decision, rows: int) -> float:
         """Microseconds of one weight [N, K] for x [rows, K]. Raises PlanError for what was not measured."""
         n, k = shape
-        if isinstance(decision, Bands):
+        if isinstance(decision, Cut):
             return sum(self.of(shape, f, rows) * (r1 - r0) * (c1 - c0) / (n * k) for r0, r1, c0, c1, f in decision.rectangles(shape))
         name = KEEP if decision is None else decision.name
         if (n, k, name, rows) not in self.us:

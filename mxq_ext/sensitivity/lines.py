@@ -1,4 +1,4 @@
-"""What single rows, columns and elements of a weight are worth: the scores by which bands and sparse parts are chosen.
+"""What single rows, columns, tiles and elements of a weight are worth: the scores by which bands, tiles and sparse parts are chosen.
 
 W, D (quantized minus float) [N, K] and the second moment H [K, K] of the input, float32. Scores rise with importance.
 
@@ -10,6 +10,7 @@ column_error       H_jj sum_i D_ij^2                                        OWQ,
 column_norm        sqrt(H_jj), the channel's root mean square               CMPQ, Chen et al. 2024
 row_error          sum_jk D_ij H_jk D_ik                                    SKIM, Bai et al. 2024
 row_taylor         abs(mean_w s + 1/2 mean_w s^2), s = <g_w, D>_i           MixLLM, Zheng et al. 2024
+tile_sums          sum_ij F_ij, rows and columns sorted by such sums        SFMP 2026
 outlier_score      distance beyond the quartiles over their distance        SqueezeLLM, Kim et al. 2023
 =================  =======================================================  ==================================================
 """
@@ -52,6 +53,15 @@ def row_taylor(products: torch.Tensor) -> torch.Tensor:
 def row_products(delta: torch.Tensor, x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
     """[N]: sum_t g_ti (D x_t)_i, which is <g, D> of row i without the weight's gradient being formed. x [T, K], g [T, N]."""
     return (g * (x @ delta.T)).sum(0)
+
+
+def tile_sums(salience: torch.Tensor, tile: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Orders of the rows [N] and columns [K] by rising sums of ``salience`` [N, K] >= 0, and its sums over tiles of the sorted matrix, float64
+    [ceil(N / rows), ceil(K / cols)]; the last tile of either axis may be ragged."""
+    rows = torch.cat([part.double().sum(1) for part in salience.split(4096)]).argsort(stable=True)
+    cols = sum(part.double().sum(0) for part in salience.split(4096)).argsort(stable=True)
+    sums = [torch.stack([part.sum() for part in salience[own].double().sum(0)[cols].split(tile[1])]) for own in rows.split(tile[0])]
+    return rows, cols, torch.stack(sums)
 
 
 def outlier_score(weight: torch.Tensor, sample: int = 1 << 20) -> torch.Tensor:
