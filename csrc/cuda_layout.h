@@ -39,6 +39,10 @@ into the halves 1024 + q * 2^p:
     16 bits  word 4*s + i      p = 0
     3 bits   word s     p = 0, 3, 9, 12 for a0..a3, s = 0..2
              step 3     a0, a1, a2 at p = 6 of words 0, 1, 2; bit b of a3 at p = 15 of word b
+    5 bits   word s     p = 0, 5, 10 for a0..a2
+             word 4     p = 5*s for a3, s = 0..2;  step 3: bit b of a3 at p = 15 of word b
+    6 bits   word 2*s + i/2    p = 10*(i%2), s = 0..2
+             step 3     the upper four bits of a_i at p = 6 of word i, the lower two at p = 6 + 2*(i%2) of word 4 + i/2
 
 nf and lut codes go by quads, the columns k..k+3 of one row (r = 0: row g, r = 1: row g + 8), j = 0..3, so that a quad selects bytes of a table:
 
@@ -48,7 +52,7 @@ nf and lut codes go by quads, the columns k..k+3 of one row (r = 0: row g, r = 1
 
 ### Order in memory
 
-Columns are padded to 64 with code 0, rows to 16. A *super-tile* is as many tiles as give a lane 16 words or less: 4 tiles up to 4 bits, 2 at 8, 1 at 16.
+Columns are padded to 64 with code 0, rows to 16. A *super-tile* gives a lane 8 to 20 words: 4 tiles up to 5 bits, 2 at 6 and 8, 1 at 16.
 Its words go by 16 bytes a lane, `[word / 4][lane][word % 4]`, so that every load of a warp is 512 neighbouring bytes. The tiles after the last full
 super-tile go `[word][lane]`.
 
@@ -62,7 +66,7 @@ Groups are padded to whole tiles, padding has scale 0 and zero 0. Rectangles are
 static constexpr int TILE_ROWS = 16, TILE_COLS = 64, WARP = 32;
 
 static constexpr bool quad_order(Format f) { return f.kind == LUT || f.kind == NF; }
-static constexpr int super_tiles(int bits) { return bits <= 4 ? 4 : 16 / bits; }
+static constexpr int super_tiles(int bits) { return bits <= 5 ? 4 : 16 / bits; }
 static constexpr int super_cols(int bits) { return super_tiles(bits) * TILE_COLS; }
 static constexpr int64_t cuda_tiles(int64_t cols) { return ceil_div(cols, TILE_COLS); }
 // Groups stored per row: whole tiles of them.
@@ -80,11 +84,11 @@ static constexpr int64_t cuda_zero_bytes(Format f, int64_t cols) {
 // Place of row r of a row block among the 16 numbers of a group.
 static constexpr int pair_place(int r) { return 2 * (r % 8) + r / 8; }
 
-// Where a code lies in a tile: `bits` (or for 3 bits `low`) bits of one word, and for 3 bits the rest elsewhere.
+// Where a code lies in a tile: `low` bits of it in one word, and the rest, if any, elsewhere (3, 5 and 6 bits).
 struct CodePlace {
   int lane, word, bit;  // the low `low` bits of the code
   int low;
-  int high_word, high_bit, high_step;  // 3 bits: code bit low + i is at bit high_bit of word high_word + i * high_step
+  int high_word, high_bit, high_step, bit_step = 0;  // code bit low + i is at bit high_bit + i * bit_step of word high_word + i * high_step
 };
 
 MXQ_INLINE constexpr CodePlace code_place(int bits, bool quads, int r, int k) {
@@ -99,6 +103,13 @@ MXQ_INLINE constexpr CodePlace code_place(int bits, bool quads, int r, int k) {
   if (bits == 4) return {lane, s, e + 4 * i, 4, 0, 0, 0};
   if (bits == 8) return {lane, 2 * s + i / 2, e + 8 * (i % 2), 8, 0, 0, 0};
   if (bits == 16) return {lane, 4 * s + i, e, 16, 0, 0, 0};
+  if (bits == 6) {
+    if (s < 3) return {lane, 2 * s + i / 2, e + 10 * (i % 2), 6, 0, 0, 0};
+    return {lane, 4 + i / 2, e + 6 + 2 * (i % 2), 2, i, e + 6, 0, 1};
+  }
+  if (bits == 5 && i < 3) return {lane, s, e + 5 * i, 5, 0, 0, 0};
+  if (bits == 5 && s < 3) return {lane, 4, e + 5 * s, 5, 0, 0, 0};
+  if (bits == 5) return {lane, 0, e + 15, 0, 0, e + 15, 1};
   if (s < 3) return {lane, s, e + (i == 0 ? 0 : i == 1 ? 3 : i == 2 ? 9 : 12), 3, 0, 0, 0};
   if (i < 3) return {lane, i, e + 6, 3, 0, 0, 0};
   return {lane, 0, e + 15, 0, 0, e + 15, 1};
@@ -116,21 +127,23 @@ MXQ_INLINE constexpr uint32_t read_code(const uint32_t* words, int bits, bool qu
   const CodePlace p = code_place(bits, quads, r, int(col % TILE_COLS));
   const int64_t tile = col / TILE_COLS;
   uint32_t code = p.low ? words[word_index(bits, tile, tiles, p.word, p.lane)] >> p.bit & ((1u << p.low) - 1) : 0;
-  for (int b = p.low; b < bits; b++)
-    code |= (words[word_index(bits, tile, tiles, p.high_word + (b - p.low) * p.high_step, p.lane)] >> p.high_bit & 1) << b;
+  int word = p.high_word, bit = p.high_bit;
+  for (int b = p.low; b < bits; b++, word += p.high_step, bit += p.bit_step)
+    code |= (words[word_index(bits, tile, tiles, word, p.lane)] >> bit & 1) << b;
   return code;
 }
 static constexpr void write_code(uint32_t* words, int bits, bool quads, int64_t tiles, int r, int64_t col, uint32_t code) {  // into zeroed words
   const CodePlace p = code_place(bits, quads, r, int(col % TILE_COLS));
   const int64_t tile = col / TILE_COLS;
   if (p.low) words[word_index(bits, tile, tiles, p.word, p.lane)] |= (code & ((1u << p.low) - 1)) << p.bit;
-  for (int b = p.low; b < bits; b++)
-    words[word_index(bits, tile, tiles, p.high_word + (b - p.low) * p.high_step, p.lane)] |= (code >> b & 1) << p.high_bit;
+  int word = p.high_word, bit = p.high_bit;
+  for (int b = p.low; b < bits; b++, word += p.high_step, bit += p.bit_step) words[word_index(bits, tile, tiles, word, p.lane)] |= (code >> b & 1) << bit;
 }
 
 static_assert(cuda_code_bytes(W3G64_ASYM, 4096) * 8 == 16 * 4096 * 3, "no bit is wasted where columns are a multiple of 64");
 static_assert(cuda_groups(W4G32_FZ, 20) == 2 && cuda_groups(W4G64, 65) == 2 && cuda_groups(W8, 65) == 1, "groups of whole tiles");
-static_assert(super_tiles(2) * 2 % 4 == 0 && super_tiles(3) * 3 == 12 && super_tiles(8) * 8 == 16 && super_tiles(16) * 16 == 16, "vectors of 4 words");
+static_assert(super_tiles(2) * 2 % 4 == 0 && super_tiles(3) * 3 == 12 && super_tiles(5) * 5 == 20 && super_tiles(6) * 6 == 12 && super_tiles(8) * 8 == 16 &&
+                  super_tiles(16) * 16 == 16, "vectors of 4 words");
 
 // Every bit of a tile belongs to exactly one code: 1024 codes mark 32 * bits words completely.
 static constexpr bool tile_is_full(int bits, bool quads) {
@@ -140,7 +153,7 @@ static constexpr bool tile_is_full(int bits, bool quads) {
       const CodePlace p = code_place(bits, quads, r, k);
       for (int b = 0; b < bits; b++) {
         const bool low = b < p.low;
-        const int word = low ? p.word : p.high_word + (b - p.low) * p.high_step, bit = low ? p.bit + b : p.high_bit;
+        const int word = low ? p.word : p.high_word + (b - p.low) * p.high_step, bit = low ? p.bit + b : p.high_bit + (b - p.low) * p.bit_step;
         uint32_t& w = words[word * WARP + p.lane];
         if (w >> bit & 1) return false;
         w |= 1u << bit;
@@ -152,6 +165,7 @@ static constexpr bool tile_is_full(int bits, bool quads) {
 }
 static_assert(tile_is_full(2, false) && tile_is_full(3, false) && tile_is_full(4, false), "places of uniform codes");
 static_assert(tile_is_full(2, true) && tile_is_full(3, true) && tile_is_full(4, true), "places of table codes");
+static_assert(tile_is_full(5, false) && tile_is_full(6, false), "places of codes that cross words");
 static_assert(tile_is_full(8, false) && tile_is_full(16, false), "places of 8-bit codes and fp16");
 
 // ------------------------------------------------------------------------------------------------------------------ the blob

@@ -1,6 +1,6 @@
 """Line coverage of csrc/cuda by the tests of the CUDA kernels, with gcov. A plugin of pytest:
 
-    SIMT_MODE=gcov PYTHONPATH=python_tests:. python -m pytest -q -p cuda_coverage python_tests/test_cuda_{kernels,layout,dispatch,ops,nn}.py
+    SIMT_MODE=gcov PYTHONPATH=python_tests:. python -m pytest -q -p cuda_coverage python_tests/test_cuda_{kernels,layout,dispatch,ops,nn,attention}.py
 """
 
 from pathlib import Path

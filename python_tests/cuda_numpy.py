@@ -18,6 +18,17 @@ def place_uniform(bits: int, s: int, i: int, e: int) -> list[tuple[int, int]]:
         word, p = 2 * s + i // 2, 8 * (i % 2)
     elif bits == 16:
         word, p = 4 * s + i, 0
+    elif bits == 5 and i < 3:
+        word, p = s, (0, 5, 10)[i]
+    elif bits == 5:
+        if s == 3:
+            return [(b, 15 + 16 * e) for b in range(5)]
+        word, p = 4, 5 * s
+    elif bits == 6:
+        if s == 3:
+            low = 6 + 2 * (i % 2) + 16 * e
+            return [(4 + i // 2, low), (4 + i // 2, low + 1), *((i, 6 + 16 * e + b) for b in range(4))]
+        word, p = 2 * s + i // 2, (0, 10)[i % 2]
     elif s < 3:
         word, p = s, (0, 3, 9, 12)[i]
     elif i < 3:
@@ -57,7 +68,7 @@ def pack_tile(codes: np.ndarray, bits: int, table: bool) -> np.ndarray:
 def pack_row_block(codes: np.ndarray, bits: int, table: bool) -> bytes:
     """codes [16, 64 * tiles] -> the bytes of a row block."""
     tiles = [pack_tile(codes[:, i : i + 64], bits, table) for i in range(0, codes.shape[1], 64)]
-    per, out = {2: 4, 3: 4, 4: 4, 8: 2, 16: 1}[bits], b""
+    per, out = {2: 4, 3: 4, 4: 4, 5: 4, 6: 2, 8: 2, 16: 1}[bits], b""
     for first in range(0, len(tiles), per):
         words = np.concatenate(tiles[first : first + per])  # [words, 32]
         full = len(tiles) - first >= per

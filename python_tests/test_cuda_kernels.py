@@ -15,14 +15,14 @@ from cuda_tools import error
 
 from mxq_ext import cuda, reference
 from mxq_ext.errors import NativeError
-from mxq_ext.formats import NF4_LEVELS, Format
+from mxq_ext.formats import NF4_LEVELS, UNIFORM_BITS, Format
 from mxq_ext.qtensor import QTensor, Rectangle
 from mxq_ext.testing import cases
 
 HALVES = (torch.float16, torch.bfloat16)
 BOUND = {torch.float16: 1e-3, torch.bfloat16: 8e-3}
 #: One format of each decoder and zero point.
-KERNELS = ("w2g64", "w3g128_asym", "w4g32_fz", "w8", "w8g64_asym_bf16", "lut2", "lut3", "lut4", "nf4g64", "fp16")
+KERNELS = ("w2g64", "w3g128_asym", "w4g32_fz", "w5g64_asym", "w6g128_fz", "w6g32_asym", "w8", "w8g64_asym_bf16", "lut2", "lut3", "lut4", "nf4g64", "fp16")
 
 
 @pytest.fixture(params=cuda_tools.backends())
@@ -117,6 +117,19 @@ def test_whole_numbers_are_exact(bench, fmt, path):
     for dtype in HALVES:
         (y,) = bench.linear(x.to(dtype), [(p, None)], torch.float32, path)
         assert torch.equal(y.double(), expected), dtype
+
+
+@pytest.mark.parametrize("bits", UNIFORM_BITS)
+def test_every_code_and_zero_point(bench, bits):
+    """Each code with each integer zero point, in both rows of a lane and in each place among its words: q - z. mv decodes as mm does."""
+    count = 1 << bits
+    rows = torch.arange(max(2 * count, 16))
+    zeros = (rows // 16 * 8 + rows % 8) % count
+    for shift in (32 * i + j for i in range(max(count // 32, 1)) for j in range(8)):
+        codes = ((torch.arange(64) + shift) % count).expand(len(rows), 64)  # the four lanes of a row have codes 8 apart
+        p = bench.pack(QTensor.from_codes(f"w{bits}_asym", codes, scales=torch.ones(len(rows), 1), zeros=zeros[:, None]))
+        (y,) = bench.linear(torch.eye(64).half(), [(p, None)], torch.float32, "mm")
+        assert torch.equal(y.T, (codes - zeros[:, None]).float()), shift
 
 
 # ------------------------------------------------------------------------------------------------------------------ random

@@ -59,9 +59,10 @@ def linear(modules, arch, q, x, bias, sources, path, splits=1):
     return out
 
 
-MV = (("mv_w2", "w2g64", "sm_80"), ("mv_w3", "w3g32_asym", "sm_80"), ("mv_w4", "w4g64_fz", "sm_80"), ("mv_w8", "w8g128_asym", "sm_80"),
-      ("mv_lut2", "lut2", "sm_80"), ("mv_lut3", "lut3", "sm_80"), ("mv_lut4", "lut4", "sm_80"), ("mv_nf4", "nf4g64", "sm_80"), ("mv_fp16", "fp16", "sm_80"),
-      ("mv_w4", "w4g64_asym", "sm_75"), ("mv_w3", "w3g128", "sm_90"))
+MV = (("mv_w2", "w2g64", "sm_80"), ("mv_w3", "w3g32_asym", "sm_80"), ("mv_w4", "w4g64_fz", "sm_80"), ("mv_w5", "w5g64_asym", "sm_80"),
+      ("mv_w6", "w6g32_asym", "sm_80"), ("mv_w8", "w8g128_asym", "sm_80"), ("mv_lut2", "lut2", "sm_80"), ("mv_lut3", "lut3", "sm_80"),
+      ("mv_lut4", "lut4", "sm_80"), ("mv_nf4", "nf4g64", "sm_80"), ("mv_fp16", "fp16", "sm_80"), ("mv_w4", "w4g64_asym", "sm_75"),
+      ("mv_w3", "w3g128", "sm_90"), ("mv_w6", "w6g128_fz", "sm_90"), ("mv_w5", "w5", "sm_75"))
 
 
 @pytest.mark.parametrize("case", range(len(MV)), ids=["-".join(c) for c in MV])
@@ -76,7 +77,8 @@ def test_mv(modules, case):
 
 
 @pytest.mark.parametrize("source, fmt, arch", (
-    ("mm_w4", "w4g64", "sm_80"), ("mm_w3", "w3g32_asym", "sm_80"), ("mm_lut3", "lut3", "sm_80"), ("mm_w8", "w8", "sm_75")))
+    ("mm_w4", "w4g64", "sm_80"), ("mm_w3", "w3g32_asym", "sm_80"), ("mm_lut3", "lut3", "sm_80"), ("mm_w8", "w8", "sm_75"),
+    ("mm_w5", "w5g128_asym", "sm_80"), ("mm_w6", "w6g64_asym", "sm_80")))
 def test_mm(modules, source, fmt, arch):
     q = cases.random_qtensor(fmt, 18, 300, 1)
     x, bias = cases.random_x(18, 300, torch.bfloat16), torch.zeros(18)
@@ -100,7 +102,7 @@ def test_scalar(modules):
         assert torch.equal(mine, fibers)
 
 
-@pytest.mark.parametrize("layout", (0, 1, 3), ids=lambda i: cases.LAYOUTS[i].name)
+@pytest.mark.parametrize("layout", (0, 1, 3, 5), ids=lambda i: cases.LAYOUTS[i].name)
 def test_dequant(modules, layout):
     q = cases.LAYOUTS[layout].make(2)
     p = cuda_tools.bench("cpu").pack(q)

@@ -24,6 +24,8 @@ struct Uniform {
     if (BITS == 2) return (second_row ? 2 : 0) + (larger ? 4 : 0);
     if (BITS == 3) return larger ? 6 : second_row ? 3 : 0;
     if (BITS == 4) return second_row ? 4 : 0;
+    if (BITS == 5) return second_row ? 5 : 0;
+    if (BITS == 6) return second_row || larger ? 4 : 0;
     return 0;
   }
   // Halves 2^-p and -1024 / 2^p.
@@ -34,7 +36,7 @@ struct Uniform {
     constexpr unsigned minus_one = twice(0xbc00);
     low[0] = ptx::hfma2(row_g, minus_one, minus_magic(shift(false, false)));
     low[1] = ptx::hfma2(row_g8, minus_one, minus_magic(shift(true, false)));
-    if (BITS == 2 || BITS == 3) {
+    if (BITS == 2 || BITS == 3 || BITS == 6) {
       high[0] = ptx::hfma2(row_g, minus_one, minus_magic(shift(false, true)));
       high[1] = ptx::hfma2(row_g8, minus_one, minus_magic(shift(true, true)));
     }
@@ -70,6 +72,25 @@ struct Uniform {
       const unsigned last = (w[0] >> 9 & twice(1u << 6)) | (w[1] >> 8 & twice(1u << 7)) | (w[2] >> 7 & twice(1u << 8));
       a[0] = exact<6>(field<6>(w[0]), high[0]), a[1] = exact<6>(field<6>(w[1]), high[1]);
       a[2] = exact<6>(field<6>(w[2]), high[0]), a[3] = exact<6>(last | twice(0x6400), high[1]);
+    } else if constexpr (BITS == 5) {
+      a[0] = exact<0>(field<0>(w[S]), low[0]), a[1] = exact<5>(field<5>(w[S]), low[1]), a[2] = exact<0>(field<0>(w[S] >> 10), low[0]);
+      if constexpr (S < 3) {
+        a[3] = exact<5>(field<5>(S == 0 ? w[4] << 5 : S == 1 ? w[4] : w[4] >> 5), low[1]);
+      } else {
+        const unsigned last = (w[0] >> 10 & twice(1u << 5)) | (w[1] >> 9 & twice(1u << 6)) | (w[2] >> 8 & twice(1u << 7)) | (w[3] >> 7 & twice(1u << 8)) |
+                              (w[4] >> 6 & twice(1u << 9));
+        a[3] = exact<5>(last | twice(0x6400), low[1]);
+      }
+    } else if constexpr (BITS == 6 && S < 3) {
+      const unsigned v = w[2 * S], u = w[2 * S + 1];
+      a[0] = exact<0>(field<0>(v), low[0]), a[1] = exact<4>(field<4>(v >> 6), low[1]);
+      a[2] = exact<0>(field<0>(u), low[0]), a[3] = exact<4>(field<4>(u >> 6), low[1]);
+    } else if constexpr (BITS == 6) {
+      const auto join = [](unsigned upper, unsigned lower) {  // four bits at 6 of one word, two at 4 of another: a field at bit 4
+        return ptx::lop3<0xea>(upper, twice(15u << 6), ptx::lop3<0xea>(lower, twice(3u << 4), twice(0x6400)));
+      };
+      a[0] = exact<4>(join(w[0], w[4] >> 2), high[0]), a[1] = exact<4>(join(w[1], w[4] >> 4), high[1]);
+      a[2] = exact<4>(join(w[2], w[5] >> 2), high[0]), a[3] = exact<4>(join(w[3], w[5] >> 4), high[1]);
     } else {
       const unsigned v = w[2 * S], u = w[2 * S + 1], magic = 0x64646464u;
       a[0] = ptx::hadd2(ptx::prmt(v, magic, 0x4240), low[0]), a[1] = ptx::hadd2(ptx::prmt(v, magic, 0x4341), low[1]);

@@ -40,6 +40,8 @@ using MvLaunch = int (*)(const Params& p, int tiles, unsigned ctas, int smem, vo
 int mv_w2(const Params&, int, unsigned, int, void*);
 int mv_w3(const Params&, int, unsigned, int, void*);
 int mv_w4(const Params&, int, unsigned, int, void*);
+int mv_w5(const Params&, int, unsigned, int, void*);
+int mv_w6(const Params&, int, unsigned, int, void*);
 int mv_w8(const Params&, int, unsigned, int, void*);
 int mv_lut2(const Params&, int, unsigned, int, void*);
 int mv_lut3(const Params&, int, unsigned, int, void*);
@@ -53,6 +55,8 @@ using MmLaunch = int (*)(const Params& p, void* stream);
 int mm_w2(const Params&, void*);
 int mm_w3(const Params&, void*);
 int mm_w4(const Params&, void*);
+int mm_w5(const Params&, void*);
+int mm_w6(const Params&, void*);
 int mm_w8(const Params&, void*);
 int mm_lut2(const Params&, void*);
 int mm_lut3(const Params&, void*);

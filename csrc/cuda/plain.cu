@@ -39,7 +39,8 @@ __device__ __forceinline__ void dequant_tile(const uint8_t* blob, const CudaPiec
       for (int j = 0; j < 8; j++) {
         const CodePlace place = code_place(BITS, QUADS, 8 * second, 32 * half + j);  // as lane 0 has it: all lanes are alike
         unsigned code = place.low ? w[place.word] >> place.bit & ((1u << place.low) - 1) : 0;
-        for (int b = place.low; b < BITS; b++) code |= (w[place.high_word + (b - place.low) * place.high_step] >> place.high_bit & 1) << b;
+        int word = place.high_word, bit = place.high_bit;
+        for (int b = place.low; b < BITS; b++, word += place.high_step, bit += place.bit_step) code |= (w[word] >> bit & 1) << b;
         if (first + j >= cols) continue;
         const int64_t at = int(p.c0) + first + j;
         store_number(out, to + (perm_cols ? __ldg(perm_cols + at) : at), type, weight_of(p.format, group, code));
@@ -54,8 +55,8 @@ struct Rows {
   int begin, count, original;
 };
 
-// grid: row blocks of all bands from `first_block` on. out[rows.count, K].
-__global__ void __launch_bounds__(DEQUANT_WARPS* WARP) dequant(const uint8_t* blob, void* out, int type, unsigned first_block, Rows of) {
+// grid: row blocks of all bands from `first_block` on. out[rows.count, K]. 4 blocks to an SM: left to itself, the assembler spills for more of them on sm_120.
+__global__ void __launch_bounds__(DEQUANT_WARPS* WARP, 4) dequant(const uint8_t* blob, void* out, int type, unsigned first_block, Rows of) {
   const CudaHead& h = blob_head(blob);
   const CudaBand* band = blob_at<CudaBand>(blob, h.off_bands);
   unsigned first = 0, blocks;
@@ -75,6 +76,8 @@ __global__ void __launch_bounds__(DEQUANT_WARPS* WARP) dequant(const uint8_t* bl
         case 2: quads ? go(Constant<2>(), Constant<1>()) : go(Constant<2>(), Constant<0>()); break;
         case 3: quads ? go(Constant<3>(), Constant<1>()) : go(Constant<3>(), Constant<0>()); break;
         case 4: quads ? go(Constant<4>(), Constant<1>()) : go(Constant<4>(), Constant<0>()); break;
+        case 5: go(Constant<5>(), Constant<0>()); break;
+        case 6: go(Constant<6>(), Constant<0>()); break;
         case 8: go(Constant<8>(), Constant<0>()); break;
         default: go(Constant<16>(), Constant<0>());
       }

@@ -16,7 +16,7 @@ __device__ __forceinline__ void load_shared_16(unsigned* to, const void* from) {
 
 // One super-tile of one lane: its words, scales and zeros, as loads that may still be on their way.
 struct Unit {
-  unsigned w[16];
+  unsigned w[20];
   unsigned scale[2], zero[2];  // lane l holds the pair (row l % 8, row l % 8 + 8) of group l / 8, and of group 4 + l / 8
 };
 
