@@ -2,6 +2,7 @@
 
     python bench/reconstruct.py -o bench/results/reconstruction.json [--work DIR] [--formats w2g64_asym,w3g64_asym] [--steps 0,30] [--distill 100]
 
+A format that is a number, for example ``--formats 3.3``, is the default preset's mix of so many stored bits.
 Decoder linears only (embedding and head stay float), in perplexity, KL to the float model and greedy agreement on 12 windows of 512 tokens of both held-out
 texts.
 Calibration: 64 windows, half technical and half narrative of other books, like the held-out texts but apart from them. GPTQ's second moments are
@@ -13,6 +14,9 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
+import functools
+import re
 import sys
 import time
 from pathlib import Path
@@ -26,16 +30,18 @@ from mxq_ext.evaluate import Reference, evaluate  # noqa: E402
 from mxq_ext.fileio import load_tensors, read_json, save_tensors, write_json  # noqa: E402
 from mxq_ext.hf import demo_model_path, load_model, permute_model  # noqa: E402
 from mxq_ext.pipeline import LENGTH, quantize_by_plan  # noqa: E402
-from mxq_ext.plan import Plan  # noqa: E402
+from mxq_ext.plan import Plan, solve  # noqa: E402
 from mxq_ext.plan.presets import find_preset  # noqa: E402
 from mxq_ext.progress import Progress  # noqa: E402
 from mxq_ext.quantizers.blocks import BlockOptions, reconstruct_blocks  # noqa: E402
 from mxq_ext.quantizers.distill import DistillOptions, distill  # noqa: E402
 from mxq_ext.report import markdown_table  # noqa: E402
+from mxq_ext.sensitivity import CostTable, sense  # noqa: E402
 from mxq_ext.stats import calibrate  # noqa: E402
 from mxq_ext.stats.outputs import OutputMoments, output_moments  # noqa: E402
+from mxq_ext.structure import find_units  # noqa: E402
 from mxq_ext.testing.timing import machine  # noqa: E402
-from mxq_ext.trials import Trials  # noqa: E402
+from mxq_ext.trials import Trials, short_hash  # noqa: E402
 
 KEEP = ("model.embed_tokens",)
 KINDS = ("technical", "literary")
@@ -62,6 +68,8 @@ class Bench:
         permute_model(self.model)
         self.tokens = calibration_windows(tokenizer)
         self.stats = calibrate(self.model, self.tokens, work / "stats", weightings=("attention",), fisher=False, progress=progress)
+        self.preset = find_preset(None)
+        self.trials = Trials(work / "trials", self.model, self.stats, self.preset)
         self.held = heldout_windows(tokenizer, windows)
         self.reference = {k: Reference.of(self.model, t, progress) for k, t in self.held.items()}
 
@@ -73,17 +81,36 @@ class Bench:
         tensors, _ = load_tensors(path)
         return OutputMoments(tensors["moment"], tensors["first"])
 
+    @functools.cached_property
+    def table(self) -> CostTable:
+        """What each candidate costs each decoder linear."""
+        path = self.work / f"cost-{short_hash({'trials': self.trials.key, 'candidates': list(self.preset.candidates)})}.json"
+        if path.exists():
+            return CostTable.load(path)
+        stats = calibrate(self.model, self.tokens, self.work / "stats-gradient", weightings=("gradient",), fisher=False, progress=self.progress)
+        units = [u for u in find_units(self.model) if u.name not in KEEP]
+        table = sense(self.model, self.tokens, stats, self.preset.candidates, metric=self.preset.metric, trial=self.trials, units=units,
+                      progress=self.progress)
+        table.save(path)
+        return table
+
+    def plan(self, fmt: str) -> Plan:
+        """``fmt`` for every decoder linear, or a mix of as many stored bits as it says."""
+        if not re.fullmatch(r"[0-9.]+", fmt):
+            return Plan.uniform(fmt, keep=KEEP)
+        mixed = solve(self.table, bits=float(fmt), quantizer=self.preset.quantizer())
+        return dataclasses.replace(mixed, units=mixed.units | dict.fromkeys(KEEP, "keep"))
+
     def row(self, fmt: str, steps: int | None, distilled: int = 0) -> dict:
         """One quantized model, read from its file when it has been measured before; ``steps`` None is GPTQ alone."""
         path = self.work / f"row-{fmt}-{'gptq' if steps is None else steps}{f'-{distilled}' if distilled else ''}.json"
         if path.exists():
             return read_json(path)
-        trials = Trials(self.work / "trials", self.model, self.stats, find_preset(None))
-        qtensors = quantize_by_plan(self.model, Plan.uniform(fmt, keep=KEEP), trials, self.progress)
+        qtensors = quantize_by_plan(self.model, self.plan(fmt), self.trials, self.progress)
         start, errors = time.perf_counter(), None
         if steps is not None:
             qtensors = reconstruct_blocks(self.model, qtensors, self.tokens[::2], BlockOptions(steps=steps), moments=self.moments(),
-                                          directory=self.work / "blocks" / trials.key, progress=self.progress)
+                                          directory=self.work / "blocks" / self.trials.key, progress=self.progress)
             blocks = [q.info for n, q in qtensors.items() if n.endswith("down_proj")]
             errors = {k.removeprefix("block_error_"): [i[k] for i in blocks] for k in blocks[0] if k.startswith("block_error_")}
         norms = {}

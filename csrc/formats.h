@@ -19,11 +19,12 @@ read and which is made once at load.
 
 ## Names
 
-    w<bits>[g<group>][_asym|_fz][_bf16]    uniform, bits 2 to 6, 8      w4g64  w3g64_asym  w8
+    w<bits>[g<group>][_asym|_fz][_bf16]    uniform, bits 1 to 6, 8      w4g64  w3g64_asym  w8
     nf4g<group>[_bf16]                     NormalFloat levels            nf4g64
     lut<bits>                              k-means table per output row  lut3
     fp16                                   plain half precision
 
+One bit goes with `_fz` only: weights by their sign are `z = -a`, `s = 2a`.
 Groups are 32, 64 or 128 columns, counted from the rectangle's first column; without a `g` the whole row is one group. The last group of
 a row may be ragged: it simply covers fewer columns.
 
@@ -47,7 +48,7 @@ enum Zero : uint8_t { SYM = 0, INT = 1, FLOATZERO = 2 };
 
 struct Format {
   uint8_t kind;    // Kind
-  uint8_t bits;    // code bits: uniform 2 3 4 5 6 8, nf 4, lut 2 3 4, float 16
+  uint8_t bits;    // code bits: uniform 1 2 3 4 5 6 8, nf 4, lut 2 3 4, float 16
   uint8_t zero;    // Zero; SYM for all but uniform
   uint8_t bf16;    // 1: scales and float zeros are bfloat16, 0: fp16
   uint32_t group;  // columns per scale: 32, 64, 128, or 0 for the whole row
@@ -132,6 +133,7 @@ All CPU targets read the same bytes. The unit is the *stripe*: 32 codes for each
 one mask turns a vector into 64 bytes of codes, which is what the integer kernels multiply; and one shift brings a code to the low bits of
 its word, where the float kernels look it up in a table (what is left above it is ignored by the lookup). Quad `i` (0..7), byte `k` (0..3):
 
+    1 bit    word 0     bit 8*k + i
     2 bits   word i/4   bit 8*k + 2*(i%4)
     4 bits   word i/2   bit 8*k + 4*(i%2)
     8 bits   word i     bit 8*k

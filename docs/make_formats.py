@@ -25,7 +25,7 @@ def document(header: str) -> str:
 def names() -> list[str]:
     """Every format with fp16 scales, by bits and then by name."""
     out = [Format("float", 16), *(Format("lut", b) for b in LUT_BITS), *(Format("nf", 4, g) for g in (*GROUPS, 0))]
-    out += [Format("uniform", b, g, z) for b in UNIFORM_BITS for g in (*GROUPS, 0) for z in ("sym", "int", "float")]
+    out += [Format("uniform", b, g, z) for b in UNIFORM_BITS for g in (*GROUPS, 0) for z in ("sym", "int", "float") if b > 1 or z == "float"]
     return [f.name for f in sorted(out, key=lambda f: (f.bits, f.kind, f.group or 1 << 20, f.zero == "float", f.zero == "int"))]
 
 

@@ -239,14 +239,14 @@ def _bands(model, units, tokens, stats, preset, formats, budget: int, progress) 
 def line_losses(unit: Unit, weight: torch.Tensor, stats: Stats, preset: Preset, formats: Sequence[Format], products: dict) -> torch.Tensor:
     """float64 [lines, F]: what each line would lose in each candidate, by round to nearest (lut: by k-means). weight float32 [N, K]."""
     score = {"column_error": lines.column_error, "row_error": lines.row_error}.get(preset.metric)
-    known = score is not None or preset.metric in ("column_norm", "row_taylor")
+    known = score is not None or preset.metric in ("column_norm", "column_salience", "row_taylor")
     if not known or preset.metric.partition("_")[0] != {"rows": "row", "cols": "column"}[preset.unit]:
         raise PlanError(f"metric {preset.metric!r} of a preset by {preset.unit}", "it has no loss for each candidate",
-                        "use row_error, row_taylor, column_error or column_norm, as the unit asks")
+                        "use row_error, row_taylor, column_error, column_norm or column_salience, as the unit asks")
     h = stats.hessian(unit.name, "none")
-    if preset.metric == "column_norm":  # an order, not a loss: fourfold per bit makes it one
-        norm = lines.column_norm(h).double().square()
-        return norm[:, None] * torch.tensor([4.0**-f.bits for f in formats], dtype=torch.float64)
+    if preset.metric in ("column_norm", "column_salience"):  # an order, not a loss: fourfold per bit makes it one
+        order = lines.column_norm(h).double().square() if preset.metric == "column_norm" else lines.column_salience(weight, h).double()
+        return order[:, None] * torch.tensor([4.0**-f.bits for f in formats], dtype=torch.float64)
     if preset.metric == "row_taylor":  # only the narrowest loses, as in the paper
         loss = torch.zeros(unit.shape[0], len(formats), dtype=torch.float64)
         loss[:, 0] = lines.row_taylor(products[unit.name]).double()

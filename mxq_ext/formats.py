@@ -3,13 +3,13 @@
 This file and ``csrc/formats.h`` say the same thing twice, once for each language; ``python_tests/test_formats.py`` compares
 them. The grammar of the names::
 
-    w<bits>[g<group>][_asym|_fz][_bf16]    uniform, bits 2 to 6, 8      w4g64  w3g64_asym  w8
+    w<bits>[g<group>][_asym|_fz][_bf16]    uniform, bits 1 to 6, 8      w4g64  w3g64_asym  w8
     nf4g<group>[_bf16]                     NormalFloat levels            nf4g64
     lut<bits>                              k-means table per output row  lut3
     fp16                                   plain half precision
 
 No ``g`` means one group per row. Without a suffix a uniform format is symmetric (the zero point is the constant
-``2**(bits-1)``); ``_asym`` stores an integer zero point of ``bits`` bits per group, ``_fz`` a float minimum per group.
+``2**(bits-1)``); ``_asym`` stores an integer zero point of ``bits`` bits per group, ``_fz`` a float minimum per group. One bit goes with ``_fz`` only.
 The last group of a row may be ragged: it simply covers fewer columns.
 """
 
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 from .errors import FormatError
 
-UNIFORM_BITS = (2, 3, 4, 5, 6, 8)
+UNIFORM_BITS = (1, 2, 3, 4, 5, 6, 8)
 LUT_BITS = (2, 3, 4)
 GROUPS = (32, 64, 128)
 PAGE = 64  #: tokens of a page of the KV cache, the amount that is quantized at a time
@@ -79,6 +79,9 @@ class Format:
         if self.group != 0 and (not grouped or self.group not in GROUPS):
             rule = f"group must be one of {GROUPS} or absent (whole row)" if grouped else f"{self.kind} formats have no groups"
             raise FormatError(f"group {self.group} for a {self.kind} format", rule, "change or drop the g part of the name")
+        if self.kind == "uniform" and self.bits == 1 and self.zero != "float":
+            raise FormatError(f"zero point {self.zero!r} for a format of 1 bit", "its two levels need a float zero: two signs are -s and 2s of it",
+                              "write for example w1g128_fz")
         if self.zero not in ("sym", "int", "float") or (self.zero != "sym" and self.kind != "uniform"):
             raise FormatError(f"zero point {self.zero!r} for a {self.kind} format", "only uniform formats have int or float zeros", "drop the suffix")
         if self.scale_dtype not in ("fp16", "bf16") or (self.scale_dtype == "bf16" and not grouped):

@@ -200,7 +200,7 @@ def test_bench_of_layers():
     (["quantize", "m", "-o", "o"], "mxq quantize: exactly one of --bits, --bytes, --format, --plan is needed, none given"),
     (["quantize", "m", "-o", "o", "--bits", "3", "--format", "w8"], "--bits and --format given; keep one of --bits, --format"),
     (["plan", "c", "-o", "o"], "exactly one of --bits, --bytes is needed"),
-    (["quantize", "m", "-o", "o", "--format", "w7"], "bits must be one of (2, 3, 4, 5, 6, 8)"),
+    (["quantize", "m", "-o", "o", "--format", "w7"], "bits must be one of (1, 2, 3, 4, 5, 6, 8)"),
     (["sense", "m", "s", "-o", "o", "--candidates", "w4g64,x"], "format 'x': the name does not follow the grammar"),
     (["plan", "nowhere.json", "-o", "o", "--bits", "3"], "nowhere.json: there is no such file; check the path"),
     (["inspect", "nowhere.json"], "nowhere.json: there is no such file; check the path"),

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def every_format():
-    for kind, bits, group, zero, scale in itertools.product(("uniform", "nf", "lut", "float"), (2, 3, 4, 5, 6, 7, 8, 16), (0, *GROUPS),
+    for kind, bits, group, zero, scale in itertools.product(("uniform", "nf", "lut", "float"), (1, 2, 3, 4, 5, 6, 7, 8, 16), (0, *GROUPS),
                                                             ("sym", "int", "float"), ("fp16", "bf16")):
         try:
             yield Format(kind, bits, group, zero, scale)
@@ -30,7 +30,7 @@ ALL = list(every_format())
 
 
 def test_there_are_as_many_formats_as_the_grammar_says():
-    assert len(ALL) == 6 * 4 * 3 * 2 + 4 * 2 + 3 + 1
+    assert len(ALL) == 6 * 4 * 3 * 2 + 4 * 2 + 4 * 2 + 3 + 1
     assert {Format.parse(n) for n in FORMATS} <= set(ALL)
 
 
@@ -79,6 +79,7 @@ def test_nf4_levels_agree_and_are_quantiles():
 
 @pytest.mark.parametrize("name,rule", [("w7g64", "bits must be one of"), ("w4g48", "group must be one of"), ("lut3g64", "lut formats have no groups"),
                                        ("nf4g64_asym", "only uniform"), ("lut4_bf16", "scales are fp16 or bf16"), ("w4g64_zz", "suffix _zz is unknown"),
+                                       ("w1g64", "two levels need a float zero"),
                                        ("int4", "does not follow the grammar"), ("nf3", "bits must be one of"), ("", "does not follow the grammar")])
 def test_wrong_names_are_refused_with_the_rule(name, rule):
     with pytest.raises(FormatError, match=rule):

@@ -103,7 +103,7 @@ def stripe(words: list[int], bits: int) -> list[int]:
     return codes + [field[2][k] >> 6 | (field[1][k] >> 7) << 2 for k in range(4)]
 
 
-@pytest.mark.parametrize("name", ["w2", "w3", "w4", "w5", "w6", "w8", "nf4", "lut2", "lut3", "lut4"])
+@pytest.mark.parametrize("name", ["w1_fz", "w2", "w3", "w4", "w5", "w6", "w8", "nf4", "lut2", "lut3", "lut4"])
 def test_prepacked_codes_are_what_the_document_says(name):
     """Finds the stripes of a one-tile weight in the blob's bytes by value: their place is the blob's own business, their form is not."""
     fmt = Format.parse(name)

@@ -71,7 +71,7 @@ def test_unreadable_files(tmp_path):
     ({"default": "w4g64"}, "the key mxq_plan, the version of the schema, is missing"),
     ({"mxq_plan": True}, "of version True"),
     ({"mxq_plan": 1, "unit": {}}, "key 'unit': a plan has the keys .*did you mean units"),
-    ({"mxq_plan": 1, "default": "w7"}, r"default 'w7': bits must be one of \(2, 3, 4, 5, 6, 8\)"),
+    ({"mxq_plan": 1, "default": "w7"}, r"default 'w7': bits must be one of \(1, 2, 3, 4, 5, 6, 8\)"),
     ({"mxq_plan": 1, "default": "int4"}, "default 'int4': the name does not follow the grammar; names look like"),
     ({"mxq_plan": 1, "default": 4}, "default 4: a format name is expected, found int"),
     ({"mxq_plan": 1, "default": {"rows": [[8, "w4"]]}}, "bands and tiles belong to one unit"),

@@ -11,7 +11,7 @@ namespace MXQ_TARGET {
 // A decoder's step() reads BYTES bytes and calls f(Int<i>, vector) for each of STEP columns; STEP divides 32.
 
 template <int BITS, bool SIGNED>
-struct Words {  // 2 and 4 bits: one word a step
+struct Words {  // 1, 2 and 4 bits: one word a step
   static constexpr int STEP = 32 / BITS, BYTES = 64;
   static constexpr bool SCALED = true;
   template <class F>
@@ -128,11 +128,12 @@ struct Halves {  // fp16
 };
 
 // The table of a uniform or nf format (see formats.h); unused for more than 4 bits. Constants: a piece of a mixed weight may be a tile of few columns.
+static constexpr float CENTRED_1[16] = {0, -1, 0, -1, 0, -1, 0, -1, 0, -1, 0, -1, 0, -1, 0, -1};
 static constexpr float CENTRED_2[16] = {0, 1, -2, -1, 0, 1, -2, -1, 0, 1, -2, -1, 0, 1, -2, -1};
 static constexpr float CENTRED_3[16] = {0, 1, 2, 3, -4, -3, -2, -1, 0, 1, 2, 3, -4, -3, -2, -1};
 static constexpr float CENTRED_4[16] = {0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1};
 MXQ_INLINE Book book_of(Format f) {
-  return make_book(load(f.kind == NF ? NF4_LEVELS : f.bits == 2 ? CENTRED_2 : f.bits == 3 ? CENTRED_3 : CENTRED_4));
+  return make_book(load(f.kind == NF ? NF4_LEVELS : f.bits == 1 ? CENTRED_1 : f.bits == 2 ? CENTRED_2 : f.bits == 3 ? CENTRED_3 : CENTRED_4));
 }
 
 // One tile of 16 rows of a row-lane piece.
@@ -319,6 +320,7 @@ static void gemv_piece(const Job& j, const Piece& p, int64_t tile, int64_t end, 
   const Book book = book_of(p.format);
   switch (p.format.kind == NF ? 0 : p.format.bits) {
     case 0: return gemv_tile<Words<4, false>, MR>(t, book, x, sums, acc);
+    case 1: return gemv_tile<Words<1, true>, MR>(t, book, x, sums, acc);
     case 2: return gemv_tile<Words<2, true>, MR>(t, book, x, sums, acc);
     case 3: return gemv_tile<Words<3, true>, MR>(t, book, x, sums, acc);
     case 4: return gemv_tile<Words<4, true>, MR>(t, book, x, sums, acc);
@@ -383,6 +385,7 @@ static void decode_panel(const Job& j, const Piece& p, int64_t tile, int64_t row
   const Book book = book_of(p.format);
   switch (p.format.kind == NF ? 0 : p.format.bits) {
     case 0: return decode_tile<Words<4, false>>(t, book, c0, c1, panel);
+    case 1: return decode_tile<Words<1, true>>(t, book, c0, c1, panel);
     case 2: return decode_tile<Words<2, true>>(t, book, c0, c1, panel);
     case 3: return decode_tile<Words<3, true>>(t, book, c0, c1, panel);
     case 4: return decode_tile<Words<4, true>>(t, book, c0, c1, panel);

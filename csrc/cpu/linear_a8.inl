@@ -28,7 +28,7 @@ MXQ_INLINE W dot_value_four(W acc, W u, const int8_t* x) {
 // step() reads a stripe and calls f(Int<quad>, Int<S>, bytes): bytes << S of the values of each of the 8 quads. IN_PLACE leaves codes where
 // they lie in their byte (S > 0) instead of shifting them down: the sums are shifted once a group instead. It needs VNNI's full unsigned bytes.
 template <int BITS, bool IN_PLACE>
-struct Quads {  // uniform 2 and 4 bits
+struct Quads {  // uniform 1, 2 and 4 bits
   static constexpr int OFFSET = 1 << (BITS - 1), BYTES = BITS * 64;
   static constexpr bool SMALL = true;
   static constexpr int SHIFTS = !IN_PLACE ? 1 : BITS == 2 ? 0x55 : 0x11;  // bit S: some quad comes shifted by S
@@ -372,6 +372,7 @@ static void gemv8_piece(const Job& j, const Piece& p, int64_t pieces, int64_t ti
   const bool late = scales_late(j, p.format, pieces);
   switch (p.format.kind == NF ? 0 : p.format.bits) {
     case 0: return gemv8_tile<NfQuads, MR>(t, table, in, late, acc);
+    case 1: return gemv8_tile<Quads<1, false>, MR>(t, table, in, late, acc);  // in place there would be eight sums
     case 2: return gemv8_tile<Quads<2, VNNI>, MR>(t, table, in, late, acc);
     case 3: return gemv8_tile<Quads<3, VNNI>, MR>(t, table, in, late, acc);
     case 4: return gemv8_tile<Quads<4, VNNI>, MR>(t, table, in, late, acc);
@@ -457,6 +458,7 @@ static void unpack_panel(const Job& j, const Piece& p, int64_t tile, int64_t row
   const Bytes table = nf_table();
   switch (p.format.kind == NF ? 0 : p.format.bits) {
     case 0: return unpack_tile<NfQuads>(t, table, group, c0, c1, out);
+    case 1: return unpack_tile<Quads<1, false>>(t, table, group, c0, c1, out);
     case 2: return unpack_tile<Quads<2, false>>(t, table, group, c0, c1, out);
     case 3: return unpack_tile<Quads<3, false>>(t, table, group, c0, c1, out);
     case 4: return unpack_tile<Quads<4, false>>(t, table, group, c0, c1, out);

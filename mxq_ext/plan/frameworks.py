@@ -44,7 +44,7 @@ FRAMEWORKS: dict[str, Preset] = {
         source="SliM-LLM, Huang et al. 2024, arXiv 2405.14917",
         formula="groups sorted by sum w^2 / U_jj^2; the i lowest get N - 1 bits, the i highest N + 1; i = argmin of "
                 "KL(softmax of the quantized output || softmax of the output)",
-        departures=(_WHOLE, "N = 3; replace the candidates for N = 4; N = 2 needs a 1-bit format", "groups are stored by rising bits, with a permutation",
+        departures=(_WHOLE, "N = 3; replace the candidates for N = 2 and N = 4", "groups are stored by rising bits, with a permutation",
                     "range search under the Hessian's price per column in place of the salience-weighted one", "i = 0 is tried too")),
     "mixllm": Preset(
         ("w4g128_asym", "w8g128"), metric="row_taylor", allocator="threshold", unit="rows", weighting="none", activations="a8", solver=_STRICT,
@@ -87,11 +87,13 @@ FRAMEWORKS: dict[str, Preset] = {
         formula="(w - Q(w))^2 / U_jj^2 > tau stays exact; groups of 16 with scales and zeros of 3 bits over 16 groups",
         missing=("a format with groups of 16 whose scales and zeros are quantized to 3 bits", "a GPTQ that leaves sparse elements out of the feedback")),
     "pb_llm": Preset(
-        ("w8g128_asym",), metric="column_salience", allocator="share", unit="element", solver=_STRICT,
-        about="most weights by their sign, a share of salient ones in 8 bits",
+        ("w1_fz", "w8"), metric="column_salience", allocator="threshold", scope="unit", unit="cols", weighting="none", solver=_STRICT,
+        about="most input columns by one bit a weight, the salient ones in 8 bits",
         source="PB-LLM, Shang et al. 2023, arXiv 2310.00034",
         formula="w^2 / U_jj^2 below the quantile: sign(w) mean|w|; above: 8 bits",
-        missing=("a 1-bit format: signs with a scale per group", "8-bit elements beside it: the sparse part is fp16")),
+        departures=(_WHOLE, _TILES.format("columns", 32),
+                    "columns by their sum of w^2 / U_jj^2 where the paper picks elements: a mask of elements takes as many bytes as the signs",
+                    "both levels of a row are fitted, where the paper has +-mean|w|", "the share follows from the budget; the paper fixes 5 to 30 %")),
     "sfmp": Preset(
         ("w2g128_asym", "w3g128_asym", "w4g128_asym", "w5g128_asym", "w6g128_asym"), metric="fisher_diag", allocator="threshold", unit="tiles",
         weighting="none", solver=(*_STRICT, ("tile_rows", 512), ("tile_cols", 128)),
@@ -109,7 +111,7 @@ FRAMEWORKS: dict[str, Preset] = {
 
 
 def _all_groups(zero: str, groups: tuple[int, ...] = (128, 64, 32)) -> tuple[str, ...]:
-    return tuple(f"w{bits}g{g}{zero}" for bits in UNIFORM_BITS for g in groups)
+    return tuple(f"w{bits}g{g}{zero}" for bits in UNIFORM_BITS if bits > 1 for g in groups)
 
 
 _UNIFORM = ("one format for all: the largest that fits; a budget between two formats is refused, or raise solver.tolerance",)

@@ -26,7 +26,7 @@ MIDDLES = (LEVELS[1:] + LEVELS[:-1]) / 2
 _CHUNK = 1 << 15  # weights searched at a time: a handful of float32 buffers of this size stay in the L2 cache
 
 #: Smallest shrink factor worth trying, by code bits: coarser grids clip more.
-SMALLEST = {2: 0.30, 3: 0.45, 4: 0.60, 5: 0.72, 6: 0.82, 8: 0.90}
+SMALLEST = {1: 0.10, 2: 0.30, 3: 0.45, 4: 0.60, 5: 0.72, 6: 0.82, 8: 0.90}
 
 
 @dataclass
@@ -120,13 +120,14 @@ def make_grid(w: torch.Tensor, fmt: Format, *, clip: str = "none", importance: t
         fmt: a uniform or nf format.
         clip: ``"none"`` covers the range of each group; ``"mse"`` searches ``steps`` shrink factors (1 is among them), with the zero points
             next to the natural one (int) or both signs (sym), for the least weighted error, then improves the winner by one
-            least-squares step. Eight factors give what 16 or 32 do.
+            least-squares step. Eight factors give what 16 or 32 do. One bit is always searched: of two levels none should lie at the range's ends.
         importance: float32 [K] or [N, K], >= 0: h of the search. None: all 1. A group whose h are all 0 counts as all 1.
         power: p of the search.
         exact_constants: a group of one repeated value gets s = |value| (s = 1, zero = value in float-zero formats), exact if the value is
             a 16-bit number. Off for quantizers whose weights move away from the constant before they are coded.
     """
     n, k = w.shape
+    clip = "mse" if fmt.bits == 1 else clip
     width = fmt.group or k
     full = k // width * width
     h = importance if importance is None or importance.dim() == 2 else importance[None, :]
@@ -154,7 +155,12 @@ def _grid_of_groups(x, fmt, clip, h, power, steps, exact_constants):
 
 def _grid_of_chunk(x, fmt, clip, h, power, steps, exact_constants):
     lo, hi = x.amin(-1), x.amax(-1)
-    candidates = list(_candidates(lo, hi, fmt, _factors(fmt, steps) if clip != "none" else [1.0]))
+    ends = (lo, hi)
+    if fmt.bits == 1:  # what lies between the two levels parts the weights: the middle of the range may have most of them on one side
+        mean = x.mean(-1)
+        span = torch.maximum(hi - mean, mean - lo)
+        ends = (mean - span, mean + span)
+    candidates = list(_candidates(*ends, fmt, _factors(fmt, steps) if clip != "none" else [1.0]))
     s, z = candidates[0]
     if clip != "none":
         buf = (torch.empty_like(x), torch.empty_like(x))
@@ -163,9 +169,11 @@ def _grid_of_chunk(x, fmt, clip, h, power, steps, exact_constants):
             loss = _loss(x, fmt, cs, cz, h, power, *buf)
             better = loss < best
             best, s, z = torch.where(better, loss, best), torch.where(better, cs, s), torch.where(better, cz, z)
-        cs, cz = _least_squares(x, fmt, s, z, h)
-        better = _loss(x, fmt, cs, cz, h, power, *buf) < best
-        s, z = torch.where(better, cs, s), torch.where(better, cz, z)
+        for _ in range(4 if fmt.bits == 1 else 1):  # of two levels each step moves both to the means of their weights, as k-means does
+            cs, cz = _least_squares(x, fmt, s, z, h)
+            loss = _loss(x, fmt, cs, cz, h, power, *buf)
+            better = loss < best
+            best, s, z = torch.where(better, loss, best), torch.where(better, cs, s), torch.where(better, cz, z)
     elif len(candidates) > 1:
         # A symmetric range can be covered with either sign: the smaller step wins.
         cs, cz = candidates[1]

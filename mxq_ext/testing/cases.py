@@ -14,12 +14,13 @@ from ..qtensor import QTensor, Rectangle, Sparse
 
 #: Every uniform format, zero kind and scale type once, and every other format.
 FORMATS = (
-    *(f"w{bits}{group}{zero}" for bits in UNIFORM_BITS for group in ("g32", "g64", "g128", "") for zero in ("", "_asym", "_fz")),
-    *(f"w{bits}g64{zero}_bf16" for bits in UNIFORM_BITS for zero in ("", "_asym", "_fz")),
+    "w1g32_fz", "w1g64_fz", "w1g128_fz", "w1_fz", "w1g64_fz_bf16",
+    *(f"w{bits}{group}{zero}" for bits in UNIFORM_BITS[1:] for group in ("g32", "g64", "g128", "") for zero in ("", "_asym", "_fz")),
+    *(f"w{bits}g64{zero}_bf16" for bits in UNIFORM_BITS[1:] for zero in ("", "_asym", "_fz")),
     "nf4g32", "nf4g64", "nf4g128", "nf4", "nf4g64_bf16", "lut2", "lut3", "lut4", "fp16",
 )
 #: What a benchmark shows when nothing is asked for.
-BENCH_FORMATS = ("w2g128", "w3g128", "w4g128", "w4g64_asym", "w5g128", "w6g128", "w8", "nf4g64", "lut2", "lut3", "lut4", "fp16")
+BENCH_FORMATS = ("w1g128_fz", "w2g128", "w3g128", "w4g128", "w4g64_asym", "w5g128", "w6g128", "w8", "nf4g64", "lut2", "lut3", "lut4", "fp16")
 
 #: (N, K): single weights, ragged groups, less than a lane, odd multiples, widths of small models, a lut stripe and its tails.
 SHAPES = ((1, 1), (3, 31), (16, 32), (17, 33), (31, 64), (33, 100), (47, 191), (64, 576), (5, 1000), (18, 1519))
@@ -102,7 +103,7 @@ LAYOUTS = (
     Layout("lut-and-nf4", (37, 160), ((0, 37, 0, 96, "lut4"), (0, 37, 96, 160, "nf4g32")), rows=True, cols=True, sparse=5),
     Layout("pinwheel", (48, 90), ((0, 20, 0, 50, "w4g32"), (0, 33, 50, 90, "lut2"), (20, 48, 0, 30, "w8g64_asym"), (33, 48, 30, 90, "w3"),
                                   (20, 33, 30, 50, "fp16")), rows=True, cols=True, sparse=40),
-    Layout("five-and-six", (40, 150), ((0, 24, 0, 150, "w5g64_asym"), (24, 40, 0, 70, "w6g32"), (24, 40, 70, 150, "w4g64_fz")), rows=True, sparse=20),
+    Layout("five-six-and-one", (40, 150), ((0, 24, 0, 150, "w5g64_asym"), (24, 40, 0, 70, "w6g32"), (24, 40, 70, 150, "w1g64_fz")), rows=True, sparse=20),
     Layout("one-row-and-column", (1, 33), ((0, 1, 0, 1, "fp16"), (0, 1, 1, 33, "w2g32_asym")), cols=True),
 )
 
