@@ -31,8 +31,9 @@ so any group of 32 columns or more ends where a step ends.
 ### Words of a tile
 
 Uniform codes and fp16 go by pairs: the first code of `a_i` at bit p of a word, the second at bit p + 16, where a mask and an OR with 0x6400 make both
-into the halves 1024 + q * 2^p:
+into the halves 1024 + q * 2^p (one bit needs no OR: alone in the exponent of a half it is a power of two):
 
+    1 bit    word 0     p = 4*s + i
     2 bits   word i/2   p = 4*s + 2*(i%2)
     4 bits   word s     p = 4*i
     8 bits   word 2*s + i/2    p = 8*(i%2)
@@ -52,7 +53,7 @@ nf and lut codes go by quads, the columns k..k+3 of one row (r = 0: row g, r = 1
 
 ### Order in memory
 
-Columns are padded to 64 with code 0, rows to 16. A *super-tile* gives a lane 8 to 20 words: 4 tiles up to 5 bits, 2 at 6 and 8, 1 at 16.
+Columns are padded to 64 with code 0, rows to 16. A *super-tile* gives a lane 4 to 20 words: 4 tiles up to 5 bits, 2 at 6 and 8, 1 at 16.
 Its words go by 16 bytes a lane, `[word / 4][lane][word % 4]`, so that every load of a warp is 512 neighbouring bytes. The tiles after the last full
 super-tile go `[word][lane]`.
 
@@ -99,6 +100,7 @@ MXQ_INLINE constexpr CodePlace code_place(int bits, bool quads, int r, int k) {
     if (bits == 3) return {lane, s / 2, 16 * r8 + 4 * j + 2 * (s % 2), 2, 2, 16 * r8 + 4 * j + s, 0};
     return {lane, s, 16 * r8 + 4 * j, 4, 0, 0, 0};
   }
+  if (bits == 1) return {lane, 0, e + 4 * s + i, 1, 0, 0, 0};
   if (bits == 2) return {lane, i / 2, e + 4 * s + 2 * (i % 2), 2, 0, 0, 0};
   if (bits == 4) return {lane, s, e + 4 * i, 4, 0, 0, 0};
   if (bits == 8) return {lane, 2 * s + i / 2, e + 8 * (i % 2), 8, 0, 0, 0};
@@ -142,8 +144,8 @@ static constexpr void write_code(uint32_t* words, int bits, bool quads, int64_t 
 
 static_assert(cuda_code_bytes(W3G64_ASYM, 4096) * 8 == 16 * 4096 * 3, "no bit is wasted where columns are a multiple of 64");
 static_assert(cuda_groups(W4G32_FZ, 20) == 2 && cuda_groups(W4G64, 65) == 2 && cuda_groups(W8, 65) == 1, "groups of whole tiles");
-static_assert(super_tiles(2) * 2 % 4 == 0 && super_tiles(3) * 3 == 12 && super_tiles(5) * 5 == 20 && super_tiles(6) * 6 == 12 && super_tiles(8) * 8 == 16 &&
-                  super_tiles(16) * 16 == 16, "vectors of 4 words");
+static_assert(super_tiles(1) == 4 && super_tiles(2) * 2 % 4 == 0 && super_tiles(3) * 3 == 12 && super_tiles(5) * 5 == 20 && super_tiles(6) * 6 == 12 &&
+                  super_tiles(8) * 8 == 16 && super_tiles(16) * 16 == 16, "vectors of 4 words");
 
 // Every bit of a tile belongs to exactly one code: 1024 codes mark 32 * bits words completely.
 static constexpr bool tile_is_full(int bits, bool quads) {
@@ -163,7 +165,7 @@ static constexpr bool tile_is_full(int bits, bool quads) {
     if (words[i] != ~0u) return false;
   return true;
 }
-static_assert(tile_is_full(2, false) && tile_is_full(3, false) && tile_is_full(4, false), "places of uniform codes");
+static_assert(tile_is_full(1, false) && tile_is_full(2, false) && tile_is_full(3, false) && tile_is_full(4, false), "places of uniform codes");
 static_assert(tile_is_full(2, true) && tile_is_full(3, true) && tile_is_full(4, true), "places of table codes");
 static_assert(tile_is_full(5, false) && tile_is_full(6, false), "places of codes that cross words");
 static_assert(tile_is_full(8, false) && tile_is_full(16, false), "places of 8-bit codes and fp16");

@@ -10,7 +10,9 @@ from mxq_ext.qtensor import QTensor, Rectangle
 
 def place_uniform(bits: int, s: int, i: int, e: int) -> list[tuple[int, int]]:
     """(word, bit) of every bit of the code of step s, register a_i, element e; least significant first."""
-    if bits == 2:
+    if bits == 1:
+        word, p = 0, 4 * s + i
+    elif bits == 2:
         word, p = i // 2, 4 * s + 2 * (i % 2)
     elif bits == 4:
         word, p = s, 4 * i
@@ -68,7 +70,7 @@ def pack_tile(codes: np.ndarray, bits: int, table: bool) -> np.ndarray:
 def pack_row_block(codes: np.ndarray, bits: int, table: bool) -> bytes:
     """codes [16, 64 * tiles] -> the bytes of a row block."""
     tiles = [pack_tile(codes[:, i : i + 64], bits, table) for i in range(0, codes.shape[1], 64)]
-    per, out = {2: 4, 3: 4, 4: 4, 5: 4, 6: 2, 8: 2, 16: 1}[bits], b""
+    per, out = {1: 4, 2: 4, 3: 4, 4: 4, 5: 4, 6: 2, 8: 2, 16: 1}[bits], b""
     for first in range(0, len(tiles), per):
         words = np.concatenate(tiles[first : first + per])  # [words, 32]
         full = len(tiles) - first >= per

@@ -40,7 +40,7 @@ LIMITS = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 #: nf4 levels are rounded to fp16 by mv and mm.
 NF_LIMIT = 1e-3
 #: Of one decoder each, for the sanitizers.
-DECODERS = ("w2g32_asym", "w3g64_fz", "w4g128", "w5g64_asym", "w6g32", "w8", "lut2", "lut3", "lut4", "nf4g64", "fp16")
+DECODERS = ("w1g64_fz", "w2g32_asym", "w3g64_fz", "w4g128", "w5g64_asym", "w6g32", "w8", "lut2", "lut3", "lut4", "nf4g64", "fp16")
 
 
 SANITIZERS = ("asan", "tsan")

@@ -40,7 +40,8 @@ def test_layouts(layout):
 
 def test_no_bits_are_wasted_on_whole_tiles():
     """The codes of a weight of whole row blocks and tiles take exactly `bits` bits each."""
-    for fmt, bits in (("w2g128", 2), ("w3g128", 3), ("w4g128", 4), ("w5g128", 5), ("w6g128", 6), ("w8", 8), ("lut3", 3), ("nf4g64", 4), ("fp16", 16)):
+    for fmt, bits in (("w1g128_fz", 1), ("w2g128", 2), ("w3g128", 3), ("w4g128", 4), ("w5g128", 5), ("w6g128", 6), ("w8", 8), ("lut3", 3), ("nf4g64", 4),
+                      ("fp16", 16)):
         q = cases.random_qtensor(fmt, 32, 320)
         _, pieces = cuda_numpy.pack(q)
         assert 8 * len(pieces[0][1]["codes"]) == bits * 32 * 320

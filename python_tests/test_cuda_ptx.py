@@ -59,10 +59,11 @@ def linear(modules, arch, q, x, bias, sources, path, splits=1):
     return out
 
 
-MV = (("mv_w2", "w2g64", "sm_80"), ("mv_w3", "w3g32_asym", "sm_80"), ("mv_w4", "w4g64_fz", "sm_80"), ("mv_w5", "w5g64_asym", "sm_80"),
-      ("mv_w6", "w6g32_asym", "sm_80"), ("mv_w8", "w8g128_asym", "sm_80"), ("mv_lut2", "lut2", "sm_80"), ("mv_lut3", "lut3", "sm_80"),
-      ("mv_lut4", "lut4", "sm_80"), ("mv_nf4", "nf4g64", "sm_80"), ("mv_fp16", "fp16", "sm_80"), ("mv_w4", "w4g64_asym", "sm_75"),
-      ("mv_w3", "w3g128", "sm_90"), ("mv_w6", "w6g128_fz", "sm_90"), ("mv_w5", "w5", "sm_75"))
+MV = (("mv_w1", "w1g64_fz", "sm_80"), ("mv_w1", "w1g32_fz_bf16", "sm_75"), ("mv_w2", "w2g64", "sm_80"), ("mv_w3", "w3g32_asym", "sm_80"),
+      ("mv_w4", "w4g64_fz", "sm_80"), ("mv_w5", "w5g64_asym", "sm_80"), ("mv_w6", "w6g32_asym", "sm_80"), ("mv_w8", "w8g128_asym", "sm_80"),
+      ("mv_lut2", "lut2", "sm_80"), ("mv_lut3", "lut3", "sm_80"), ("mv_lut4", "lut4", "sm_80"), ("mv_nf4", "nf4g64", "sm_80"),
+      ("mv_fp16", "fp16", "sm_80"), ("mv_w4", "w4g64_asym", "sm_75"), ("mv_w3", "w3g128", "sm_90"), ("mv_w6", "w6g128_fz", "sm_90"),
+      ("mv_w5", "w5", "sm_75"))
 
 
 @pytest.mark.parametrize("case", range(len(MV)), ids=["-".join(c) for c in MV])
@@ -78,7 +79,7 @@ def test_mv(modules, case):
 
 @pytest.mark.parametrize("source, fmt, arch", (
     ("mm_w4", "w4g64", "sm_80"), ("mm_w3", "w3g32_asym", "sm_80"), ("mm_lut3", "lut3", "sm_80"), ("mm_w8", "w8", "sm_75"),
-    ("mm_w5", "w5g128_asym", "sm_80"), ("mm_w6", "w6g64_asym", "sm_80")))
+    ("mm_w1", "w1g32_fz", "sm_80"), ("mm_w5", "w5g128_asym", "sm_80"), ("mm_w6", "w6g64_asym", "sm_80")))
 def test_mm(modules, source, fmt, arch):
     q = cases.random_qtensor(fmt, 18, 300, 1)
     x, bias = cases.random_x(18, 300, torch.bfloat16), torch.zeros(18)

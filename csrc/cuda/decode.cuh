@@ -33,6 +33,7 @@ struct Uniform {
   static constexpr unsigned minus_magic(int p) { return twice(0x8000u | unsigned(25 - p) << 10); }
 
   __device__ void set_zero(unsigned row_g, unsigned row_g8) {  // zero points as half2, both halves alike
+    if (BITS == 1) return;  // 0 always: zeros of 1 bit are floats
     constexpr unsigned minus_one = twice(0xbc00);
     low[0] = ptx::hfma2(row_g, minus_one, minus_magic(shift(false, false)));
     low[1] = ptx::hfma2(row_g8, minus_one, minus_magic(shift(true, false)));
@@ -52,9 +53,19 @@ struct Uniform {
     return P ? ptx::hfma2(field, inverse(P), constant) : ptx::hadd2(field, constant);
   }
 
+  // A code of 1 bit at bit 10 + I: alone in the exponent of a half it is 2^(2^I - 15), and a product makes that 1. Behind an OR with 0x6400 each of eight p
+  // would need its own constant in a register.
+  template <int I>
+  static __device__ unsigned bit(unsigned w) {
+    return ptx::hmul2(w & twice(1u << (10 + I)), inverse((1 << I) - 15));
+  }
+
   template <int S>
   __device__ void step(const unsigned* w, unsigned (&a)[4]) const {
-    if constexpr (BITS == 4) {
+    if constexpr (BITS == 1) {
+      const unsigned v = S == 3 ? w[0] >> 2 : w[0] << (10 - 4 * S);
+      a[0] = bit<0>(v), a[1] = bit<1>(v), a[2] = bit<2>(v), a[3] = bit<3>(v);
+    } else if constexpr (BITS == 4) {
       const unsigned v = w[S], u = v >> 8;
       a[0] = exact<0>(field<0>(v), low[0]), a[1] = exact<4>(field<4>(v), low[1]);
       a[2] = exact<0>(field<0>(u), low[0]), a[3] = exact<4>(field<4>(u), low[1]);

@@ -47,7 +47,7 @@ Config choose_mm(const Desc& d) {
 }  // namespace
 
 Decoder decoder_of(Format f) {
-  if (f.kind == UNIFORM) return f.bits == 2 ? W2 : f.bits == 3 ? W3 : f.bits == 4 ? W4 : f.bits == 5 ? W5 : f.bits == 6 ? W6 : W8;
+  if (f.kind == UNIFORM) return f.bits == 1 ? W1 : f.bits == 2 ? W2 : f.bits == 3 ? W3 : f.bits == 4 ? W4 : f.bits == 5 ? W5 : f.bits == 6 ? W6 : W8;
   if (f.kind == LUT) return f.bits == 2 ? LUT2 : f.bits == 3 ? LUT3 : LUT4;
   return f.kind == NF ? NF4 : FP16W;
 }

@@ -8,7 +8,7 @@
 namespace mxq::cuda {
 
 // Which kernel reads a format; MIXED reads all of them, for weights of several formats.
-enum Decoder : int32_t { W2, W3, W4, W5, W6, W8, LUT2, LUT3, LUT4, NF4, FP16W, MIXED, DECODERS };
+enum Decoder : int32_t { W1, W2, W3, W4, W5, W6, W8, LUT2, LUT3, LUT4, NF4, FP16W, MIXED, DECODERS };
 Decoder decoder_of(Format f);
 
 enum Path : int32_t { AUTO = 0, SCALAR = 1, MV = 2, MM = 3, BIG = 4 };

@@ -98,8 +98,8 @@ int64_t place(std::vector<Params>& launches, const Config& config, void* workspa
   return end;
 }
 
-constexpr MvLaunch MV_LAUNCHES[DECODERS] = {mv_w2, mv_w3, mv_w4, mv_w5, mv_w6, mv_w8, mv_lut2, mv_lut3, mv_lut4, mv_nf4, mv_fp16, mv_mixed};
-constexpr MmLaunch MM_LAUNCHES[DECODERS] = {mm_w2, mm_w3, mm_w4, mm_w5, mm_w6, mm_w8, mm_lut2, mm_lut3, mm_lut4, mm_nf4, mm_fp16, mm_mixed};
+constexpr MvLaunch MV_LAUNCHES[DECODERS] = {mv_w1, mv_w2, mv_w3, mv_w4, mv_w5, mv_w6, mv_w8, mv_lut2, mv_lut3, mv_lut4, mv_nf4, mv_fp16, mv_mixed};
+constexpr MmLaunch MM_LAUNCHES[DECODERS] = {mm_w1, mm_w2, mm_w3, mm_w4, mm_w5, mm_w6, mm_w8, mm_lut2, mm_lut3, mm_lut4, mm_nf4, mm_fp16, mm_mixed};
 
 }  // namespace
 

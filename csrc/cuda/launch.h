@@ -37,6 +37,7 @@ int embedding(const uint8_t* head, const uint8_t* blob, const int64_t* ids, int6
 
 // mv_<format>.cu; grid: (blocks, splits).
 using MvLaunch = int (*)(const Params& p, int tiles, unsigned ctas, int smem, void* stream);
+int mv_w1(const Params&, int, unsigned, int, void*);
 int mv_w2(const Params&, int, unsigned, int, void*);
 int mv_w3(const Params&, int, unsigned, int, void*);
 int mv_w4(const Params&, int, unsigned, int, void*);
@@ -52,6 +53,7 @@ int mv_mixed(const Params&, int, unsigned, int, void*);
 
 // mm_<format>.cu
 using MmLaunch = int (*)(const Params& p, void* stream);
+int mm_w1(const Params&, void*);
 int mm_w2(const Params&, void*);
 int mm_w3(const Params&, void*);
 int mm_w4(const Params&, void*);

@@ -2,6 +2,6 @@
 #include "mm.cuh"
 
 namespace mxq::cuda {
-MXQ_MM(mm_mixed, Uniform<2>, Uniform<3>, Uniform<4>, Uniform<5>, Uniform<6>, Uniform<8>,
+MXQ_MM(mm_mixed, Uniform<1>, Uniform<2>, Uniform<3>, Uniform<4>, Uniform<5>, Uniform<6>, Uniform<8>,
        Table<2, false>, Table<3, false>, Table<4, false>, Table<4, true>, Half)
 }

@@ -55,8 +55,8 @@ struct Rows {
   int begin, count, original;
 };
 
-// grid: row blocks of all bands from `first_block` on. out[rows.count, K]. 4 blocks to an SM: left to itself, the assembler spills for more of them on sm_120.
-__global__ void __launch_bounds__(DEQUANT_WARPS* WARP, 4) dequant(const uint8_t* blob, void* out, int type, unsigned first_block, Rows of) {
+// grid: row blocks of all bands from `first_block` on. out[rows.count, K]. 3 blocks to an SM: for 4 of them the assembler spills on sm_80 and sm_90.
+__global__ void __launch_bounds__(DEQUANT_WARPS* WARP, 3) dequant(const uint8_t* blob, void* out, int type, unsigned first_block, Rows of) {
   const CudaHead& h = blob_head(blob);
   const CudaBand* band = blob_at<CudaBand>(blob, h.off_bands);
   unsigned first = 0, blocks;
@@ -73,6 +73,7 @@ __global__ void __launch_bounds__(DEQUANT_WARPS* WARP, 4) dequant(const uint8_t*
         dequant_tile<decltype(bits)::value, decltype(order)::value>(blob, p, block, tile, rows, row_map, row0, of.count, perm_cols, out, h.k, type);
       };
       switch (p.format.bits) {
+        case 1: go(Constant<1>(), Constant<0>()); break;
         case 2: quads ? go(Constant<2>(), Constant<1>()) : go(Constant<2>(), Constant<0>()); break;
         case 3: quads ? go(Constant<3>(), Constant<1>()) : go(Constant<3>(), Constant<0>()); break;
         case 4: quads ? go(Constant<4>(), Constant<1>()) : go(Constant<4>(), Constant<0>()); break;
