@@ -103,7 +103,8 @@ class Bench:
 
     def row(self, fmt: str, steps: int | None, distilled: int = 0) -> dict:
         """One quantized model, read from its file when it has been measured before; ``steps`` None is GPTQ alone."""
-        path = self.work / f"row-{fmt}-{'gptq' if steps is None else steps}{f'-{distilled}' if distilled else ''}.json"
+        key = short_hash({"trials": self.trials.key, "candidates": list(self.preset.candidates)})
+        path = self.work / f"row-{fmt}-{'gptq' if steps is None else steps}{f'-{distilled}' if distilled else ''}-{key}.json"
         if path.exists():
             return read_json(path)
         qtensors = quantize_by_plan(self.model, self.plan(fmt), self.trials, self.progress)

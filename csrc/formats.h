@@ -131,7 +131,8 @@ static_assert(code_row_bytes(W3G64_ASYM, 577) == 217, "577 codes of 3 bits are 1
 All CPU targets read the same bytes. The unit is the *stripe*: 32 codes for each of 16 lanes, stored as `bits` vectors of 16 little-endian
 32-bit words, lane `l` in word `l`. Codes go by *quads*: codes `4*i .. 4*i+3` of a lane lie at the same bit of the four bytes of one word. So
 one mask turns a vector into 64 bytes of codes, which is what the integer kernels multiply; and one shift brings a code to the low bits of
-its word, where the float kernels look it up in a table (what is left above it is ignored by the lookup). Quad `i` (0..7), byte `k` (0..3):
+its word, where the float kernels look it up in a table (what is left above it is ignored by the lookup; codes of 5, 6 and 8 bits become the
+end of a float instead). Quad `i` (0..7), byte `k` (0..3):
 
     1 bit    word 0     bit 8*k + i
     2 bits   word i/4   bit 8*k + 2*(i%4)
@@ -197,7 +198,7 @@ static constexpr int LUT_BYTES = 64; // table, int8 table, its unit, padding
 static constexpr int A8_GROUP = 256;
 static constexpr uint32_t a8_group(Format f) { return f.group ? f.group : f.kind == UNIFORM && f.bits == 8 ? A8_GROUP : 128; }
 
-// Quads that one vector holds whole: 4, 2, 2, 1.
+// Quads that one vector holds whole: 8, 4, 2, 2, 1, 1, 1 of 1 to 6 and 8 bits.
 static constexpr int quads_per_word(int bits) { return 32 / bits / 4; }
 static constexpr bool column_lanes(Format f) { return f.kind == LUT; }
 static constexpr int64_t tiles(int64_t rows) { return ceil_div(rows, LANES); }

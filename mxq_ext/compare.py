@@ -54,6 +54,10 @@ class Contender:
         return f"{self.label} {bits:g}"
 
     @property
+    def candidates(self) -> list[str]:
+        return list(find_preset(self.preset, **parse_changes(self.settings, self.preset)).candidates)
+
+    @property
     def family(self) -> str:
         """``controls`` for uniform formats alone, ``frameworks`` for the literature's, ``ours`` for the rest; also for those with other parts than their own,
         limits of the solver excepted."""
@@ -119,12 +123,11 @@ class Comparison:
         if self.row(FLOAT) is None:
             total = sum(p.numel() for p in self.model.parameters())
             self.keep({"name": FLOAT, "family": "float", "stored_bits": 32.0, "linear_bits": 32.0, "checkpoint_bytes": 4 * total, **self.quality(self.model)})
-        # What was refused is tried again: another version may know how.
-        missing = [(b, c) for b in bits for c in chosen if "refused" in (self.row(c.name(b)) or {"refused": ""})]
+        missing = [(b, c) for b in bits for c in chosen if self.is_missing(self.row(c.name(b)), c)]
         self.calibrate([c for _, c in missing])
         for budget, contender in missing:
             row = {"name": contender.name(budget), "preset": contender.label, "family": contender.family, "bits": budget, "version": __version__,
-                   "command": self.command(contender, budget)}
+                   "candidates": contender.candidates, "command": self.command(contender, budget)}
             self.add(row, lambda c=contender, b=budget: self.measure(c, b), BudgetError, PlanError)
         self.measure_llama_cpp(llama_cpp)
         if timed:
@@ -134,6 +137,11 @@ class Comparison:
         write_json(self.file, self.record)
         self.show()
         return self.record
+
+    @staticmethod
+    def is_missing(row: dict | None, contender: Contender) -> bool:
+        """Whether a row is to be measured: there is none; it was refused, which another version may not; its preset has had other candidates."""
+        return row is None or "refused" in row or row.get("candidates") != contender.candidates
 
     def add(self, row: dict, measure: Callable[[], dict], *refusals: type[MxqError]) -> None:
         """Completes a row and keeps it; one of ``refusals`` makes a row that says why there is no such plan or file."""

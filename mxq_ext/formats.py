@@ -80,8 +80,9 @@ class Format:
             rule = f"group must be one of {GROUPS} or absent (whole row)" if grouped else f"{self.kind} formats have no groups"
             raise FormatError(f"group {self.group} for a {self.kind} format", rule, "change or drop the g part of the name")
         if self.kind == "uniform" and self.bits == 1 and self.zero != "float":
-            raise FormatError(f"zero point {self.zero!r} for a format of 1 bit", "its two levels need a float zero: two signs are -s and 2s of it",
-                              "write for example w1g128_fz")
+            raise FormatError(f"zero point {self.zero!r} for a format of 1 bit",
+                              "its two levels need a float zero: weights by their sign are a zero of -a and a scale of 2a",
+                              f"write w1{f'g{self.group}' if self.group else ''}_fz")
         if self.zero not in ("sym", "int", "float") or (self.zero != "sym" and self.kind != "uniform"):
             raise FormatError(f"zero point {self.zero!r} for a {self.kind} format", "only uniform formats have int or float zeros", "drop the suffix")
         if self.scale_dtype not in ("fp16", "bf16") or (self.scale_dtype == "bf16" and not grouped):

@@ -37,11 +37,11 @@ Entry = tuple[str, int, str, str, float]
 #: Viridis (van der Walt and Smith 2015), nine stops: it rises evenly in lightness, so it reads in grey and with any colour vision.
 _STOPS = ("440154", "472d7b", "3b528b", "2c728e", "21918c", "28ae80", "5ec962", "addc30", "fde725")
 _FLOAT = "d9d9d9"  # units that stay in 16 or more bits: grey, outside of the scale
-_BITS = (2.0, 9.0)  # stored bits at the two ends of the scale; the same in every picture, so that pictures can be compared
+_BITS = (1.0, 9.0)  # stored bits at the two ends of the scale; the same in every picture, so that pictures can be compared
 
 
 def colour(bits: float) -> tuple[int, int, int]:
-    """RGB, 0 to 255, of a number of stored bits: logarithmic from 2 (dark) to 9 (bright), grey from 12 on."""
+    """RGB, 0 to 255, of a number of stored bits: logarithmic from 1 (dark) to 9 (bright), grey from 12 on."""
     if bits >= 12:
         return tuple(bytes.fromhex(_FLOAT))
     low, high = map(math.log2, _BITS)

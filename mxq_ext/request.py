@@ -30,7 +30,7 @@ def missing_parts(preset: Preset) -> list[str]:
     if preset.method != "auto" and preset.method not in QUANTIZERS:
         out.append(f"the quantizer {preset.method}")
     if preset.metric not in (METRICS if preset.unit == "linear" else banding.LINE_METRICS):
-        out.append(f"the metric {preset.metric} for a {preset.unit}")
+        out.append(f"the metric {preset.metric} for the unit {preset.unit}")
     return out
 
 

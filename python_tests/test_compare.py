@@ -10,7 +10,7 @@ from conftest import make_model, make_sharp_model, make_tokenizer
 
 from mxq_ext import checkpoint, pipeline
 from mxq_ext import text as texts
-from mxq_ext.compare import compare, contenders
+from mxq_ext.compare import Comparison, compare, contenders
 from mxq_ext.errors import BudgetError, CheckpointError, PlanError
 from mxq_ext.evaluate import evaluate
 from mxq_ext.verdicts import FLOAT, bits_at, verdicts
@@ -47,6 +47,12 @@ def test_every_pair_has_a_row_and_refusals_say_why(run):
         if "refused" not in r and r["name"] != FLOAT:
             assert 0 < r["stored_bits"] <= r["bits"] and r["held"]["kl"] > 0 and r["decode_tokens_per_s"] > 0 and r["minutes"] > 0
             assert r["checkpoint_bytes"] > r["bytes"]
+
+
+def test_rows_that_are_measured_again(run):
+    row, (preset,) = rows_of(run[2])["rtn 4.6"], contenders(["rtn"])
+    assert not Comparison.is_missing(row, preset)
+    assert all(Comparison.is_missing(r, preset) for r in (None, row | {"refused": "no"}, row | {"candidates": row["candidates"][1:]}))
 
 
 def test_the_checkpoint_of_a_row_is_what_was_measured(run):

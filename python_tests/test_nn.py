@@ -19,7 +19,7 @@ from mxq_ext.plan import Plan
 from mxq_ext.qtensor import QTensor, Rectangle, Sparse
 from mxq_ext.quantizers import quantize
 
-FORMATS = ["w2g32", "w3g64_asym", "w4g64", "w4g32_fz_bf16", "w5g64", "w6g32_asym", "w8", "nf4g64", "lut3", "fp16"]
+FORMATS = ["w1g64_fz", "w2g32", "w3g64_asym", "w4g64", "w4g32_fz_bf16", "w5g64", "w6g32_asym", "w8", "nf4g64", "lut3", "fp16"]
 
 
 def linear(n=48, k=80, bias=True, seed=0):

@@ -106,11 +106,11 @@ def test_any_part_can_be_replaced():
 
 
 @pytest.mark.parametrize(("changes", "match"), [
-    ({"metric": "fisher", "unit": "rows"}, "metric fisher for a rows"), ({"unit": "rows", "metric": "column_norm"}, "no loss for each candidate"),
+    ({"metric": "fisher", "unit": "rows"}, "metric fisher for the unit rows"), ({"unit": "rows", "metric": "column_norm"}, "no loss for each candidate"),
     ({"unit": "cols", "metric": "column_error", "allocator": "share"}, "share goes with elements"),
     ({"unit": "cols", "metric": "column_error", "allocator": "uniform"}, "uniform with linears"),
     ({"unit": "cols", "metric": "column_error", "allocator": "double_pointer", "candidates": ["w3g64", "w8"]}, "equal steps of bits"),
-    ({"unit": "tiles", "metric": "column_error"}, "fisher_diag is the only one"), ({"unit": "tiles", "metric": "output"}, "metric output for a tiles"),
+    ({"unit": "tiles", "metric": "column_error"}, "fisher_diag is the only one"), ({"unit": "tiles", "metric": "output"}, "metric output for the unit tiles"),
     ({"unit": "tiles", "metric": "fisher_diag", "allocator": "share"}, "share goes with elements"),
     ({"unit": "tiles", "metric": "fisher_diag", "solver": (("tile_rows", 100),)}, "tile_rows=100 .* multiple of 8.*tile_rows=96"),
     ({"unit": "tiles", "metric": "fisher_diag", "solver": (("tile_cols", 64),)}, "tile_cols=64 .* multiple of 128, for kernels and for the groups"),

@@ -46,7 +46,7 @@ def test_every_method_fills_every_format_it_applies_to(name, shape):
         if fmt.bits == 8:
             assert q.info["output_error"] < 1e-3
         elif shape == (5, 97):
-            assert q.info["output_error"] < {1: 1.5, 2: 0.6, 3: 0.25, 4: 0.08, 5: 0.02, 6: 0.006}[fmt.bits]
+            assert q.info["output_error"] < {1: 0.45, 2: 0.6, 3: 0.25, 4: 0.08, 5: 0.005, 6: 0.0015}[fmt.bits]
         again = quantize(w, name, method=method, hessian=h, fisher=f)
         for key, t in q.to_tensors().items():
             assert torch.equal(t, again.to_tensors()[key]), f"{method} is not deterministic in {key}"

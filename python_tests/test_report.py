@@ -132,7 +132,7 @@ def test_palette_rises_in_lightness_and_ink_stays_legible():
         ink = 0.0 if report._ink(report.colour(b)) == "#000000" else 1.0
         lo, hi = sorted((ink, luminance(report.colour(b))))
         assert (hi + 0.05) / (lo + 0.05) >= 4.5, b  # WCAG AA for text
-    assert report.colour(1.0) == report.colour(2.0) and report.colour(9.0) == report.colour(10.0) != report.colour(16.0)
+    assert report.colour(0.5) == report.colour(1.0) and report.colour(9.0) == report.colour(10.0) != report.colour(16.0)
 
 
 def test_missing_matplotlib_is_explained(entries, monkeypatch, tmp_path):

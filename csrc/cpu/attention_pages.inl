@@ -180,7 +180,7 @@ MXQ_INLINE void with_decoder(int bits, bool levels, F&& f) {
     case 2: return levels ? f(Words<2, false>{}) : f(Words<2, true>{});
     case 3: return levels ? f(Words<3, false>{}) : f(Words<3, true>{});
     case 4: return levels ? f(Words<4, false>{}) : f(Words<4, true>{});
-    case 8: return f(Words<8, true>{});
+    case 8: return f(Codes8<true>{});
     default: return f(Halves{});
   }
 }

@@ -12,6 +12,7 @@ namespace MXQ_TARGET {
 
 template <int BITS, bool SIGNED>
 struct Words {  // 1, 2 and 4 bits: one word a step
+  static_assert(BITS == 1 || BITS == 2 || BITS == 4, "others lie across words, or are too many for a table");
   static constexpr int STEP = 32 / BITS, BYTES = 64;
   static constexpr bool SCALED = true;
   template <class F>
@@ -109,12 +110,13 @@ struct Stripes {  // 5 and 6 bits
   }
 };
 
-struct Codes8 {  // 8 bits, not centred in memory
+template <bool CENTRED>
+struct Codes8 {  // 8 bits; those of weights are not centred in memory, those of pages are
   static constexpr int STEP = 4, BYTES = 64;
   static constexpr bool SCALED = true;
   template <class F>
   MXQ_INLINE void step(const uint8_t* p, const Book&, F&& f) {
-    four_numbers<8, 0, false>(load_words(p), f);
+    four_numbers<8, 0, CENTRED>(load_words(p), f);
   }
 };
 
@@ -326,7 +328,7 @@ static void gemv_piece(const Job& j, const Piece& p, int64_t tile, int64_t end, 
     case 4: return gemv_tile<Words<4, true>, MR>(t, book, x, sums, acc);
     case 5: return gemv_tile<Stripes<5>, MR>(t, book, x, sums, acc);
     case 6: return gemv_tile<Stripes<6>, MR>(t, book, x, sums, acc);
-    case 8: return gemv_tile<Codes8, MR>(t, book, x, sums, acc);
+    case 8: return gemv_tile<Codes8<false>, MR>(t, book, x, sums, acc);
     default: return gemv_tile<Halves, MR>(t, book, x, sums, acc);
   }
 }
@@ -391,7 +393,7 @@ static void decode_panel(const Job& j, const Piece& p, int64_t tile, int64_t row
     case 4: return decode_tile<Words<4, true>>(t, book, c0, c1, panel);
     case 5: return decode_tile<Stripes<5>>(t, book, c0, c1, panel);
     case 6: return decode_tile<Stripes<6>>(t, book, c0, c1, panel);
-    case 8: return decode_tile<Codes8>(t, book, c0, c1, panel);
+    case 8: return decode_tile<Codes8<false>>(t, book, c0, c1, panel);
     default: return decode_tile<Halves>(t, book, c0, c1, panel);
   }
 }

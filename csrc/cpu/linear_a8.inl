@@ -29,6 +29,7 @@ MXQ_INLINE W dot_value_four(W acc, W u, const int8_t* x) {
 // they lie in their byte (S > 0) instead of shifting them down: the sums are shifted once a group instead. It needs VNNI's full unsigned bytes.
 template <int BITS, bool IN_PLACE>
 struct Quads {  // uniform 1, 2 and 4 bits
+  static_assert(BITS > 1 || !IN_PLACE, "SHIFTS knows 2 and 4 bits");
   static constexpr int OFFSET = 1 << (BITS - 1), BYTES = BITS * 64;
   static constexpr bool SMALL = true;
   static constexpr int SHIFTS = !IN_PLACE ? 1 : BITS == 2 ? 0x55 : 0x11;  // bit S: some quad comes shifted by S

@@ -114,7 +114,10 @@ MXQ_INLINE Book upper_code(Book book) {
 }
 // Field of BITS bits, at most 4, at bit S as a signed number; `book` says the same as a table.
 template <int BITS, int S>
-MXQ_INLINE V centred(Book book, W w) { return lookup<BITS>(book, shift<S>(w)); }
+MXQ_INLINE V centred(Book book, W w) {
+  static_assert(BITS <= 4, "a table has 16 entries");
+  return lookup<BITS>(book, shift<S>(w));
+}
 
 // Integers: W as 64 bytes or as 16 sums.
 using Bytes = __m512i;  // a table of 16 bytes, once in each 128 bits

@@ -63,7 +63,7 @@ struct Uniform {
   template <int S>
   __device__ void step(const unsigned* w, unsigned (&a)[4]) const {
     if constexpr (BITS == 1) {
-      const unsigned v = S == 3 ? w[0] >> 2 : w[0] << (10 - 4 * S);
+      const unsigned v = S == 3 ? w[0] >> 2 : w[0] << (S == 3 ? 0 : 10 - 4 * S);
       a[0] = bit<0>(v), a[1] = bit<1>(v), a[2] = bit<2>(v), a[3] = bit<3>(v);
     } else if constexpr (BITS == 4) {
       const unsigned v = w[S], u = v >> 8;

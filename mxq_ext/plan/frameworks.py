@@ -93,7 +93,9 @@ FRAMEWORKS: dict[str, Preset] = {
         formula="w^2 / U_jj^2 below the quantile: sign(w) mean|w|; above: 8 bits",
         departures=(_WHOLE, _TILES.format("columns", 32),
                     "columns by their sum of w^2 / U_jj^2 where the paper picks elements: a mask of elements takes as many bytes as the signs",
-                    "both levels of a row are fitted, where the paper has +-mean|w|", "the share follows from the budget; the paper fixes 5 to 30 %")),
+                    "both levels of a row are fitted, where the paper has +-mean|w|",
+                    "a token embedding that is no head has one bit throughout, unless the budget has 8",
+                    "the share follows from the budget; the paper fixes 5 to 30 %")),
     "sfmp": Preset(
         ("w2g128_asym", "w3g128_asym", "w4g128_asym", "w5g128_asym", "w6g128_asym"), metric="fisher_diag", allocator="threshold", unit="tiles",
         weighting="none", solver=(*_STRICT, ("tile_rows", 512), ("tile_cols", 128)),

@@ -1,7 +1,7 @@
 """The allocation rules of the literature beside the exact solvers of ``knapsack.py``, and the one table of all of them.
 
 ========== ============================================================================================================================
-threshold  two widths next to the budget; the units of the largest gain per byte get the wider one (MixLLM, SFMP, CMPQ). No search
+threshold  two widths next to the budget; the units of the largest gain per byte get the wider one (MixLLM, SFMP, CMPQ, PB-LLM). No search
 nsga2      the genetic algorithm of KVTuner (Deb et al. 2002), on (loss, bytes), by pymoo: ``pip install mxq_ext[nsga]``
 ========== ============================================================================================================================
 

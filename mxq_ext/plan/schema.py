@@ -188,7 +188,7 @@ class Tiles(Cut):
 
     @property
     def formats(self) -> tuple[Format, ...]:
-        return tuple(sorted(dict.fromkeys(f for _, parts in self.bands for _, f in parts), key=lambda f: f.bits))
+        return tuple(sorted(dict.fromkeys(f for _, parts in self.bands for _, f in parts), key=lambda f: (f.bits, f.name)))
 
     @staticmethod
     def parse(value: Mapping, where: str) -> Tiles:

@@ -38,7 +38,7 @@ class GptqOptions:
 
     damp: share of the mean diagonal that is added to H. act_order: columns by falling H_jj. None takes 0.01 and True, or what the
     given HessianFactor was made with.
-    clip: ``"mse"`` searches each group's range, ``"none"`` covers it; clip_power: exponent of the search's error.
+    clip: ``"mse"`` searches each group's range, ``"none"`` covers it (one bit is always searched); clip_power: exponent of the search's error.
     cd_passes, refit: the repairs, see the module; both work for tables too.
 
     The defaults were chosen on 20 linear layers of a 135M Llama (Hessians of 4096 tokens; group 64, integer zeros). Geometric mean of

@@ -28,7 +28,7 @@ from .grid import LEVELS, Grid, round_scale, round_zero, spread
 #: moved the target away from the weight, and what its sweep had balanced is lost.
 MARGIN = 0.25
 #: Formats with more code bits are left as they are: their rounding errors are far below those of the others.
-MOST_BITS = 4
+MOST_BITS = 6
 
 
 class LearnedWeight:
@@ -36,7 +36,7 @@ class LearnedWeight:
 
     Args:
         weight: the float weight [N, K] that ``start`` approximates.
-        start: any QTensor; permutations are followed, a sparse part and rectangles of fp16 or more than four bits stay as they are.
+        start: any QTensor; permutations are followed, a sparse part and rectangles of fp16 or more than six bits stay as they are.
 
     ``value()`` is the weight at the moment, ``step(gradient, rounding, scale)`` moves it, ``qtensor()`` is the result, whose dequantized
     weight equals ``value()`` bit by bit.

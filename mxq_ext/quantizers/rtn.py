@@ -14,7 +14,7 @@ from .hessian import diagonal
 @dataclass
 class RtnOptions:
     """clip: ``"none"`` covers each group's range, ``"mse"`` searches for the range with the least error, weighted by diag(H) (or by the
-    Fisher diagonal, which wins) if one is given. clip_power: exponent of that error (GPTQ's code has 2.4)."""
+    Fisher diagonal, which wins) if one is given; of one bit it is always searched. clip_power: exponent of that error (GPTQ's code has 2.4)."""
 
     clip: str = "none"
     clip_power: float = 2.0
