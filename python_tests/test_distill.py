@@ -109,7 +109,7 @@ def test_codes_bytes_and_what_lies_outside_of_the_blocks_stay(model, tokens):
 
 def test_wide_formats_stay_and_alone_are_refused(model, tokens):
     wide = start_of(model, "w8g32")
-    with pytest.raises(QuantizationError, match="six bits or fewer"):
+    with pytest.raises(QuantizationError, match="five bits or fewer"):
         distill(model, wide, tokens, DistillOptions(steps=1, **TINY))
     one = "model.layers.1.mlp.down_proj"
     mixed = wide | {one: quantize(model.get_submodule(one).weight.detach(), "w3g32", method="rtn")}

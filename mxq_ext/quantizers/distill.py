@@ -73,7 +73,7 @@ def distill(model: nn.Module, start: Mapping[str, QTensor], tokens: torch.Tensor
         tokens: calibration windows [W, T].
         directory: where the state is kept every few steps; a run that was stopped goes on from it and ends with the same bits.
 
-    Weights outside of the decoder blocks (embedding, head) are used as they are quantized, and stay so. Rectangles of fp16 or more than six bits stay, too.
+    Weights outside of the decoder blocks (embedding, head) are used as they are quantized, and stay so. Rectangles of fp16 or more than five bits stay, too.
     ``info`` of each QTensor of a block says ``distill_kl_start`` and ``distill_kl_end``: the mean training loss of the first and of the last quarter of the
     steps.
 
@@ -83,7 +83,7 @@ def distill(model: nn.Module, start: Mapping[str, QTensor], tokens: torch.Tensor
     tokens = check_tokens(tokens).to(torch.int64)
     run = _Distillation(model, start, tokens, options, directory, progress)
     if not run.learned:
-        raise QuantizationError("distillation", "no weight in the decoder blocks has constants of six bits or fewer", "leave it out for this plan")
+        raise QuantizationError("distillation", "no weight in the decoder blocks has constants of five bits or fewer", "leave it out for this plan")
     with frozen(run.student), frozen(model):
         return run.go()
 

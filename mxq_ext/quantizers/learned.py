@@ -27,8 +27,9 @@ from .grid import LEVELS, Grid, round_scale, round_zero, spread
 #: How far from its code a latent may start. With 0.49, just short of the next code, gradients of a few windows flip codes at random wherever GPTQ has
 #: moved the target away from the weight, and what its sweep had balanced is lost.
 MARGIN = 0.25
-#: Formats with more code bits are left as they are: their rounding errors are far below those of the others.
-MOST_BITS = 6
+#: Formats with more code bits are left as they are: their rounding errors are far below those of the others, and a scale's smallest useful move shifts
+#: large codes by more than that (w6g32 on a quadratic: 0.155 to 0.161 by steps that take 5 bits and fewer down).
+MOST_BITS = 5
 
 
 class LearnedWeight:
@@ -36,7 +37,7 @@ class LearnedWeight:
 
     Args:
         weight: the float weight [N, K] that ``start`` approximates.
-        start: any QTensor; permutations are followed, a sparse part and rectangles of fp16 or more than six bits stay as they are.
+        start: any QTensor; permutations are followed, a sparse part and rectangles of fp16 or more than five bits stay as they are.
 
     ``value()`` is the weight at the moment, ``step(gradient, rounding, scale)`` moves it, ``qtensor()`` is the result, whose dequantized
     weight equals ``value()`` bit by bit.
