@@ -89,8 +89,8 @@ def comparison(results: dict) -> str:
     if rivals:
         parts += ["Files of llama.cpp, each beside the best of our checkpoints that is no larger as a whole:", rivals_table(results["rivals"]),
                   f"Ours has the lower KL in {sum(r['kl'] < 0 for r in results['rivals'])} of {len(results['rivals'])} pairs of file and text. By "
-                  "llama.cpp's own logits, its files without a vocabulary. `imatrix`: with an importance matrix from the same calibration windows. The literary "
-                  "text is unlike those windows, and feedback of errors fits what it saw: there the lead is the smaller one.",
+                  "llama.cpp's own logits, its files without a vocabulary. `imatrix`: with an importance matrix from the same calibration windows. The "
+                  "literary text is unlike those windows, and feedback of errors fits what it saw: there the lead is the smaller one.",
                   table(shown(rivals), [Column("name", "file"), *(c for c in COLUMNS if c.key not in ("preset", "bits", "decode_tokens_per_s"))]).markdown()]
     return "\n\n".join(parts) + "\n"
 
