@@ -70,6 +70,7 @@ class Bench:
         self.stats = calibrate(self.model, self.tokens, work / "stats", weightings=("attention",), fisher=False, progress=progress)
         self.preset = find_preset(None)
         self.trials = Trials(work / "trials", self.model, self.stats, self.preset)
+        self.key = short_hash({"trials": self.trials.key, "candidates": list(self.preset.candidates)})  # of files that a mix decides
         self.held = heldout_windows(tokenizer, windows)
         self.reference = {k: Reference.of(self.model, t, progress) for k, t in self.held.items()}
 
@@ -84,7 +85,7 @@ class Bench:
     @functools.cached_property
     def table(self) -> CostTable:
         """What each candidate costs each decoder linear."""
-        path = self.work / f"cost-{short_hash({'trials': self.trials.key, 'candidates': list(self.preset.candidates)})}.json"
+        path = self.work / f"cost-{self.key}.json"
         if path.exists():
             return CostTable.load(path)
         stats = calibrate(self.model, self.tokens, self.work / "stats-gradient", weightings=("gradient",), fisher=False, progress=self.progress)
@@ -96,15 +97,14 @@ class Bench:
 
     def plan(self, fmt: str) -> Plan:
         """``fmt`` for every decoder linear, or a mix of as many stored bits as it says."""
-        if not re.fullmatch(r"[0-9.]+", fmt):
+        if not is_mix(fmt):
             return Plan.uniform(fmt, keep=KEEP)
         mixed = solve(self.table, bits=float(fmt), quantizer=self.preset.quantizer())
         return dataclasses.replace(mixed, units=mixed.units | dict.fromkeys(KEEP, "keep"))
 
     def row(self, fmt: str, steps: int | None, distilled: int = 0) -> dict:
         """One quantized model, read from its file when it has been measured before; ``steps`` None is GPTQ alone."""
-        key = short_hash({"trials": self.trials.key, "candidates": list(self.preset.candidates)})
-        path = self.work / f"row-{fmt}-{'gptq' if steps is None else steps}{f'-{distilled}' if distilled else ''}-{key}.json"
+        path = self.work / f"row-{fmt}-{'gptq' if steps is None else steps}{f'-{distilled}' if distilled else ''}-{self.key}.json"
         if path.exists():
             return read_json(path)
         qtensors = quantize_by_plan(self.model, self.plan(fmt), self.trials, self.progress)
@@ -125,12 +125,16 @@ class Bench:
         for unit, q in qtensors.items():
             swapped.get_submodule(unit).weight.data.copy_(q.dequantize())
             nbytes += q.nbytes()
-        row = {"format": fmt, "steps": steps, "distilled": distilled, "bytes": nbytes,
+        row = {"format": f"mix of {fmt} bits" if is_mix(fmt) else fmt, "made_by": name(steps, distilled), "bytes": nbytes,
                "stored_bits": 8 * nbytes / sum(q.shape[0] * q.shape[1] for q in qtensors.values()),
                "seconds": seconds, "block_errors": errors,
                "quality": {k: evaluate(swapped, self.reference[k], t, progress=self.progress).to_dict() for k, t in self.held.items()}}
         write_json(path, row)
         return row
+
+
+def is_mix(fmt: str) -> bool:
+    return re.fullmatch(r"[0-9.]+", fmt) is not None
 
 
 def name(steps: int | None, distilled: int) -> str:
@@ -153,9 +157,9 @@ def main() -> None:
         made = [(s, 0) for s in steps] + ([(steps[-1], options.distill)] if options.distill else [])
         rows = [bench.row(f, s, d) for f in options.formats.split(",") for s, d in made]
     write_json(options.out, {"machine": machine(), "model": bench.model.mxq_source | {"path": demo_model_path().name, "permuted": True},
-                             "texts": texts.describe(), "rows": rows})
+                             "texts": texts.describe(), "windows": options.windows, "rows": rows})
     header = ["format", "made by", "stored bits", *(f"{what} {k}" for k in KINDS for what in ("ppl", "KL"))]
-    print(markdown_table(header, [[r["format"], name(r["steps"], r["distilled"]), f"{r['stored_bits']:.2f}",
+    print(markdown_table(header, [[r["format"], r["made_by"], f"{r['stored_bits']:.2f}",
                                    *(f"{r['quality'][k][w]:.{d}f}" for k in KINDS for w, d in (("perplexity", 2), ("kl", 4)))] for r in rows]))
 
 

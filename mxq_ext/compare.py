@@ -27,6 +27,7 @@ from .errors import BudgetError, CheckpointError, MxqError, PlanError, Quantizat
 from .evaluate import Reference, evaluate, speed
 from .fileio import read_json, write_json, write_text
 from .plan.frameworks import CONTROLS, FRAMEWORKS
+from .plan.language import Preset
 from .plan.presets import PRESETS, find_preset, parse_changes
 from .progress import SILENT, Progress
 from .report import need_matplotlib, pareto_svg
@@ -53,9 +54,13 @@ class Contender:
         """Of its row at a budget."""
         return f"{self.label} {bits:g}"
 
+    def resolve(self) -> Preset:
+        """The preset with its parts replaced. Raises PlanError for an unknown name or part."""
+        return find_preset(self.preset, **parse_changes(self.settings, self.preset))
+
     @property
     def candidates(self) -> list[str]:
-        return list(find_preset(self.preset, **parse_changes(self.settings, self.preset)).candidates)
+        return list(self.resolve().candidates)
 
     @property
     def family(self) -> str:
@@ -74,7 +79,7 @@ def contenders(presets: Sequence[str], also: Sequence[str] = ()) -> list[Contend
         name, *settings = entry.split() or [""]
         out.append(Contender(" ".join([name, *settings]), name, tuple(settings)))
     for c in out:
-        find_preset(c.preset, **parse_changes(c.settings, c.preset))
+        c.resolve()
     if not out:
         raise PlanError("a comparison of no presets", "at least one is needed", f"name some of {', '.join([*GROUPS, *PRESETS])}")
     return out
@@ -156,7 +161,7 @@ class Comparison:
 
     def calibrate(self, chosen: Sequence[Contender]) -> None:
         """Once for all that read statistics of the model as it is: each by itself would walk through it again for its own kinds."""
-        presets = [find_preset(c.preset, **parse_changes(c.settings, c.preset)) for c in chosen]
+        presets = [c.resolve() for c in chosen]
         reading = [p for p in presets if p.transform != "rotate" and not missing_parts(p) and pipeline.reads_text(p, planned=p.allocator == "uniform")]
         if reading:
             kinds = frozenset().union(*map(pipeline.kinds_for, reading))
