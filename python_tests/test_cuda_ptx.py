@@ -79,7 +79,8 @@ def test_mv(modules, case):
 
 @pytest.mark.parametrize("source, fmt, arch", (
     ("mm_w4", "w4g64", "sm_80"), ("mm_w3", "w3g32_asym", "sm_80"), ("mm_lut3", "lut3", "sm_80"), ("mm_w8", "w8", "sm_75"),
-    ("mm_w1", "w1g32_fz", "sm_80"), ("mm_w5", "w5g128_asym", "sm_80"), ("mm_w6", "w6g64_asym", "sm_80")))
+    ("mm_w1", "w1g32_fz", "sm_80"), ("mm_w5", "w5g128_asym", "sm_80"), ("mm_w6", "w6g64_asym", "sm_80"), ("mm_w2", "w2g128_fz", "sm_80"),
+    ("mm_lut2", "lut2", "sm_80"), ("mm_lut4", "lut4", "sm_75"), ("mm_nf4", "nf4g64", "sm_80"), ("mm_fp16", "fp16", "sm_80")))
 def test_mm(modules, source, fmt, arch):
     q = cases.random_qtensor(fmt, 18, 300, 1)
     x, bias = cases.random_x(18, 300, torch.bfloat16), torch.zeros(18)

@@ -15,6 +15,8 @@ MXQ_INLINE void gather_row(const Job& j, int64_t row, const Slot& s, const int32
   const int64_t cols = s.c1 - s.c0, base = row * j.ldx;
   int64_t c = 0;
   if (perm) {
+    if (j.type == F32)
+      for (; c + 16 <= cols; c += 16) store(out + c, gather((const float*)j.x + base, (const uint32_t*)perm + s.c0 + c));
     for (; c < cols; c++) out[c] = load_one(j.x, base + perm[s.c0 + c], j.type);
   } else {
     for (; c + 16 <= cols; c += 16) store(out + c, load_any(j.x, base + s.c0 + c, j.type));
@@ -124,35 +126,68 @@ static void prepare(const Job& j, int64_t block) {
 
 // -------------------------------------------------------------------------------------------------------------------- finish
 
-// acc[m * lda + row] += the sparse part of tile `tile` for mr rows of x from m0.
+// The steps of the sparse part of a tile, and x as they read it: one block of rows, in the original order of its columns.
+struct SparseTile {
+  const SparseStep *step, *end;
+  const float* x;
+
+  SparseTile(const Job& j, int64_t tile, int64_t m0) {
+    const Header& h = header(j.blob);
+    const Slot& s = at<Slot>(j.blob, h.off_slots)[h.slots - 1];  // the ORIGINAL one is always last
+    const uint32_t* first = at<uint32_t>(j.blob, h.off_sparse_tiles) + tile;
+    x = j.xs + s.start * j.m + s.padded * m0;
+    step = at<SparseStep>(j.blob, h.off_sparse) + first[0], end = at<SparseStep>(j.blob, h.off_sparse) + first[1];
+  }
+};
+
+// acc[m * lda + row] += the sparse part of tile `tile` for mr rows of x from m0. What is read behind the mr-th row is not used.
 static void add_sparse(const Job& j, int64_t tile, int64_t m0, int64_t mr, float* acc, int64_t lda) {
-  const Header& h = header(j.blob);
-  const Slot& s = at<Slot>(j.blob, h.off_slots)[h.slots - 1];  // the ORIGINAL one is always last
-  const float* x = j.xs + s.start * j.m + s.padded * m0;
-  const uint32_t* first = at<uint32_t>(j.blob, h.off_sparse_tiles) + tile;
-  const SparseStep *step = at<SparseStep>(j.blob, h.off_sparse) + first[0], *end = at<SparseStep>(j.blob, h.off_sparse) + first[1];
-  if (mr == 1) {
-    V sum = load(acc);
-    for (; step < end; step++) {
-      __builtin_prefetch(step + 32), __builtin_prefetch((const char*)(step + 32) + 64);  // a step takes a line and a half
-      sum = fma(load_half(step->value), gather(x, step->column), sum);
+  V sum[16];  // [row][m]: the rows of x lie side by side
+  unroll<16>([&](auto r) MXQ_LAMBDA { sum[decltype(r)::value] = zero(); });
+  for (SparseTile t(j, tile, m0); t.step < t.end; t.step++) {
+    float value[16];
+    store(value, load_half(t.step->value));
+    unroll<16>([&](auto r) MXQ_LAMBDA {
+      constexpr int R = decltype(r)::value;
+      sum[R] = fma(set1(value[R]), load(t.x + t.step->column[R] * mr), sum[R]);
+    });
+  }
+  float sums[16][16];
+  unroll<16>([&](auto r) MXQ_LAMBDA { store(sums[decltype(r)::value], sum[decltype(r)::value]); });
+  for (int64_t m = 0; m < mr; m++)
+    for (int r = 0; r < 16; r++) acc[m * lda + r] += sums[r][m];
+}
+
+// Tiles whose sparse part is added up before their codes are read, for one row of x: a tile's codes drive x out of an L1 cache of 32 KB, and what is
+// gathered from all over x would come from L2 again for each tile.
+static constexpr int64_t SPARSE_TILES = 8;
+
+// The steps of a tile.
+MXQ_INLINE void fetch_sparse(const Job& j, int64_t tile) {
+  const SparseTile t(j, tile, 0);
+  for (const char* line = (const char*)t.step; line < (const char*)t.end; line += 64) __builtin_prefetch(line, 0, 2);
+}
+
+// out[tile][16 rows] = the sparse part of `count` tiles from `tile` for the only row of x. `ahead(n)` is called before the n-th step, to ask for codes:
+// the steps themselves have been fetched, and memory would be idle.
+template <class F>
+static void sum_sparse(const Job& j, int64_t tile, int64_t count, float* out, F&& ahead) {
+  int64_t n = 0;
+  for (int64_t i = 0; i < count; i++) {
+    V sum = zero();
+    for (SparseTile t(j, tile + i, 0); t.step < t.end; t.step++) {
+      ahead(n++);
+      sum = fma(load_half(t.step->value), gather(t.x, t.step->column), sum);
     }
-    store(acc, sum);
-  } else {
-    for (; step < end; step++)
-      for (int r = 0; r < 16; r++) {
-        const float value = half_to_float(step->value[r]);
-        for (int64_t m = 0; m < mr; m++) acc[m * lda + r] += value * x[step->column[r] * mr + m];
-      }
+    store(out + 16 * i, sum);
   }
 }
 
-// y = acc + sparse + bias for `rows` rows of the weight from row0 (permuted), tile `tile`, and mr rows of x from m0; acc[m * lda + row].
+// y = acc + bias for `rows` rows of the weight from row0 (permuted) and mr rows of x from m0; acc[m * lda + row].
 // If `scales` is not null, the sums are to be multiplied with these 16 first.
-static void finish(const Job& j, int64_t tile, int64_t row0, int64_t rows, int64_t m0, int64_t mr, const float* scales, float* acc, int64_t lda) {
+static void finish(const Job& j, int64_t row0, int64_t rows, int64_t m0, int64_t mr, const float* scales, float* acc, int64_t lda) {
   const Header& h = header(j.blob);
   const int32_t* perm = h.off_perm_rows ? at<int32_t>(j.blob, h.off_perm_rows) + row0 : nullptr;
-  if (h.off_rowptr) add_sparse(j, tile, m0, mr, acc, lda);
   if (!perm && rows == 16) {
     const V bias = j.bias ? load_any(j.bias, row0, j.bias_type) : zero(), scale = scales ? load(scales) : set1(1.0f);
     for (int64_t m = 0; m < mr; m++) store_any(j.y, (m0 + m) * h.n + row0, j.type, add(mul(scale, load(acc + m * lda)), bias));
@@ -179,7 +214,9 @@ struct GemmChunk {
 static void finish_block(const Job& j, const GemmChunk& k, int64_t m0, int64_t mr, const float* scales) {
   for (int64_t t = 0; t < k.count; t++) {
     const int64_t tile_rows = k.rows - 16 * t < 16 ? k.rows - 16 * t : 16;
-    finish(j, k.tile0 + t, k.row0 + 16 * t, tile_rows, m0, mr, scales ? scales + 16 * t : nullptr, k.acc + m0 * k.lda + 16 * t, k.lda);
+    float* acc = k.acc + m0 * k.lda + 16 * t;
+    if (header(j.blob).off_rowptr) add_sparse(j, k.tile0 + t, m0, mr, acc, k.lda);
+    finish(j, k.row0 + 16 * t, tile_rows, m0, mr, scales ? scales + 16 * t : nullptr, acc, k.lda);
   }
 }
 
@@ -212,19 +249,34 @@ MXQ_INLINE void fetch_scales_ahead(const Job& j, const Piece& p, int64_t tile, i
   for (int64_t i = 0; i < (int64_t)p.zero_step; i += 64) __builtin_prefetch(j.blob + p.zeros + tile * p.zero_step + i, 0, 2);
 }
 
+// The n-th few lines behind those codes that the kernels will have asked for when they come to `tile`.
+MXQ_INLINE void fetch_codes(const Job& j, const Piece& p, int64_t tile, int64_t end, int64_t n) {
+  constexpr int BYTES = 4 * 64;
+  const int64_t step = (column_lanes(p.format) ? 16 : 1) * (int64_t)p.code_step, from = tile * step + ahead_of<0>() + n * BYTES;
+  if (from + BYTES > end * step) return;
+  unroll<BYTES / 64>([&](auto i) MXQ_LAMBDA { __builtin_prefetch(j.blob + p.codes + from + 64 * decltype(i)::value, 0, 2); });
+}
+
 static void gemv(const Job& j, int64_t tile0, int64_t tile1, float*) {
   const TileRun run = find_tiles(j.blob, tile0, tile1);
   const int64_t end = tiles(run.band->r1 - run.band->r0);  // prefetching goes on beyond tile1: the next chunk is mostly this thread's as well
   const Piece* pieces = at<Piece>(j.blob, header(j.blob).off_pieces) + run.band->first_piece;
-  for (int64_t tile = run.first; tile < run.first + run.count; tile++) {
-    const int64_t row0 = run.band->r0 + tile * 16, left = run.band->r1 - row0, rows = left < 16 ? left : 16;
+  const bool sparse = header(j.blob).off_rowptr;
+  float sums[SPARSE_TILES * 16];
+  for (int64_t i = 0; i < run.count; i++) {
+    const int64_t tile = run.first + i, row0 = run.band->r0 + tile * 16, left = run.band->r1 - row0, rows = left < 16 ? left : 16;
+    if (sparse && j.m == 1 && i % SPARSE_TILES == 0) {
+      const int64_t count = run.count - i < SPARSE_TILES ? run.count - i : SPARSE_TILES;
+      sum_sparse(j, tile0 + i, count, sums, [&](int64_t n) MXQ_LAMBDA { fetch_codes(j, pieces[n % run.band->pieces], tile, end, n / run.band->pieces); });
+    }
     fetch_ends(j, row0);
-    for (uint32_t i = 0; i < run.band->pieces; i++) fetch_scales_ahead(j, pieces[i], tile, end);
+    if (sparse && j.m == 1 && tile + SPARSE_TILES < end) fetch_sparse(j, tile0 + i + SPARSE_TILES);
+    for (uint32_t p = 0; p < run.band->pieces; p++) fetch_scales_ahead(j, pieces[p], tile, end);
     for (int64_t b = 0; b < j.blocks; b++) {
       const int64_t m0 = block_start(j, b), mr = block_start(j, b + 1) - m0;
       float acc[GEMV_BLOCK * 16] = {0};
-      for (uint32_t i = 0; i < run.band->pieces; i++) {
-        const Piece& p = pieces[i];
+      for (uint32_t piece = 0; piece < run.band->pieces; piece++) {
+        const Piece& p = pieces[piece];
         unroll<GEMV_BLOCK>([&](auto m) MXQ_LAMBDA {
           constexpr int MR = decltype(m)::value + 1;
           if (mr != MR) return;
@@ -234,7 +286,9 @@ static void gemv(const Job& j, int64_t tile0, int64_t tile1, float*) {
           gemv_piece<MR>(j, p, tile, end, rows, m0, acc);
         });
       }
-      finish(j, run.band->first_tile + tile, row0, rows, m0, mr, nullptr, acc, 16);
+      if (sparse && j.m == 1) store(acc, add(load(acc), load(sums + i % SPARSE_TILES * 16)));
+      else if (sparse) add_sparse(j, tile0 + i, m0, mr, acc, 16);
+      finish(j, row0, rows, m0, mr, nullptr, acc, 16);
     }
   }
 }

@@ -17,7 +17,8 @@ struct InputSizes {
   int64_t slots, sums, units, bytes;
 
   InputSizes(const Header& h, int64_t m, bool a8)
-      : slots(aligned(m * int64_t(h.slot_floats))), sums(aligned(m * int64_t(h.slot_sums))), units(a8 ? aligned(m * int64_t(h.slot8_scales)) : 0),
+      : slots(aligned(m * int64_t(h.slot_floats)) + 16),  // whole vectors are read from where the last row begins
+        sums(aligned(m * int64_t(h.slot_sums))), units(a8 ? aligned(m * int64_t(h.slot8_scales)) : 0),
         bytes(a8 ? aligned(ceil_div(m * int64_t(h.slot8_bytes), 4)) : 0) {}
   int64_t total() const { return slots + sums + 2 * units + bytes; }
   void place(Job& j, float* at) const {  // total() floats from `at` on
