@@ -1,11 +1,13 @@
 """A CUDA device that is none: tensors in host memory that say they are on ``cuda:0``, and the kernels of the CPU executor behind ``mxq_ext.cuda``.
 
 What moves to the device, what is launched there and what comes back is then the code that a GPU runs; only the memory and the kernels' processor differ.
+An operation of torch with tensors of both places is an error, as it is with a GPU, and what the host waits for is written down.
 """
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import cuda_tools
@@ -13,9 +15,17 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from mxq_ext import cuda
+from mxq_ext.kv import cuda as kv_cuda
 
 DEVICE = torch.device("cuda", 0)
 STREAM = 4711
+_CALLS = {"linear": cuda.LinearCall, "kv_attend": kv_cuda.AttendCall}
+
+
+#: Operations of torch that move numbers between places, or choose by indices that may be anywhere.
+_MOVING = {"to", "cuda", "cpu", "copy_", "__setitem__", "__getitem__", "__get__", "__set__", "_has_compatible_shallow_copy_type"}
+#: Operations whose result the host has to wait for.
+_WAITING = {"cpu", "item", "tolist", "numpy", "nonzero", "equal", "allclose", "masked_select", "unique", "__bool__", "__int__", "__float__", "__index__"}
 
 
 class OnGpu(torch.Tensor):
@@ -27,12 +37,26 @@ class OnGpu(torch.Tensor):
         return memo.setdefault(id(self), self.detach().clone())
 
 
+def _tensors(values) -> Iterator[torch.Tensor]:
+    for v in values:
+        if isinstance(v, torch.Tensor):
+            yield v
+        elif isinstance(v, tuple | list):
+            yield from _tensors(v)
+
+
 class _Placement(TorchFunctionMode):
     """``.to("cuda")``, ``.to("cpu")`` and ``device="cuda"`` make tensors of the kind above and of the usual one."""
+
+    def __init__(self, waits: list[str]):
+        super().__init__()
+        self.waits = waits
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
         name = getattr(function, "__name__", "")
+        if any(issubclass(t, OnGpu) for t in types):
+            self._look(name, args, kwargs)
         if name in ("to", "cuda", "cpu"):
             said = (*args[1:], *kwargs.values())
             place = next((torch.device(a) for a in said if isinstance(a, str | torch.device)), None) if name == "to" else torch.device(name)
@@ -40,6 +64,8 @@ class _Placement(TorchFunctionMode):
             kind = type(args[0]) if place is None else OnGpu if place.type == "cuda" else torch.Tensor
             if place is not None and place.type not in ("cpu", "cuda"):
                 return function(*args, **kwargs)
+            if isinstance(args[0], OnGpu) and kind is torch.Tensor:
+                self.waits.append(name)
             moved = args[0] if isinstance(args[0], OnGpu) == (kind is OnGpu) else args[0].clone().as_subclass(kind)
             return moved if moved.dtype == dtype else moved.type(dtype)
         wanted = kwargs.get("device")
@@ -48,29 +74,51 @@ class _Placement(TorchFunctionMode):
             return function(*args, **kwargs).as_subclass(OnGpu)
         return function(*args, **kwargs)
 
+    def _look(self, name: str, args: tuple, kwargs: dict) -> None:
+        if name in _WAITING - {"cpu"}:
+            self.waits.append(name)
+        elif name == "__getitem__" and any(t.dtype == torch.bool and t.dim() for t in _tensors([args[1]])):
+            self.waits.append("index by a mask")
+        elif name == "copy_" and not isinstance(args[1], OnGpu) and not kwargs.get("non_blocking"):
+            self.waits.append("copy from the host")
+        if name not in _MOVING:
+            places = {str(t.device) for t in _tensors([*args, *kwargs.values()]) if t.dim() or isinstance(t, OnGpu)}
+            assert len(places) < 2, f"{name} of tensors on {' and '.join(sorted(places))}"
+
+
+class Launches(list):
+    """Streams of the launches so far; ``names`` of the functions, and ``waits``: what the host waited for."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: list[str] = []
+        self.waits: list[str] = []
+
 
 @contextlib.contextmanager
 def pretend_gpu(monkeypatch, capability: int = 80, sms: int = 108):
-    """Inside, ``cuda:0`` is the device above. Gives a list of the streams that launches went to."""
-    streams: list[int] = []
+    """Inside, ``cuda:0`` is the device above. Gives a list of the streams that launches went to; its ``waits`` are the names of what was waited for."""
+    streams = Launches()
     functions = cuda_tools.Functions(cuda_tools.library())
 
     def noted(name):
         def call(*args):
-            streams.append(cuda.LinearCall.from_address(args[0]).stream if name == "linear" else args[-1])
+            streams.append(_CALLS[name].from_address(args[0]).stream if name in _CALLS else args[-1])
+            streams.names.append(name)
             return getattr(functions, name)(*args)
 
         return call
 
-    host = ("blob_sizes", "prepack", "unpack", "workspace_nbytes", "explain", "kernel_name", "error_text")
-    library = SimpleNamespace(**{n: getattr(functions, n) for n in host}, **{n: noted(n) for n in ("linear", "dequantize", "embedding")})
+    host = ("blob_sizes", "prepack", "unpack", "workspace_nbytes", "explain", "kernel_name", "error_text", "kv_workspace_nbytes", "kv_explain")
+    launching = ("linear", "dequantize", "embedding", "kv_attend", "kv_pack")
+    library = SimpleNamespace(**{n: getattr(functions, n) for n in host}, **{n: noted(n) for n in launching})
     runtime = cuda.Runtime(library, capability, sms)
 
     def runtime_of(device):
         assert device == DEVICE, f"kernels are asked for on {device}"
         return runtime
 
-    with monkeypatch.context() as patch, _Placement():
+    with monkeypatch.context() as patch, _Placement(streams.waits):
         patch.setattr(cuda, "runtime", runtime_of)
         patch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
         patch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=STREAM))

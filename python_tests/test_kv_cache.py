@@ -363,9 +363,9 @@ def test_refusals(config):
         layer.append(*numbers(4, batch=1))
     with pytest.raises(ShapeError, match="both of one shape"):
         layer.append(numbers(4)[0], numbers(5)[0])
-    with pytest.raises(ShapeError, match="the packed cache is on the CPU, they are on meta"):
+    with pytest.raises(ShapeError, match="a packed cache is on the CPU or on a GPU, they are on meta; move the model"):
         layer.append(*(x.to("meta") for x in numbers(4)))
-    with pytest.raises(ModelError, match="a packed cache is on the CPU already"):
+    with pytest.raises(ModelError, match="a packed cache stays where attention reads it"):
         layer.offload()
 
 

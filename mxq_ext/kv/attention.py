@@ -25,7 +25,9 @@ from ..errors import ModelError
 from ..plan.kv import KVPlan, KVSpec
 from ..plan.schema import Plan
 from ..structure import decoder_blocks
+from . import device
 from .cache import MARK, MxqCache, MxqCacheLayer, as_kv, need_native, page_formats, page_mix
+from .ops import CPU
 from .rope import check_rope, rope_of
 
 NAME = "mxq_kv"  #: of the attention function and of its mask, in transformers
@@ -42,13 +44,17 @@ def mask(batch_size: int, kv_length: int, q_length: int | None = None, kv_offset
 
     Causal attention: bool [B, keys], the keys that are no padding. So too for one query with a sliding window, which the tensor carries.
     Anything else: bool [B, 1, queries, keys], as SDPA takes it.
+
+    It lies where the model computes. A mask of one query is not read here, so a token waits for nothing; whether that of a prompt hides anything is
+    read once for all layers, since SDPA is faster without one, and on a GPU is waited for.
     """
     from transformers import masking_utils
 
-    if q_length is None:  # transformers 5.0 gives the positions of the queries
-        q_length, last = kwargs["cache_position"].shape[0], kwargs["cache_position"][-1]
+    if q_length is None:  # transformers 5.0 gives the positions of the queries, where the model computes
+        q_length, last = kwargs["cache_position"].shape[0], kwargs["cache_position"][-1].cpu()
     else:
         last = torch.as_tensor(kwargs.get("q_offset", 0)) + q_length - 1
+    place = _place(attention_mask, kwargs)
     window = 0
     if mask_function is not masking_utils.causal_mask_function:
         keys = torch.arange(kv_length) + kv_offset
@@ -56,28 +62,38 @@ def mask(batch_size: int, kv_length: int, q_length: int | None = None, kv_offset
         zero = torch.zeros((), dtype=torch.int64)
         if q_length > 1 or local_size is None or kwargs.get("use_vmap") or not torch.equal(mask_function(zero, zero, last, keys).expand(kv_length), expected):
             sizes = {"kv_length": kv_length, "kv_offset": kv_offset, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-            sizes |= {} if "cache_position" in kwargs else {"q_length": q_length}
+            sizes |= {} if "cache_position" in kwargs else {"q_length": q_length, "device": place}
             return masking_utils.sdpa_mask(batch_size=batch_size, mask_function=mask_function, attention_mask=attention_mask, local_size=local_size,
                                            **kwargs | sizes)
         window = local_size
-    out = torch.ones(1, 1, dtype=torch.bool).expand(batch_size, kv_length)
+    out = torch.ones(1, 1, dtype=torch.bool, device=place).expand(batch_size, kv_length)
     if attention_mask is not None:  # what it does not reach is padding, as transformers has it
         padding = attention_mask[:, kv_offset : kv_offset + kv_length].bool()
         out = nn.functional.pad(padding, (0, kv_length - padding.shape[1]))
     setattr(out, _WINDOW, window)
-    setattr(out, _FULL, attention_mask is None or bool(out.all()))
+    looks = out.is_cpu or q_length > 1
+    setattr(out, _FULL, attention_mask is None or (looks and bool(out.all())))
     return out
 
 
+def _place(attention_mask: torch.Tensor | None, kwargs: dict) -> torch.device:
+    """Where the model computes whose mask is asked for."""
+    if kwargs.get("device") is not None:
+        return torch.device(kwargs["device"])
+    known = attention_mask if attention_mask is not None else kwargs.get("cache_position")  # of transformers that does not say it
+    return CPU if known is None else known.device
+
+
 def _dense(seen: torch.Tensor, queries: int) -> torch.Tensor | None:
-    """Our mask as SDPA takes it, bool [B, 1, queries, keys]; None for causal attention without padding."""
+    """Our mask as SDPA takes it, bool [B, 1, queries, keys]; None for causal attention that is known to be without padding."""
     if seen.dim() != 2:
         return seen
     keys, window = seen.shape[1], getattr(seen, _WINDOW)
     if getattr(seen, _FULL) and not window and queries in (1, keys):
         return None
     if (out := getattr(seen, _DENSE, None)) is None:  # made once for all layers
-        position, key = torch.arange(keys - queries, keys)[:, None], torch.arange(keys)
+        key = torch.arange(keys, device=seen.device)
+        position = key[keys - queries :, None]
         allowed = key <= position
         if window:
             allowed &= key > position - window
@@ -127,7 +143,8 @@ def attention(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: 
 
 
 def _boolean(dense: torch.Tensor, asked: str) -> torch.Tensor:
-    """A dense mask [batch, 1, queries, keys] as bool [batch, queries, keys]. Numbers may be those that add nothing, or all but -inf."""
+    """A dense mask [batch, 1, queries, keys] as bool [batch, queries, keys]. Numbers may be those that add nothing, or all but -inf,
+    which is looked at: on a GPU, booleans are what nothing waits for."""
     seen = dense[:, 0] if dense.dtype == torch.bool else dense[:, 0] == 0
     if dense.shape[1] != 1 or (dense.dtype != torch.bool and (dense[:, 0] > -1e4).ne(seen).any()):
         raise ModelError(asked, f"the mask must say yes or no for all heads alike, it is {str(dense.dtype)[6:]} {tuple(dense.shape)} with other values",
@@ -144,7 +161,7 @@ def _exact(module: nn.Module, query, key, value, seen: torch.Tensor | None, drop
     key, value = (repeat_kv(x, query.shape[1] // x.shape[1]) for x in (key, value))
     scores = softcap * torch.tanh(query @ key.transpose(2, 3) * scaling / softcap)
     if seen is None and query.shape[2] > 1:
-        seen = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril(key.shape[2] - query.shape[2])
+        seen = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril(key.shape[2] - query.shape[2])
     if seen is not None:
         # a query that sees nothing (padding) gets the mean instead of NaN, which would spread to those that do
         scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min) if seen.dtype == torch.bool else scores + seen
@@ -193,13 +210,16 @@ def check_attention(model: nn.Module, kv: KVPlan) -> None:
     sharing = getattr(config, "kv_sharing_modes", None) or []
     if shared := [i for i, mode in enumerate(sharing) if mode] or ([len(specs) - n] if (n := getattr(config, "num_kv_shared_layers", 0) or 0) else []):
         raise ModelError(f"{asked}, layer {prefix}.{shared[0]}", "it shares keys and values with another layer", "keep the cache of this model in float")
-    if places := sorted({str(p.device) for p in model.parameters()} - {"cpu", "meta"}):
-        raise ModelError(asked, f"the packed cache is on the CPU, the model is on {places[0]}", "move the model to the CPU")
+    places = {p.device for p in model.parameters()} - {torch.device("meta")} or {CPU}
+    if len(places) > 1 or not all(map(device.serves, places)):
+        raise ModelError(asked, f"pages and masks of a model are on the CPU or on one GPU, its parameters are on {' and '.join(sorted(map(str, places)))}",
+                         "move the model to one of them")
+    place = places.pop()
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     window = getattr(config, "sliding_window", None)
     for i, spec in enumerate(specs):
         if spec is not None:
-            page_formats(spec, dim, f"layer {prefix}.{i}")
+            page_formats(spec, dim, f"layer {prefix}.{i}", place)
             page_mix(spec, dim, f"layer {prefix}.{i}")
             if spec.mixed is not None and (kinds[i] == "sliding_attention" or (window and not getattr(config, "layer_types", None))):
                 raise ModelError(f"{asked}, layer {prefix}.{i}", f"it has a sliding window, pages of {spec.mixed.name} hold tokens out of their order",
@@ -216,13 +236,13 @@ def replace_attention(model: nn.Module, plan: Plan | KVPlan | KVSpec | dict | No
     works too: ``past_key_values=MxqCache(model.config, plan.kv)``. Weights are not touched. None takes all of it back.
 
     Args:
-        model: a decoder-only model of transformers on the CPU, quantized or not.
+        model: a decoder-only model of transformers on the CPU or on one GPU, quantized or not; it may be moved between sequences.
         plan: a Plan with a KV section, the section itself (KVPlan or its JSON), or a KVSpec for all layers.
 
     Raises:
         PlanError: no KV section, or one that names a layer beyond the model's.
         ModelError, FormatError: models that cannot be served, with the layer and the reason.
-        NativeError: without the compiled extension.
+        NativeError: without the compiled extension, or on a GPU without kernels.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 

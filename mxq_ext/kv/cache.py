@@ -8,6 +8,7 @@ One layer holds, in the order of positions::
 
 A token enters the tail (the sink while that has room). When the tail is full, its oldest 64 tokens become a page, so the newest
 ``residual`` tokens or more are always exact. Pages are separate tensors that are never moved: appending allocates one page at most.
+All of it is on the device of the first tokens, the CPU or a GPU (``kv.device``).
 With bits by token (``KVSpec.mixed``) a tail is ``residual`` + 64 tokens for each page of a round, which are made together: the tokens that
 queries looked at most (``kv.salience``) fill the round's first pages. The order of tokens in pages does not matter to attention, but to masks, which
 are put into it, and to a crop, which takes it back.
@@ -29,7 +30,7 @@ from ..errors import FormatError, ModelError, NativeError, PlanError, ShapeError
 from ..formats import PAGE
 from ..plan.kv import KVPlan, KVSpec
 from ..plan.schema import Plan
-from . import ops, salience
+from . import device, ops, salience
 from .rope import Rope, rope_of
 from .shrink import HALF, shrink_page, shrunk
 
@@ -45,11 +46,15 @@ def need_native() -> None:
         _native.cpu.kv_attend()
 
 
-def page_formats(spec: KVSpec, head_dim: int, layer: str) -> tuple[ops.PageFormat, ops.PageFormat]:
-    """Formats of a layer's pages of keys and of values. Raises FormatError, which names the layer, for head dimensions that do not go."""
+def page_formats(spec: KVSpec, head_dim: int, layer: str, place: torch.device = ops.CPU) -> tuple[ops.PageFormat, ops.PageFormat]:
+    """Formats of a layer's pages of keys and of values on the device ``place``.
+
+    Raises FormatError, which names the layer, for head dimensions that do not go and for what the device's kernels do not read; NativeError without kernels.
+    """
     try:
         key = ops.PageFormat("keys", spec.key, min(spec.group, PAGE), head_dim, spec.codebook(0))
         value = ops.PageFormat("values", spec.value, ops.value_group(head_dim, spec.group), head_dim, spec.codebook(1))
+        device.check(place, key, value, pre_rope=spec.pre_rope, mixed=spec.mixed is not None)
     except FormatError as e:
         raise FormatError(f"{layer}: {e.asked}", e.rule, e.fix) from None
     if spec.rotate and head_dim & (head_dim - 1):
@@ -99,9 +104,9 @@ def _halved(*formats: ops.PageFormat) -> tuple[ops.PageFormat, ...]:
 
 
 @functools.lru_cache
-def _hadamard(dim: int) -> torch.Tensor:
-    """float32 [dim, dim], symmetric and its own inverse."""
-    h = torch.ones(1, 1)
+def _hadamard(dim: int, place: torch.device) -> torch.Tensor:
+    """float32 [dim, dim] on a device, symmetric and its own inverse."""
+    h = torch.ones(1, 1, device=place)
     while h.shape[0] < dim:
         h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
     return h * dim**-0.5
@@ -109,7 +114,7 @@ def _hadamard(dim: int) -> torch.Tensor:
 
 def rotated(x: torch.Tensor) -> torch.Tensor:
     """x [..., D] with its channels multiplied by the Hadamard matrix, in x's dtype."""
-    return (x.float() @ _hadamard(x.shape[-1])).to(x.dtype)
+    return (x.float() @ _hadamard(x.shape[-1], x.device)).to(x.dtype)
 
 
 class MxqCacheLayer(CacheLayerMixin):
@@ -151,7 +156,7 @@ class MxqCacheLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Allocates sink and tail for keys and values like these, [B, Hkv, any, D]."""
         batch, heads, _, dim = key_states.shape
-        key, value = page_formats(self.spec, dim, self.name)
+        key, value = page_formats(self.spec, dim, self.name, key_states.device)
         self.mix = page_mix(self.spec, dim, self.name)
         self.batch, self.heads, self.dim, self.dtype, self.device = batch, heads, dim, key_states.dtype, key_states.device
         self.pages = self._table(key, value)
@@ -241,10 +246,10 @@ class MxqCacheLayer(CacheLayerMixin):
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         if self.is_initialized:
-            self._gather(torch.arange(self.batch)[indices.cpu()])  # a mask of booleans works too
+            self._gather(torch.arange(self.batch, device=indices.device)[indices])  # a mask of booleans works too, and on a GPU is waited for
 
     def offload(self) -> None:
-        raise ModelError(f"offloading {self.name}", "a packed cache is on the CPU already", "leave offloading out")
+        raise ModelError(f"offloading {self.name}", "a packed cache stays where attention reads it", "leave offloading out")
 
     prefetch = offload
 
@@ -280,8 +285,9 @@ class MxqCacheLayer(CacheLayerMixin):
             part = query[:, :, done:stop]
             probes = self._probes(past + done, stop - done)
             lse = None if probes is None else part.new_empty(part.shape[:3], dtype=torch.float32)
-            ops.attend(part, self.pages, *self._exact(self.sink, self.sink_tokens), *self._exact(self.tail, self.tail_tokens), scale=scale,
-                       causal=causal, window=window, softcap=softcap, mask=self._in_order_of_pages(seen), out=out[:, done:stop].transpose(1, 2), lse=lse)
+            device.attend(part, self.pages, *self._exact(self.sink, self.sink_tokens), *self._exact(self.tail, self.tail_tokens), scale=scale,
+                          causal=causal, window=window, softcap=softcap, mask=self._in_order_of_pages(seen), out=out[:, done:stop].transpose(1, 2),
+                          **({} if lse is None else {"lse": lse}))
             if probes is not None:
                 self._observe(part, lse, probes, seen, scale, softcap)
             self._pack_full_tail()
@@ -312,7 +318,10 @@ class MxqCacheLayer(CacheLayerMixin):
         return [*self.sink, *self.tail, *(t for i in range(len(self.pages)) for t in self.pages[i]), *self.orders, *extra]
 
     def nbytes(self) -> int:
-        """Bytes of all tensors that the layer holds; the room in sink and tail that is not filled yet counts too."""
+        """Bytes of all tensors that the layer holds, on whatever device; the room in sink and tail that is not filled yet counts too.
+
+        Addresses of pages, 32 bytes for those of all heads, do not count on any device.
+        """
         if not self.is_initialized:
             return 0
         extra = [] if self.salience is None else self.salience.tensors()
@@ -325,8 +334,11 @@ class MxqCacheLayer(CacheLayerMixin):
         if keys.shape != values.shape or keys.dim() != 4 or keys.dtype != values.dtype:
             raise ShapeError(asked, "a packed cache needs both of one shape [batch, heads, tokens, head dimension] and one dtype",
                              "keep this layer in float")
-        if keys.device.type != "cpu":
-            raise ShapeError(asked, f"the packed cache is on the CPU, they are on {keys.device}", "move the model to the CPU")
+        if not device.serves(keys.device) or values.device != keys.device:
+            places = " and ".join(dict.fromkeys(str(x.device) for x in (keys, values)))
+            raise ShapeError(asked, f"a packed cache is on the CPU or on a GPU, they are on {places}", "move the model to one of them")
+        if self.is_initialized and keys.device != self.device:
+            raise ShapeError(asked, f"the cache was begun on {self.device}, they are on {keys.device}", "move the model back, or reset the cache")
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
         want = self.batch, self.heads, self.dim, self.dtype
@@ -336,7 +348,7 @@ class MxqCacheLayer(CacheLayerMixin):
 
     def _table(self, key: ops.PageFormat, value: ops.PageFormat) -> ops.PageTable:
         """No pages yet."""
-        return ops.PageTable(key, value, self.batch * self.heads, None if self.rope is None else self.rope.tables(self.spec.sink), self.mix)
+        return device.table(key, value, self.batch * self.heads, self.device, None if self.rope is None else self.rope.tables(self.spec.sink), self.mix)
 
     def _page_start(self, page: int) -> int:
         """Position of a page's first token."""
@@ -419,7 +431,7 @@ class MxqCacheLayer(CacheLayerMixin):
         step, out = self.spec.round_pages, []
         for side in (0, 1):
             pages = range(index * step, (index + 1) * step)
-            x = torch.cat([ops.unpack_page(*self.pages[i][2 * side : 2 * side + 2], self.pages.formats(i)[side], self.batch) for i in pages], 2)
+            x = torch.cat([device.unpack_page(*self.pages[i][2 * side : 2 * side + 2], self.pages.formats(i)[side], self.batch) for i in pages], 2)
             if side == 0 and self.rope is not None:
                 x = self.rope.turned(x, self._page_start(index))
             if self.mix is not None:
@@ -463,17 +475,18 @@ class MxqCacheLayer(CacheLayerMixin):
             keys = self.rope.turned(keys, self._page_start(len(self.pages)), back=True)
         page = []
         for x, fmt in zip((keys, values), self.pages.formats(len(self.pages)), strict=True):
-            codes, params = fmt.empty_page(self.pages.heads)
-            ops.pack_page(x, fmt, codes, params)
+            codes, params = fmt.empty_page(self.pages.heads, self.device)
+            device.pack_page(x, fmt, codes, params)
             page += [codes, params]
         self.pages.append(*page)
 
     def _gather(self, index: torch.Tensor) -> None:
         """Makes sequences ``index`` of the batch the new batch. Page by page, and each old page goes when the new one is there."""
         self.check_read()
-        index = index.cpu().to(torch.int64)
-        if not self.is_initialized or torch.equal(index, torch.arange(self.batch)):
+        index = index.to(torch.int64)
+        if not self.is_initialized or (index.is_cpu and torch.equal(index, torch.arange(self.batch))):  # what lies on a GPU is not waited for
             return
+        index = index.to(self.device)
         old, self.batch = self.batch, index.shape[0]
         pages = [self.pages[i] for i in reversed(range(len(self.pages)))]
         self.pages = self._table(self.pages.key, self.pages.value)

@@ -1,6 +1,7 @@
 """Attention over the packed KV cache on a GPU: calls of the kernels of csrc/cuda/attention.cu and csrc/cuda/kv_pack.cu.
 
     pack_page(x, format, codes, params)     64 tokens of keys or values, quantized: the very bytes of :func:`ops.pack_page`
+    unpack_page(codes, params, format)      what they stand for, as :func:`ops.unpack_page`; by operations of torch, for it is rarely asked for
     attend(q, pages, ...)                   as :func:`ops.attend`, over :class:`CudaPages`
 
 Pages are those of the CPU, byte for byte, so a cache moves by copying. The native library takes addresses of plain structs (csrc/cuda/attention.h), which
@@ -15,9 +16,12 @@ import torch
 
 from .. import cuda
 from ..errors import FormatError, NativeError, ShapeError
+from ..formats import PAGE
 from ..qtensor import TYPES
+from . import codes as page_codes
 from . import ops
-from .ops import PageFormat, PageTable
+from .ops import PageFormat, PageMix, PageTable
+from .rope import RopeTables
 
 PageDesc = cuda._struct("PageDesc", "side", "bits", "group", "head")
 Rows = cuda._struct("Rows", "data", "type", "tokens", "batch", "head", "token")
@@ -35,47 +39,49 @@ class AttendCall(ctypes.Structure):
     ]
 
 
-# What only the CPU kernels read, codebooks and keys before the rotary embedding, are fields that formats and tables may have.
-
-
-def _check_format(fmt: PageFormat) -> None:
+def check_format(fmt: PageFormat) -> None:
+    """Raises FormatError for pages that only the CPU kernels read."""
     if fmt.levels is not None:
         raise FormatError(f"a KV page of {fmt.bits}-bit {fmt.side} with a codebook on a GPU", "the CUDA kernels read uniform grids and float16",
                           "keep the model on the CPU, or choose a cache without codebooks")
 
 
+def check_formats(key: PageFormat, value: PageFormat, *, pre_rope: bool, mixed: bool) -> None:
+    """Raises FormatError for a cache that only the CPU kernels read."""
+    for fmt in (key, value):
+        check_format(fmt)
+    if pre_rope:
+        raise FormatError("a KV cache of keys before the rotary embedding on a GPU", "the CUDA kernels read keys as the query meets them",
+                          "keep the model on the CPU, or choose a cache of keys behind the embedding")
+    if mixed:
+        raise FormatError("a KV cache of pages in two widths on a GPU", "the CUDA kernels read pages of one format and do not tell how much a query saw",
+                          "keep the model on the CPU, or choose one pair of bits for all tokens")
+
+
 class CudaPages(PageTable):
     """The pages of one layer in the memory of a GPU, in order, as :func:`attend` reads them.
-
-    Appending copies four addresses to the device; where the table of addresses is full, it is copied to one of twice the size.
 
     Args:
         key, value: formats of the two sides.
         heads: B * Hkv heads of each page.
         device: where the pages are.
+        rope, mix: as :class:`PageTable` has them; there are no kernels for either.
 
-    Raises FormatError if the sides do not go together, or for formats that the CUDA kernels do not read.
+    Raises FormatError if the sides do not go together, or for a cache that the CUDA kernels do not read.
     """
 
     __slots__ = ("device",)
 
-    def __init__(self, key: PageFormat, value: PageFormat, heads: int, device: torch.device | str):
+    def __init__(self, key: PageFormat, value: PageFormat, heads: int, device: torch.device | str, rope: RopeTables | None = None,
+                 mix: PageMix | None = None):
+        self.device = torch.empty(0, device=device).device  # with its index
+        check_formats(key, value, pre_rope=rope is not None, mixed=mix is not None)
         super().__init__(key, value, heads)
-        for fmt in (key, value):
-            _check_format(fmt)
-        self._pointers = torch.empty(64, 4, dtype=torch.int64, device=device)
-        self.device = self._pointers.device  # with its index
 
     @classmethod
     def of(cls, pages: PageTable, device: torch.device | str) -> CudaPages:
         """A copy of the pages of another table on ``device``, as they are. Raises FormatError."""
-        if pages.rope is not None:
-            raise FormatError("a KV cache of keys before the rotary embedding on a GPU", "the CUDA kernels read keys as the query meets them",
-                              "keep the model on the CPU, or choose a cache of keys behind the embedding")
-        if pages.mix is not None:
-            raise FormatError("a KV cache of pages in two widths on a GPU", "the CUDA kernels read pages of one format",
-                              "keep the model on the CPU, or choose one pair of bits for all tokens")
-        table = cls(pages.key, pages.value, pages.heads, device)
+        table = cls(pages.key, pages.value, pages.heads, device, pages.rope, pages.mix)
         for i in range(len(pages)):
             table.append(*(t.to(table.device) for t in pages[i]))
         return table
@@ -124,7 +130,7 @@ class Kernels:
 
     def pack_page(self, x: torch.Tensor, fmt: PageFormat, codes: torch.Tensor, params: torch.Tensor, stream: int = 0) -> None:
         """As :func:`ops.pack_page`, with all tensors on the device, and the same bytes. Raises ShapeError, FormatError, NativeError."""
-        _check_format(fmt)
+        check_format(fmt)
         x = ops._check_pack(x, fmt, codes, params, x.device)
         if x.numel():
             desc, rows = PageDesc(*fmt.native), Rows(*ops._rows(x))
@@ -186,10 +192,22 @@ class Kernels:
         return name, text
 
 
+def check_device(device: torch.device) -> None:
+    """Raises NativeError if there are no kernels for a CUDA device."""
+    Kernels(cuda.runtime(device))
+
+
 def pack_page(x: torch.Tensor, fmt: PageFormat, codes: torch.Tensor, params: torch.Tensor) -> None:
     """:meth:`Kernels.pack_page` on the current stream of x's device."""
     with torch.cuda.device(x.device):
         Kernels(cuda.runtime(x.device)).pack_page(x, fmt, codes, params, torch.cuda.current_stream().cuda_stream)
+
+
+def unpack_page(codes: torch.Tensor, params: torch.Tensor, fmt: PageFormat, batch: int = 1, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """As :func:`ops.unpack_page`, on the device of the page, and the same bits. Raises ShapeError, FormatError."""
+    check_format(fmt)
+    heads = ops._check_unpack(codes, params, fmt, batch, dtype, codes.device)
+    return page_codes.numbers(codes, params, fmt).view(batch, heads // batch, PAGE, fmt.head_dim).to(dtype)
 
 
 def attend(q: torch.Tensor, pages: CudaPages, *parts, **options) -> torch.Tensor:

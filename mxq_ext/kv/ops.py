@@ -99,9 +99,10 @@ class PageFormat:
         groups, two, columns = self.params_shape
         return self.code_bytes + 2 * groups * two * columns
 
-    def empty_page(self, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def empty_page(self, heads: int, device: torch.device = CPU) -> tuple[torch.Tensor, torch.Tensor]:
         """Uninitialised (codes uint8 [heads, code_bytes], params fp16 [heads, *params_shape]) of one page of ``heads`` = B * Hkv heads."""
-        return torch.empty(heads, self.code_bytes, dtype=torch.uint8), torch.empty(heads, *self.params_shape, dtype=torch.float16)
+        return (torch.empty(heads, self.code_bytes, dtype=torch.uint8, device=device),
+                torch.empty(heads, *self.params_shape, dtype=torch.float16, device=device))
 
     @cached_property
     def native(self) -> tuple[int, int, int, int]:
@@ -181,14 +182,20 @@ def pack_page_ref(x: torch.Tensor, fmt: PageFormat, codes: torch.Tensor, params:
     _native.cpu.kv_pack_ref(fmt.native, _rows(x), x.shape[0], x.shape[1], codes.data_ptr(), params.data_ptr(), fmt.levels_pointer)
 
 
-def _unpack(native, codes: torch.Tensor, params: torch.Tensor, fmt: PageFormat, batch: int, dtype: torch.dtype, *threads: int) -> torch.Tensor:
+def _check_unpack(codes: torch.Tensor, params: torch.Tensor, fmt: PageFormat, batch: int, dtype: torch.dtype, device: torch.device = CPU) -> int:
+    """Raises ShapeError; returns the number of heads."""
     asked = f"unpacking a page of {_say(codes)} as {fmt.bits}-bit {fmt.side}"
     if dtype not in TYPES:
         raise ShapeError(asked, f"the result must be float32, bfloat16 or float16, asked for {str(dtype)[6:]}", "choose one of those")
     heads = codes.shape[0] if codes.dim() else -1
-    _check_page(asked, fmt, heads, codes, params)
+    _check_page(asked, fmt, heads, codes, params, device)
     if batch < 1 or heads % batch:
         raise ShapeError(asked, f"the batch must divide the {heads} heads, it is {batch}", "give the batch that the page was packed with")
+    return heads
+
+
+def _unpack(native, codes: torch.Tensor, params: torch.Tensor, fmt: PageFormat, batch: int, dtype: torch.dtype, *threads: int) -> torch.Tensor:
+    heads = _check_unpack(codes, params, fmt, batch, dtype)
     out = torch.empty(batch, heads // batch, PAGE, fmt.head_dim, dtype=dtype)
     native(fmt.native, codes.data_ptr(), params.data_ptr(), fmt.levels_pointer, heads, out.data_ptr(), TYPES[dtype], *threads)
     return out
@@ -222,12 +229,12 @@ class PageMix:
 
 
 class PageTable:
-    """The pages of one layer in order, as :func:`attend` reads them. Keeps their tensors alive.
+    """The pages of one layer in order, as :func:`attend` reads them. Keeps their tensors alive. ``kv.device.table`` makes the kind that a device needs.
 
     Appending costs a few microseconds whatever the length; anything else (crop, reorder) is a new table over new or old tensors.
     """
 
-    __slots__ = ("key", "value", "heads", "rope", "mix", "_pages", "_pointers", "_turns")
+    __slots__ = ("key", "value", "heads", "rope", "mix", "_pages", "_pointers", "_noted", "_turns")
     device = CPU  # of all pages
 
     def __init__(self, key: PageFormat, value: PageFormat, heads: int, rope: RopeTables | None = None, mix: PageMix | None = None):
@@ -244,8 +251,12 @@ class PageTable:
                               "check the model's config")
         self.key, self.value, self.heads, self.rope, self.mix = key, value, heads, rope, mix
         self._pages: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]] = []
-        self._pointers = torch.empty(8, 4, dtype=torch.int64)
+        self._pointers, self._noted = self._room(8), 0  # addresses of the first ``_noted`` pages
         self._turns: torch.Tensor | None = None  # of the pages; what is held here does not go when the tables grow
+
+    def _room(self, pages: int) -> torch.Tensor:
+        with torch.inference_mode(False):  # or nothing could be noted outside of that mode later
+            return torch.empty(pages, 4, dtype=torch.int64, device=self.device)
 
     def append(self, k_codes: torch.Tensor, k_params: torch.Tensor, v_codes: torch.Tensor, v_params: torch.Tensor) -> None:
         """Adds a page: codes uint8 [heads, code_bytes] and params fp16 [heads, *params_shape] of both sides. Raises ShapeError."""
@@ -254,10 +265,7 @@ class PageTable:
         key, value = self.formats(n)
         _check_page(f"{asked}, keys", key, self.heads, k_codes, k_params, self.device)
         _check_page(f"{asked}, values", value, self.heads, v_codes, v_params, self.device)
-        if n == len(self._pointers):
-            self._pointers = torch.cat([self._pointers, torch.empty_like(self._pointers)])
         self._pages.append((k_codes, k_params, v_codes, v_params))
-        self._pointers[n] = torch.tensor([t.data_ptr() for t in self._pages[n]])
         if self.rope is not None:
             self._turns = self.rope.pages(n + 1)
 
@@ -285,7 +293,15 @@ class PageTable:
 
     @property
     def pointers(self) -> int:
-        """Address of int64 [pages][4], for native code."""
+        """Address of int64 [pages][4] where the pages are, for native code. Pages that are new since the last time are noted together."""
+        n, done = len(self._pages), self._noted
+        if done < n:
+            if n > len(self._pointers):  # one of at least twice the size
+                old, self._pointers = self._pointers, self._room(max(n, 2 * len(self._pointers)))
+                self._pointers[:done] = old[:done]
+            addresses = torch.tensor([[t.data_ptr() for t in page] for page in self._pages[done:]])
+            self._pointers[done:n].copy_(addresses, non_blocking=True)  # to a device, too, nothing waits: pageable memory is staged before this returns
+            self._noted = n
         return self._pointers.data_ptr()
 
     @property

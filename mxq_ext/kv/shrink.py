@@ -15,7 +15,8 @@ import dataclasses
 import torch
 
 from ..errors import FormatError
-from . import ops
+from . import device, ops
+from .codes import codes_of, packed
 
 HALF = {16: 8, 8: 4, 4: 2}  #: bits -> what a shrink makes of them
 _LARGEST = 65504.0  # of fp16
@@ -34,37 +35,20 @@ def shrink_codes(q: torch.Tensor, bits: int) -> torch.Tensor:
     return ((q + (1 << (c - 1))) * ((1 << 2 * c) - (1 << c) + 1)) >> 3 * c
 
 
-def _codes(packed: torch.Tensor, bits: int) -> torch.Tensor:
-    """Stored words as codes 0 .. 2^bits - 1: uint8 [heads, bytes] -> int64 [heads, tiles and stripes, 32 columns, 16 rows]; 2, 4 and 8 bits."""
-    quads = packed.view(torch.int32).to(torch.int64).view(packed.shape[0], -1, bits, 1, 1, 16)  # words of a stripe
-    per = 8 // bits  # quads in a word; code 4 (per w + i) + k lies in word w at bit 8 k + bits i
-    place = 8 * torch.arange(4)[None, :, None] + bits * torch.arange(per)[:, None, None]
-    return (((quads >> place) & ((1 << bits) - 1)) ^ (1 << (bits - 1))).reshape(packed.shape[0], -1, 32, 16)
-
-
-def _packed(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Inverse of :func:`_codes`."""
-    per = 8 // bits
-    place = 8 * torch.arange(4)[None, :, None] + bits * torch.arange(per)[:, None, None]
-    parts = (codes ^ (1 << (bits - 1))).view(codes.shape[0], -1, bits, per, 4, 16) << place
-    words = parts.sum((3, 4))  # their bits do not overlap
-    return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32).view(codes.shape[0], -1).view(torch.uint8)
-
-
 def shrink_page(codes: torch.Tensor, params: torch.Tensor, fmt: ops.PageFormat) -> tuple[torch.Tensor, torch.Tensor]:
-    """(codes, params) of a page in ``shrunk(fmt)``, freshly allocated. A scale beyond fp16 becomes the largest fp16. Padding stays stored code 0.
+    """(codes, params) of a page in ``shrunk(fmt)``, freshly allocated on its device. A scale beyond fp16 becomes the largest fp16. Padding stays stored code 0.
 
     Raises FormatError as :func:`shrunk` does.
     """
     half = shrunk(fmt)
     if fmt.bits == 16:
-        page = half.empty_page(codes.shape[0])
-        ops.pack_page(ops.unpack_page(codes, params, fmt), half, *page)
+        page = half.empty_page(codes.shape[0], codes.device)
+        device.pack_page(device.unpack_page(codes, params, fmt), half, *page)
         return page
-    small = shrink_codes(_codes(codes, fmt.bits), fmt.bits)
+    small = shrink_codes(codes_of(codes, fmt.bits), fmt.bits)
     if pad := -fmt.columns % 32:  # the last stripe of each tile
         stripes = (fmt.columns + pad) // 32
         small.view(codes.shape[0], -1, stripes, 32, 16)[:, :, -1, 32 - pad :] = 1 << (half.bits - 1)
     new = params.clone()
     new[:, :, 0] = (params[:, :, 0].float() * (2 ** half.bits + 1)).clamp(max=_LARGEST).half()
-    return _packed(small, half.bits), new
+    return packed(small, half.bits), new

@@ -162,9 +162,15 @@ def adopt(cache: Cache, layers: int) -> str | None:
                 return f"layer {i} of the cache has {odd}"
             if layer.waiting is not None:
                 return f"layer {i} of the cache waits for its attention"
+            if _elsewhere(layer):
+                return f"the cache is on {layer.device}"
         elif type(layer) is not RoomyLayer:
             return f"layer {i} of the cache is a {type(layer).__name__}"
     return None
+
+
+def _elsewhere(layer: MxqCacheLayer) -> bool:
+    return layer.is_initialized and layer.device.type != "cpu"
 
 
 def _odd(spec: KVSpec) -> str | None:
@@ -184,11 +190,13 @@ class CacheRows:
         self.rows = array("q", bytes(8 * FIELDS * len(self.layers)))
         self.address = self.rows.buffer_info()[0]
         self.seen: list[tuple] = [(None,) * 5 if type(x) is MxqCacheLayer else (None,) * 3 for x in self.layers]
-        self.packed = any(type(x) is MxqCacheLayer for x in self.layers)
+        self.packed = [x for x in self.layers if type(x) is MxqCacheLayer]
 
     def unchanged(self, cache: Cache) -> bool:
-        """Whether ``cache`` still has the layers that these rows are of."""
-        return len(self.layers) == len(cache.layers) and all(map(operator.is_, self.layers, cache.layers))
+        """Whether ``cache`` still has the layers that these rows are of, on the CPU."""
+        if len(self.layers) != len(cache.layers) or not all(map(operator.is_, self.layers, cache.layers)):
+            return False
+        return not any(map(_elsewhere, self.packed))  # a cache that was reset may begin again elsewhere
 
     def prepare(self, tokens: int) -> int:
         """Brings every row up to date and reserves room; returns how many of ``tokens`` can be appended in one call."""
