@@ -20,7 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from mxq_ext.errors import MxqError
 from mxq_ext.formats import PAGE
-from mxq_ext.kv import ops, reference
+from mxq_ext.kv import device, ops, reference
 from mxq_ext.plan.kv import BITS
 from mxq_ext.testing import numeric
 from mxq_ext.testing.timing import CYCLE_BYTES, Times, copies, in_turns
@@ -28,18 +28,24 @@ from mxq_ext.testing.timing import CYCLE_BYTES, Times, copies, in_turns
 #: Newest tokens that stay in the model's type, as by default in a plan.
 RESIDUAL = 64
 READING, MULTIPLYING, HEADS_CHECKED = "reading", "multiplying", 2
+SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 #: Size of the matrix product that shows how fast the CPU multiplies.
 SQUARE = 512
 
 
-def arguments(parser) -> None:
-    """Options of this op."""
+def cache_arguments(parser) -> None:
+    """Options that say which caches, on every device."""
     parser.add_argument("--pairs", default="16/16,8/8,4/4,4/2,3/3,2/2", help="bits of keys / bits of values, separated by commas")
     parser.add_argument("--contexts", default="1024,4096,16384,65536", help="tokens in the cache, separated by commas")
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--heads", type=int, default=32, help="query heads, a multiple of --kv-heads")
     parser.add_argument("--group", type=int, default=64)
+
+
+def arguments(parser) -> None:
+    """Options of this op."""
+    cache_arguments(parser)
     parser.add_argument("--threads", default="1", help="thread counts, separated by commas")
     parser.add_argument("--cycle", type=int, default=CYCLE_BYTES >> 20, help="MiB that the copies of a cache fill, more than the caches")
     parser.add_argument("--rounds", type=int, default=9)
@@ -48,7 +54,8 @@ def arguments(parser) -> None:
 
 @dataclass
 class Candidate:
-    """One way to attend: ``call(i)`` reads copy i; ``heads`` are the first key and value heads in float, [1, HEADS_CHECKED, N, D] each."""
+    """One way to attend: ``call(i)`` reads copy i of ``caches``; ``heads`` are the first key and value heads in float on the CPU, [1, HEADS_CHECKED, N, D]
+    each."""
 
     name: str
     pair: tuple[int, int] | None
@@ -56,6 +63,7 @@ class Candidate:
     count: int
     limit: float
     heads: tuple[torch.Tensor, torch.Tensor]
+    caches: list[tuple]
     call: Callable[[int], torch.Tensor]
 
 
@@ -70,6 +78,12 @@ def bit_pairs(text: str) -> list[tuple[int, int]]:
     return out
 
 
+def check_heads(options) -> None:
+    """Raises MxqError for query heads that key heads do not divide."""
+    if options.heads % options.kv_heads:
+        raise MxqError(f"--heads {options.heads}", f"it must be a multiple of --kv-heads, {options.kv_heads}", "choose another number")
+
+
 def tokens_like(heads: int, n: int, d: int, seed: int) -> torch.Tensor:
     """float32 [1, heads, n, d] like keys: channels of different size and offset."""
     g = torch.Generator().manual_seed(seed)
@@ -78,53 +92,53 @@ def tokens_like(heads: int, n: int, d: int, seed: int) -> torch.Tensor:
 
 
 def ours(pair: tuple[int, int], k: torch.Tensor, v: torch.Tensor, q: torch.Tensor, options) -> Candidate:
-    """Pages of all tokens but the newest, which are in float, as a cache has them after its last page was made."""
+    """Pages of all tokens but the newest, which are in float, as a cache has them after its last page was made; where k, v and q are."""
     _, heads, n, d = k.shape
-    table = ops.PageTable(ops.PageFormat("keys", pair[0], min(options.group, PAGE), d),
-                          ops.PageFormat("values", pair[1], ops.value_group(d, options.group), d), heads)
+    table = device.table(ops.PageFormat("keys", pair[0], min(options.group, PAGE), d),
+                         ops.PageFormat("values", pair[1], ops.value_group(d, options.group), d), heads, k.device)
     pages = max(0, (n - RESIDUAL) // PAGE)
     for p in range(pages):
         page = []
         for x, fmt in ((k, table.key), (v, table.value)):
-            made = fmt.empty_page(heads)
-            ops.pack_page(x[:, :, PAGE * p : PAGE * (p + 1)], fmt, *made)
+            made = fmt.empty_page(heads, k.device)
+            device.pack_page(x[:, :, PAGE * p : PAGE * (p + 1)], fmt, *made)
             page += made
         table.append(*page)
     tail = [x[:, :, PAGE * pages :].contiguous() for x in (k, v)]
     first = []
     for x, fmt, side in ((tail[0], table.key, 0), (tail[1], table.value, 1)):
-        whole = [ops.unpack_page(*table[p][2 * side : 2 * side + 2], fmt)[:, :HEADS_CHECKED] for p in range(pages)]
-        first.append(torch.cat([*whole, x[:, :HEADS_CHECKED]], 2))
+        whole = [device.unpack_page(*table[p][2 * side : 2 * side + 2], fmt)[:, :HEADS_CHECKED] for p in range(pages)]
+        first.append(torch.cat([*whole, x[:, :HEADS_CHECKED]], 2).cpu())
     nbytes = table.nbytes() + sum(t.nbytes for t in tail)
     count = copies(nbytes, options.cycle << 20)
     caches = [(table, *tail)] + [(copy.deepcopy(table), *(t.clone() for t in tail)) for _ in range(count - 1)]
 
     def call(i: int) -> torch.Tensor:
         pages, tail_k, tail_v = caches[i % count]
-        return ops.attend(q, pages, tail_k=tail_k, tail_v=tail_v)
+        return device.attend(q, pages, tail_k=tail_k, tail_v=tail_v)
 
-    return Candidate(f"k{pair[0]}v{pair[1]}", pair, nbytes, count, numeric.bound("w4g64_fz", torch.float32), tuple(first), call)
+    return Candidate(f"k{pair[0]}v{pair[1]}", pair, nbytes, count, numeric.bound("w4g64_fz", q.dtype), tuple(first), caches, call)
 
 
 def floats(dtype: torch.dtype, k: torch.Tensor, v: torch.Tensor, q: torch.Tensor, options) -> Iterator[Candidate]:
     """SDPA over a cache of ``dtype``, in both forms."""
     k, v, q = (x.to(dtype) for x in (k, v, q))
-    nbytes, name = k.nbytes + v.nbytes, "fp32" if dtype == torch.float32 else "bf16"
+    nbytes, name = k.nbytes + v.nbytes, SHORT[dtype]
     count, (_, heads, _, d) = copies(nbytes, options.cycle << 20), k.shape
     caches = [(k, v)] + [(k.clone(), v.clone()) for _ in range(count - 1)]
     rows = q.reshape(1, heads, q.shape[1] // heads, d)
-    first = tuple(x[:, :HEADS_CHECKED].float() for x in (k, v))
+    first = tuple(x[:, :HEADS_CHECKED].float().cpu() for x in (k, v))
     limit = EXACT if dtype == torch.float32 else BF16
-    yield Candidate(f"sdpa {name}, shared heads", None, nbytes, count, limit, first, lambda i: sdpa(q, *caches[i % count], enable_gqa=True))
-    yield Candidate(f"sdpa {name}, rows", None, nbytes, count, limit, first, lambda i: sdpa(rows, *caches[i % count]).reshape(q.shape))
+    yield Candidate(f"sdpa {name}, shared heads", None, nbytes, count, limit, first, caches, lambda i: sdpa(q, *caches[i % count], enable_gqa=True))
+    yield Candidate(f"sdpa {name}, rows", None, nbytes, count, limit, first, caches, lambda i: sdpa(rows, *caches[i % count]).reshape(q.shape))
 
 
-def checked(c: Candidate, q: torch.Tensor, heads: int) -> float:
-    """The largest error over all copies. Raises MxqError above the limit."""
+def checked(c: Candidate, q: torch.Tensor, heads: int, results: list[torch.Tensor] | None = None) -> float:
+    """The largest error over all copies, or of ``results`` of them. Raises MxqError above the limit."""
     group = q.shape[1] // heads
-    part = q[:, : group * min(HEADS_CHECKED, heads)]
+    part = q[:, : group * min(HEADS_CHECKED, heads)].cpu()
     exact = reference.attend(part.double().numpy(), *(x.double().numpy() for x in c.heads))
-    error = max(numeric.error(c.call(i)[:, : part.shape[1]], exact) for i in range(c.count))
+    error = max(numeric.error(y[:, : part.shape[1]].cpu(), exact) for y in (results or map(c.call, range(c.count))))
     if not error <= c.limit:
         raise MxqError(f"attention {c.name} over {c.heads[0].shape[2]} tokens", f"it is wrong, error {error:.2e} above {c.limit:.2e}", "it is not timed")
     return error
@@ -169,8 +183,7 @@ def table(candidates: list[Candidate], times: dict[str, Times], errors: dict[str
 def run(options) -> Iterator[tuple[dict, str]]:
     """Yields (results so far, Markdown of what is new) after each context and number of threads."""
     contexts, threads, pairs = positive(options.contexts, "contexts"), positive(options.threads, "threads"), bit_pairs(options.pairs)
-    if options.heads % options.kv_heads:
-        raise MxqError(f"--heads {options.heads}", f"it must be a multiple of --kv-heads, {options.kv_heads}", "choose another number")
+    check_heads(options)
     before, result = torch.get_num_threads(), {"rows": [], "refused": []}
     try:
         with torch.inference_mode():

@@ -4,6 +4,7 @@
     python bench/run.py --formats w4g64,lut3 --shapes 4096x4096 --m 1,16 --peers none --out try.json
     python bench/run.py --ladder w4g64 --m 1,16 --out ladder.json
     python bench/run.py --op linear --device cuda --shapes llama3-8b --m 1,8,16,64,512 --peers all
+    python bench/run.py --op attention --device cuda --contexts 1024,4096,16384,65536 --peers all
 
 Prints Markdown tables as they are measured and keeps them, and the numbers with the machine and the versions as JSON, under
 bench/results: ``linear-cpu.md`` and ``linear-cpu.json`` unless ``--out`` says otherwise. What is finished is kept if a run is stopped.
@@ -22,7 +23,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]  # the checkout wins over an instal
 #: op -> module beside this file: arguments(parser), run(options) -> (results so far, Markdown of the newest) ...
 OPS = {"attention": "attention", "decode": "decode", "linear": "linear", "mixed": "mixed", "plan": "plan", "stack": "stack", "times": "times"}
 #: The same on a GPU; such a module also has check_device() and where(), what to say of the device.
-CUDA_OPS = {"linear": "linear_cuda"}
+CUDA_OPS = {"attention": "attention_cuda", "linear": "linear_cuda"}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -19,6 +19,13 @@ def linear_cuda(bench):
     return linear_cuda
 
 
+@pytest.fixture
+def attention_cuda(bench):
+    import attention_cuda
+
+    return attention_cuda
+
+
 class Clock:
     """Says that a replay takes as many microseconds as it makes products."""
 
@@ -152,16 +159,92 @@ def test_clocks_as_nvidia_smi_tells_them(linear_cuda, monkeypatch):
         assert linear_cuda.smi(run) == dict.fromkeys(linear_cuda.SMI)
 
 
+@pytest.fixture
+def attend(bench, attention_cuda, monkeypatch, tmp_path):
+    """The same for attention."""
+    monkeypatch.setattr(attention_cuda, "check_device", lambda: None)
+    monkeypatch.setattr(attention_cuda, "where", lambda: {"card": "none"})
+    monkeypatch.setattr(attention_cuda, "Clock", Clock)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    out = tmp_path / "cuda.json"
+
+    def run(*args):
+        tiny = ["--contexts", "70,200", "--pairs", "4/2,16/3", "--head-dim", "32", "--kv-heads", "3", "--heads", "6", "--peers", "none", "--cycle", "1",
+                "--rounds", "3", "--seconds", "2e-6"]
+        with pretend_gpu.pretend_gpu(monkeypatch):
+            try:
+                bench.main(["--op", "attention", "--device", "cuda", "--out", str(out), *tiny, *args])
+            finally:
+                run.kept = json.loads(out.read_text()) if out.exists() else None
+        return run.kept
+
+    return run
+
+
+@pytest.fixture
+def three_copies(monkeypatch, bench):
+    monkeypatch.setattr("attention.copies", lambda nbytes, cycle: 3)
+
+
+def test_attention_beside_sdpa(attend, three_copies, capsys):
+    kept = attend()
+    text = capsys.readouterr().out
+    assert kept["machine"]["card"] == "none" and kept["options"]["contexts"] == "70,200" and kept["refused"] == []
+    rows = kept["rows"]
+    assert [(r["context"], r["key"], r["value"]) for r in rows] == [(n, *p) for n in (70, 200) for p in ((None, None), (4, 2), (16, 3))]
+    for r in rows:
+        assert r["us"] == r["us_median"] == pytest.approx(1) and r["copies"] == 3 and 0 < r["error"] <= r["limit"] < 0.011
+        assert r["gb_per_s"] == pytest.approx(r["nbytes"] / 1e3) and r["copy_share"] == pytest.approx(r["gb_per_s"] / r["copy_gb_per_s"])
+        assert r["copy_gb_per_s"] == pytest.approx(2 * 2**20 / 1e3) and r["x_sdpa"] == r["x_best_float"] == pytest.approx(1)
+    # 200 tokens: two pages, 72 newest in fp16
+    assert rows[4]["nbytes"] == 3 * (2 * 64 * 32 * (4.5 + 2 + 32 / 32) / 8 + 2 * 72 * 32 * 2) and rows[3]["nbytes"] == 2 * 3 * 200 * 32 * 2
+    assert "### 200 tokens, 6 heads over 3 of 32, copying 2097 GB/s" in text and "| k4v2 | `attend_k4v2_d32__sm80` |" in text
+
+
+def test_copies_of_a_cache_fill_the_cycle(attend):
+    for r in attend("--contexts", "200", "--pairs", "2/2")["rows"]:
+        assert r["nbytes"] * (r["copies"] - 1) < 1 << 20 <= r["nbytes"] * r["copies"]
+
+
+def test_wrong_attention_and_peers_that_fail_are_not_timed(attend, attention_cuda, three_copies, monkeypatch):
+    def good(k, v, q, options):
+        yield attention_cuda.Candidate("theirs", None, k.nbytes, 2, 1e-2, tuple(x[:, :2].float().cpu() for x in (k, v)), [],
+                                       lambda i: torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True))
+
+    def bad(k, v, q, options):
+        raise TypeError("decode() takes 3 arguments")
+
+    monkeypatch.setattr(attention_cuda.gpu, "load", lambda names, libraries: ({"good": good, "bad": bad}, {"good": "1", "bad": "2"}))
+    monkeypatch.setattr(attention_cuda.kv_cuda, "attend", lambda q, *a, **k: torch.zeros_like(q))
+    with pytest.raises(SystemExit, match=r"3 rows could not be timed, the first: bad over 70 tokens: it fails with TypeError \(decode\(\) takes 3 arguments"):
+        attend("--contexts", "70", "--peers", "all")
+    assert [r["name"] for r in attend.kept["rows"]][1:] == ["theirs"] and attend.kept["peers"] == {"good": "1", "bad": "2"}
+    assert "attention k4v2 over 70 tokens: it is wrong, error 1.00e+00 above" in attend.kept["refused"][1]
+
+
+def test_ratios_of_attention(attention_cuda):
+    none = (torch.zeros(1, 2, 100, 32),) * 2
+    made = {"sdpa fp16, shared heads": (None, 40e-6), "sdpa fp16, rows": (None, 20e-6), "flashinfer fp16": (None, 16e-6), "k4v4": ((4, 4), 8e-6)}
+    candidates = [attention_cuda.Candidate(name, p, 1000, 5, 1e-3, none, [], None) for name, (p, _) in made.items()]
+    times = {name: Times(t, 2 * t, 3) for name, (_, t) in made.items()}
+    options = SimpleNamespace(head_dim=32, kv_heads=2, heads=4)
+    rows = {r["name"]: r for r in attention_cuda.table(candidates, times, dict.fromkeys(made, 1e-4), {"k4v4": "attend_k4v4"}, 100, 1e9, options)}
+    assert list(rows) == ["sdpa fp16, rows", "flashinfer fp16", "k4v4"] and rows["k4v4"]["kernel"] == "attend_k4v4"
+    assert rows["k4v4"]["x_sdpa"] == pytest.approx(2.5) and rows["k4v4"]["x_best_float"] == pytest.approx(2)
+    assert rows["k4v4"]["us_median"] == pytest.approx(16) and rows["k4v4"]["copy_share"] == pytest.approx(0.125)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_without_a_gpu_it_is_refused(bench, linear_cuda, monkeypatch, tmp_path):
     refused = "bench: bench --device cuda: {}; run `mxq doctor` on a machine with an NVIDIA GPU, or measure with --device cpu"
     for module, why in ((_native.Missing(ModuleNotFoundError("no"), "_cuda"), "the CUDA kernels were not built"),
                         (SimpleNamespace(archs="8.0"), "torch sees no CUDA device")):
         monkeypatch.setattr(_native, "cuda", module)
-        with pytest.raises(SystemExit) as error:
-            bench.main(["--op", "linear", "--device", "cuda", "--out", str(tmp_path / "x.json")])
-        assert str(error.value) == refused.format(why) and not list(tmp_path.iterdir())
-    with pytest.raises(SystemExit, match="bench: --op stack --device cuda: on a GPU there is linear; measure with --device cpu"):
+        for op in ("linear", "attention"):
+            with pytest.raises(SystemExit) as error:
+                bench.main(["--op", op, "--device", "cuda", "--out", str(tmp_path / "x.json")])
+            assert str(error.value) == refused.format(why) and not list(tmp_path.iterdir())
+    with pytest.raises(SystemExit, match="bench: --op stack --device cuda: on a GPU there is attention, linear; measure with --device cpu"):
         bench.main(["--op", "stack", "--device", "cuda"])
 
 
@@ -171,6 +254,15 @@ def test_a_missing_peer_is_one_line(linear_cuda, monkeypatch, capsys):
     assert linear_cuda.gpu.load("none") == ({}, {})
     with pytest.raises(linear_cuda.MxqError, match="peer 'tinygrad': the peers on a GPU are bitsandbytes, torchao, vllm, gptqmodel, gemlite; name some"):
         linear_cuda.gpu.load("tinygrad")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available() or isinstance(_native.cuda, _native.Missing), reason="needs a GPU and the CUDA module")
+def test_attention_on_the_device(bench, tmp_path):
+    out = tmp_path / "cuda.json"
+    bench.main(["--op", "attention", "--device", "cuda", "--contexts", "1024,4096", "--peers", "none", "--cycle", "8", "--rounds", "2", "--seconds", "0.002",
+                "--out", str(out)])
+    kept = json.loads(out.read_text())
+    assert kept["refused"] == [] and len(kept["rows"]) == 14 and all(r["us"] > 0 for r in kept["rows"])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available() or isinstance(_native.cuda, _native.Missing), reason="needs a GPU and the CUDA module")

@@ -113,16 +113,20 @@ def gemlite(case: Case, dtype: torch.dtype, device: torch.device, bound) -> Iter
 LIBRARIES: dict[str, Callable] = {f.__name__: f for f in (bitsandbytes, torchao, vllm, gptqmodel, gemlite)}
 
 
-def load(names: str) -> tuple[dict[str, Callable], dict[str, str]]:
+#: Library -> the distribution that has it, where the names differ.
+DISTRIBUTIONS = {"flashinfer": "flashinfer-python"}
+
+
+def load(names: str, libraries: dict[str, Callable] = LIBRARIES) -> tuple[dict[str, Callable], dict[str, str]]:
     """(candidates, versions) of ``all``, ``none`` or a list with commas. Says in one line about each what is not there."""
-    wanted = {"all": list(LIBRARIES), "none": []}.get(names, [n for n in names.split(",") if n])
-    if unknown := [n for n in wanted if n not in LIBRARIES]:
-        raise MxqError(f"peer {unknown[0]!r}", f"the peers on a GPU are {', '.join(LIBRARIES)}", "name some of those, all or none")
+    wanted = {"all": list(libraries), "none": []}.get(names, [n for n in names.split(",") if n])
+    if unknown := [n for n in wanted if n not in libraries]:
+        raise MxqError(f"peer {unknown[0]!r}", f"the peers on a GPU are {', '.join(libraries)}", "name some of those, all or none")
     found, versions = {}, {}
     for name in wanted:
         try:
             importlib.import_module(name)
-            found[name], versions[name] = LIBRARIES[name], version(name)
+            found[name], versions[name] = libraries[name], version(DISTRIBUTIONS.get(name, name))
         except (ModuleNotFoundError, PackageNotFoundError) as error:
             print(f"peer {name} is skipped: it is not installed ({error})")
         except (ImportError, OSError, AttributeError, RuntimeError) as error:  # another build, another version

@@ -210,6 +210,11 @@ def unpack_page(codes: torch.Tensor, params: torch.Tensor, fmt: PageFormat, batc
     return page_codes.numbers(codes, params, fmt).view(batch, heads // batch, PAGE, fmt.head_dim).to(dtype)
 
 
+def explain(q: torch.Tensor, pages: CudaPages, *parts, **options) -> tuple[str, str]:
+    """:meth:`Kernels.explain` on the pages' device."""
+    return Kernels(cuda.runtime(pages.device)).explain(q, pages, *parts, **options)
+
+
 def attend(q: torch.Tensor, pages: CudaPages, *parts, **options) -> torch.Tensor:
     """:meth:`Kernels.attend` on the current stream of the pages' device."""
     with torch.cuda.device(pages.device):
