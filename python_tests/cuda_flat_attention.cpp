@@ -8,11 +8,11 @@ using namespace mxq::cuda;
 extern "C" {
 
 // q and out [Hq, queries, D], sinks and tails [Hkv, tokens, D], pages [pages][Hkv][...], all contiguous and of one type; `table` is room for 4 addresses a
-// page.
+// page. With `counts`, pages and tail are the most that there may be.
 int flat_attend(const void* q, void* out, const void* sink_k, const void* sink_v, const void* tail_k, const void* tail_v, const uint8_t* k_codes,
-                const uint16_t* k_params, const uint8_t* v_codes, const uint16_t* v_params, PageParts* table, const uint8_t* mask, void* workspace,
-                int workspace_bytes, int type, int d, int key_bits, int key_group, int value_bits, int value_group, int q_heads, int kv_heads, int queries,
-                int sink, int pages, int tail, int window, float cap, int splits) {
+                const uint16_t* k_params, const uint8_t* v_codes, const uint16_t* v_params, PageParts* table, const uint8_t* mask, const int32_t* counts,
+                void* workspace, int workspace_bytes, int type, int d, int key_bits, int key_group, int value_bits, int value_group, int q_heads,
+                int kv_heads, int queries, int sink, int pages, int tail, int window, float cap, int splits) {
   AttendCall c{};
   c.key = {KEYS, key_bits, key_group, d}, c.value = {VALUES, value_bits, value_group, d};
   c.batch = 1, c.q_heads = q_heads, c.kv_heads = kv_heads, c.queries = queries;
@@ -26,8 +26,8 @@ int flat_attend(const void* q, void* out, const void* sink_k, const void* sink_v
   for (int64_t i = 0; i < pages; i++)
     table[i] = {k_codes + i * kv_heads * page_bytes(key), k_params + i * kv_heads * page_params(key),
                 v_codes + i * kv_heads * page_bytes(value), v_params + i * kv_heads * page_params(value)};
-  c.pages = table, c.page_count = pages, c.total = sink + pages * int64_t(PAGE) + tail;
-  c.scale = 0.125, c.cap = cap, c.causal = 1, c.window = window, c.mask = mask, c.mask_query = c.total;
+  c.pages = table, c.page_count = pages, c.counts = counts;
+  c.scale = 0.125, c.cap = cap, c.causal = 1, c.window = window, c.mask = mask, c.mask_query = sink + pages * int64_t(PAGE) + tail;
   c.workspace = workspace, c.splits = splits;
   if (attend_workspace_nbytes(c) > workspace_bytes) return -2;
   return attend(c);

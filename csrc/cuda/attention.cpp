@@ -11,29 +11,22 @@ namespace {
 
 constexpr int DEFAULT_SMS = 108;  // of a device that is not known
 
-RowsView view_of(const Rows& r) { return {r.data, r.batch, r.head, r.token, int32_t(r.type), int32_t(r.tokens)}; }
+RowsView view_of(const Rows& r) { return {r.data, r.batch, r.head, r.token, int32_t(r.type)}; }
 
-// The position behind the last key of chunk i.
-int64_t chunk_end(const AttendCall& c, int64_t i) {
-  const int64_t sinks = ceil_div(c.sink_k.tokens, CHUNK), packed = c.sink_k.tokens + CHUNK * c.page_count;
-  if (i < sinks) return std::min(CHUNK * (i + 1), c.sink_k.tokens);
-  if (i < sinks + c.page_count) return c.sink_k.tokens + CHUNK * (i - sinks + 1);
-  return std::min(packed + CHUNK * (i - sinks - c.page_count + 1), c.total);
-}
+Keys keys_of(const AttendCall& c) { return {int32_t(c.sink_k.tokens), int32_t(c.page_count), int32_t(c.tail_k.tokens)}; }
 
 }  // namespace
 
 AttendDesc attend_desc(const AttendCall& c) {
   AttendDesc d{};
   d.pairs = c.batch * c.kv_heads, d.group = c.q_heads / c.kv_heads, d.rows = d.group * c.queries, d.head = c.key.head;
-  d.key_bits = int32_t(c.key.bits), d.value_bits = int32_t(c.value.bits), d.q_type = int32_t(c.q.type), d.keys = c.total;
+  d.key_bits = int32_t(c.key.bits), d.value_bits = int32_t(c.value.bits), d.q_type = int32_t(c.q.type);
   d.device = {int32_t(c.capability), int32_t(c.sms)};
-  // The oldest query's window begins first; the newest query sees the last key.
-  const int64_t oldest = c.window ? c.total - c.queries - c.window + 1 : 0;
-  const int64_t sinks = ceil_div(c.sink_k.tokens, CHUNK), all = sinks + c.page_count + ceil_div(c.tail_k.tokens, CHUNK);
-  while (d.chunk0 < all && chunk_end(c, d.chunk0) <= oldest) d.chunk0++;
-  d.chunks = all - d.chunk0;
-  const int64_t pages = std::max<int64_t>(0, sinks + c.page_count - std::max(d.chunk0, sinks));
+  // The newest query sees the last key. With counts it is not known where in a chunk a window begins: one more chunk is planned for.
+  const Keys keys = keys_of(c);
+  const int32_t first = keys.first(int32_t(c.queries), int32_t(c.window));
+  d.keys = keys.total(), d.chunks = std::min(keys.chunks() - first + (c.counts != nullptr), keys.chunks());
+  const int64_t pages = std::min<int64_t>(std::max(0, keys.sinks() + keys.pages - std::max(first, keys.sinks())) + (c.counts != nullptr), keys.pages);
   d.page_bytes = pages * d.pairs * (whole_page_bytes(page_format(c.key)) + whole_page_bytes(page_format(c.value)));
   return d;
 }
@@ -104,7 +97,7 @@ int attend(const AttendCall& c) {
   p.head = int32_t(d.head), p.key_bits = d.key_bits, p.value_bits = d.value_bits;
   p.key_groups = int32_t(page_groups(key)), p.value_group = int32_t(page_group_rows(value));
   p.key_bytes = page_bytes(key), p.key_halves = page_params(key), p.value_bytes = page_bytes(value), p.value_halves = page_params(value);
-  p.page_count = int32_t(c.page_count), p.total = int32_t(c.total), p.chunk0 = int32_t(d.chunk0), p.chunks = int32_t(d.chunks);
+  p.keys = keys_of(c), p.counts = c.counts;
   p.splits = int32_t(config.splits), p.blocks = int32_t(config.blocks);
   p.kv_heads = int32_t(c.kv_heads), p.group = int32_t(d.group), p.queries = int32_t(c.queries);
   p.rows = int32_t(d.rows), p.pairs = int32_t(d.pairs);

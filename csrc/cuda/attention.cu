@@ -284,14 +284,14 @@ __device__ __forceinline__ void token_sums(const Warp<NT>& w, Tokens<TYPE> value
 struct Span {
   int first, end;
 };
-__device__ __forceinline__ Span span_of(const AttendParams& p, int query) {
-  const int position = p.total - p.queries + query;
-  return {p.window ? position - p.window + 1 : 0, p.causal ? position + 1 : p.total};
+__device__ __forceinline__ Span span_of(const AttendParams& p, int total, int query) {
+  const int position = total - p.queries + query;
+  return {p.window ? position - p.window + 1 : 0, p.causal ? position + 1 : total};
 }
 
 // Scores of the lane's row r0 + t + 4 * m in units of ln 2, minus infinity where a key is hidden.
-__device__ __forceinline__ void finish_scores(const AttendParams& p, int row, int64_t batch, int start, int keys, float factor, int lane, Scores& score) {
-  const Span seen = row < p.rows ? span_of(p, row / p.group) : Span{0, 0};
+__device__ __forceinline__ void finish_scores(const AttendParams& p, int total, int row, int64_t batch, int start, int keys, float factor, int lane, Scores& score) {
+  const Span seen = row < p.rows ? span_of(p, total, row / p.group) : Span{0, 0};
   const uint8_t* mask = p.mask && row < p.rows ? p.mask + batch * p.mask_batch + row / p.group * p.mask_query : nullptr;
 #pragma unroll
   for (int i = 0; i < 4; i++)
@@ -329,6 +329,8 @@ __device__ __forceinline__ void attend(const AttendParams& p) {
   float* const scores = queries + ROWS * p.head;                              // [ATTEND_WARPS][ROWS][SCORE_STRIDE]
   float* const all_sums = scores + ATTEND_WARPS * ROWS * SCORE_STRIDE;        // [ATTEND_WARPS][ROWS * head]
   float* const told = all_sums + ATTEND_WARPS * ROWS * p.head;                // [ATTEND_WARPS][ROWS][2]: largest score, sum of probabilities
+  Keys* const shared_keys = reinterpret_cast<Keys*>(told + ATTEND_WARPS * ROWS * 2);  // registers are short: read anew for each chunk
+  if (threadIdx.x == 0) *shared_keys = p.counts ? Keys{p.keys.sink, __ldg(p.counts), __ldg(p.counts + 1)} : p.keys;
 
   // Queries in float32, each row times the power of two that brings its largest finite number near 2^14; told has the inverse meanwhile.
   for (int row = warp; row < ROWS; row += ATTEND_WARPS) {
@@ -360,16 +362,18 @@ __device__ __forceinline__ void attend(const AttendParams& p) {
   }
   __syncthreads();  // told is read, and will be written again
 
-  const int sinks = (p.sink_k.tokens + CHUNK - 1) / CHUNK, tail = sinks + p.page_count;
-  const int each = p.chunks / p.splits, larger = p.chunks % p.splits;
-  const int begin = p.chunk0 + split * each + min(split, larger), end = begin + each + (split < larger);
-  const Span oldest = span_of(p, row0 / p.group), newest = span_of(p, (min(row0 + ROWS, p.rows) - 1) / p.group);
+  const int chunk0 = shared_keys->first(p.queries, p.window), chunks = shared_keys->chunks() - chunk0, each = chunks / p.splits, larger = chunks % p.splits;
+  const int begin = chunk0 + split * each + min(split, larger), end = begin + each + (split < larger);
+  const Span oldest = span_of(p, shared_keys->total(), row0 / p.group);
+  const Span newest = span_of(p, shared_keys->total(), (min(row0 + ROWS, p.rows) - 1) / p.group);
 #pragma unroll 1
   for (int chunk = begin + warp; chunk < end; chunk += ATTEND_WARPS) {
+    const Keys all = *shared_keys;
+    const int sinks = all.sinks(), tail = sinks + all.pages;
     const bool paged = chunk >= sinks && chunk < tail, sink = chunk < sinks;
     const int token = CHUNK * (chunk - (sink ? 0 : paged ? sinks : tail));  // within its part
-    const int start = token + (sink ? 0 : p.sink_k.tokens + (paged ? 0 : CHUNK * p.page_count));
-    const int keys = paged ? CHUNK : min((sink ? p.sink_k.tokens : p.tail_k.tokens) - token, CHUNK);
+    const int start = token + (sink ? 0 : paged ? all.sink : all.packed());
+    const int keys = paged ? CHUNK : min((sink ? all.sink : all.tail) - token, CHUNK);
     if (start >= newest.end || start + keys <= oldest.first) continue;
     PageParts page = {};
     const RowsView &k = sink ? p.sink_k : p.tail_k, &v = sink ? p.sink_v : p.tail_v;
@@ -394,7 +398,7 @@ __device__ __forceinline__ void attend(const AttendParams& p) {
 
 #pragma unroll
     for (int m = 0; m < NT; m++) {
-      finish_scores(p, row0 + t + 4 * m, pair / p.kv_heads, start, keys, factor[m], lane, score[m]);
+      finish_scores(p, shared_keys->total(), row0 + t + 4 * m, pair / p.kv_heads, start, keys, factor[m], lane, score[m]);
       float top = most[m];
 #pragma unroll
       for (int i = 0; i < 4; i++) top = fmaxf(top, fmaxf(score[m][i][0], score[m][i][1]));

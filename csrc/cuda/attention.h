@@ -30,10 +30,12 @@ struct AttendCall {
   Rows q, out;                             // [B, Hq, queries, D]; out is written
   Rows sink_k, sink_v, tail_k, tail_v;     // [B, Hkv, tokens, D]
   const PageParts* pages;                  // [page_count] in device memory
-  int64_t page_count, total;               // total: key tokens
+  int64_t page_count;
+  const int32_t* counts;                   // device memory, or null: pages and tokens of the tail, in place of page_count and of the rows of tail_k and
+                                           // tail_v, which then are the most that there may be. A captured launch so serves caches of any length
   double scale, cap;                       // cap: soft cap of the scores, 0 for none
-  int64_t causal, window;                  // query i, at position total - queries + i, sees keys up to it, and those after position - window; 0: none
-  const uint8_t* mask;                     // [B][queries][total], 1 may be seen; or null
+  int64_t causal, window;                  // query i, at position keys - queries + i, sees keys up to it, and those after position - window; 0: none
+  const uint8_t* mask;                     // [B][queries][keys], 1 may be seen; or null
   int64_t mask_batch, mask_query;          // strides; mask_query is 0 where all queries share a row
   void* workspace;                         // device memory of attend_workspace_nbytes()
   void* stream;
@@ -50,11 +52,25 @@ constexpr int MAX_SPLITS = 128;
 constexpr int NARROW_BLOCKS = 4, WIDE_BLOCKS = 3;                    // blocks of 4 and of 8 rows that an SM holds at once: what their registers are bounded for
 constexpr int SCORE_STRIDE = CHUNK + 8;                              // floats between rows of probabilities: stores of a warp meet no bank twice
 
+// The keys of a call: how many tokens are in each part, and which chunk is where. The host plans by it, each block computes it anew.
+struct Keys {
+  int32_t sink, pages, tail;
+  constexpr int32_t packed() const { return sink + CHUNK * pages; }  // tokens before the tail
+  constexpr int32_t total() const { return packed() + tail; }
+  constexpr int32_t sinks() const { return (sink + CHUNK - 1) / CHUNK; }  // chunks before the pages
+  constexpr int32_t chunks() const { return sinks() + pages + (tail + CHUNK - 1) / CHUNK; }
+  // The first chunk that any of the newest `queries` tokens sees: the oldest one's window begins first.
+  constexpr int32_t first(int32_t queries, int32_t window) const {
+    const int32_t key = window ? total() - queries - window + 1 : 0;
+    return key < sink ? (key > 0 ? key / CHUNK : 0) : sinks() + (key - sink) / CHUNK;
+  }
+};
+
 // The rows of the queries are those of all query heads of a key/value head: row r is token r / group, query head kv * group + r % group.
 struct AttendDesc {
   int64_t pairs, rows, group, head;  // pairs: sequences x key/value heads
   int32_t key_bits, value_bits, q_type;
-  int64_t chunk0, chunks, keys;      // chunks that any query sees, and the keys of the cache
+  int64_t chunks, keys;              // chunks that any query sees, and the keys of the cache; with counts, the most of both
   int64_t page_bytes;                // of the pages among them
   Device device;
 };
@@ -67,9 +83,9 @@ struct AttendConfig {
   std::string reason;
 };
 
-// Bytes of shared memory of a block: queries, then for each warp probabilities and sums, then what the warps tell each other.
+// Bytes of shared memory of a block: queries, then for each warp probabilities and sums, then what the warps tell each other, then the keys.
 static constexpr int attend_smem(int tiles, int head) {
-  return 4 * (TILE_QUERIES * tiles * (head + ATTEND_WARPS * (SCORE_STRIDE + head + 2)));
+  return 4 * (TILE_QUERIES * tiles * (head + ATTEND_WARPS * (SCORE_STRIDE + head + 2))) + int(sizeof(Keys));
 }
 static_assert(attend_smem(2, WIDE_HEAD) <= 64 * 1024 && attend_smem(1, MAX_HEAD) <= 64 * 1024, "what compute capability 7.5 has");
 
@@ -90,18 +106,20 @@ int pack_page(const PageDesc& format, const Rows& x, int64_t batch, int64_t head
 struct RowsView {
   const void* data;
   int64_t batch, head, token;
-  int32_t type, tokens;
+  int32_t type;
 };
 
 struct AttendParams {
   RowsView q, out, sink_k, sink_v, tail_k, tail_v;
   const PageParts* pages;
+  Keys keys;              // as the host has them
+  const int32_t* counts;  // null, or where its pages and tail are
   const uint8_t* mask;
   int64_t mask_batch, mask_query;
   float* partial;  // [splits][pairs * rows][head + 2]: sums, largest score, sum of probabilities; null with one split
   int32_t head, key_bits, value_bits, key_groups, value_group;  // value_group: channels
   int64_t key_bytes, key_halves, value_bytes, value_halves;     // of one head's page: codes, params
-  int32_t page_count, total, chunk0, chunks, splits, blocks;
+  int32_t splits, blocks;
   int32_t kv_heads, group, queries, rows, pairs;
   int32_t causal, window;
   float scale, cap;

@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(PACK_THREADS) kv_pack(const __grid_constant__ 
 int pack_page(const PageDesc& format, const Rows& x, int64_t batch, int64_t heads, uint8_t* codes, uint16_t* params, void* stream) {
   const PageFormat f = page_format(format);
   PackParams p{};
-  p.x = {x.data, x.batch, x.head, x.token, int32_t(x.type), int32_t(x.tokens)};
+  p.x = {x.data, x.batch, x.head, x.token, int32_t(x.type)};
   p.heads = int32_t(heads), p.side = f.side, p.bits = f.bits, p.head = f.head, p.group_rows = int32_t(page_group_rows(f));
   p.code_bytes = page_bytes(f), p.params_halves = page_params(f), p.tile_bytes = page_tile_bytes(f);
   p.codes = codes, p.params = params;

@@ -33,7 +33,7 @@ class AttendCall(ctypes.Structure):
     _fields_ = [
         ("key", PageDesc), ("value", PageDesc), *((n, ctypes.c_int64) for n in ("batch", "q_heads", "kv_heads", "queries")),
         *((n, Rows) for n in ("q", "out", "sink_k", "sink_v", "tail_k", "tail_v")),
-        *((n, ctypes.c_int64) for n in ("pages", "page_count", "total")), ("scale", ctypes.c_double), ("cap", ctypes.c_double),
+        *((n, ctypes.c_int64) for n in ("pages", "page_count", "counts")), ("scale", ctypes.c_double), ("cap", ctypes.c_double),
         *((n, ctypes.c_int64) for n in ("causal", "window", "mask", "mask_batch", "mask_query", "workspace", "stream", "capability", "sms", "splits")),
         ("bandwidth", ctypes.c_double),
     ]
@@ -93,6 +93,16 @@ class CudaPages(PageTable):
             raise ShapeError(f"page {len(self)} of a KV cache of {self.heads} heads", rule, "allocate it with PageFormat.empty_page()")
         super().append(*page)
 
+    @property
+    def room(self) -> int:
+        """Pages for whose addresses there is room: as long as there are no more, :attr:`pointers` stays what it is."""
+        return len(self._pointers)
+
+    def reserve(self, pages: int) -> None:
+        """Makes room for the addresses of so many pages."""
+        if pages > self.room:
+            self._make_room(pages)
+
     def __reduce__(self):
         return _pages_of, (self.key, self.value, self.heads, self.device, self._pages)
 
@@ -140,10 +150,13 @@ class Kernels:
 
     def call(self, q: torch.Tensor, pages: CudaPages, sink_k=None, sink_v=None, tail_k=None, tail_v=None, *, scale: float | None = None, causal: bool = True,
              window: int = 0, softcap: float = 0.0, mask: torch.Tensor | None = None, out: torch.Tensor | None = None, stream: int = 0,
-             splits: int = 0) -> tuple[AttendCall, torch.Tensor, list]:
+             splits: int = 0, counts: torch.Tensor | None = None) -> tuple[AttendCall, torch.Tensor, list]:
         """(what native code takes, the result's tensor, what must live as long); see :meth:`attend`. Raises ShapeError."""
         parts = {"sink_k": sink_k, "sink_v": sink_v, "tail_k": tail_k, "tail_v": tail_v}
-        total = ops._check_attend(q, pages, parts, mask, window, softcap, out, device=pages.device)
+        most = None if counts is None else pages.room
+        ops._check_attend(q, pages, parts, mask, window, softcap, out, device=pages.device, most_pages=most)
+        if counts is not None and not (counts.device == pages.device and counts.dtype == torch.int32 and counts.shape == (2,) and counts.is_contiguous()):
+            raise ShapeError(f"attention with counts {ops._say(counts)}", f"they must be int32 (2,) on {pages.device}", "give pages and tokens of the tail")
         batch, heads, queries, d = q.shape
         if out is None:
             out = q.new_empty(batch, queries, heads, d).transpose(1, 2)
@@ -153,12 +166,14 @@ class Kernels:
         call = AttendCall(key=PageDesc(*pages.key.native), value=PageDesc(*pages.value.native),
                           batch=batch, q_heads=heads, kv_heads=pages.heads // batch, queries=queries,
                           q=Rows(*ops._rows(q)), out=Rows(out.data_ptr(), TYPES[out.dtype], queries, *out.stride()[:3]),
-                          **{name: Rows(*ops._rows(t)) for name, t in parts.items()}, pages=pages.pointers, page_count=len(pages), total=total,
+                          **{name: Rows(*ops._rows(t)) for name, t in parts.items()}, pages=pages.pointers, page_count=len(pages) if most is None else most,
                           scale=d**-0.5 if scale is None else float(scale), cap=softcap, causal=causal, window=window, stream=stream,
                           capability=self.runtime.capability, sms=self.runtime.sms, splits=splits, bandwidth=self.bandwidth)
+        if counts is not None:
+            call.counts = counts.data_ptr()
         if mask is not None:
             call.mask, call.mask_batch, call.mask_query = mask.data_ptr(), mask.stride(0), mask.stride(1) if mask.dim() == 3 else 0
-        return call, out, [q, parts, mask, pages]
+        return call, out, [q, parts, mask, counts, pages]
 
     def attend(self, q: torch.Tensor, pages: CudaPages, *parts, **options) -> torch.Tensor:
         """As :func:`ops.attend`, all tensors on the device.
@@ -166,7 +181,9 @@ class Kernels:
         Products are exact in fp16 codes times vectors of 22 bits, sums and softmax are float32; the order of all sums depends on shapes and device alone.
 
         Args:
-            parts, options: as there, and ``stream``: address of a CUDA stream; ``splits``: blocks that share the keys, in place of what the configuration has.
+            parts, options: as there, and ``stream``: address of a CUDA stream; ``splits``: blocks that share the keys, in place of what the configuration has;
+                ``counts``: int32 [2] on the device, how many pages and tokens of the tail there are. Then ``tail_k`` and ``tail_v`` are as long as they may
+                get, ``mask`` is as wide as the keys may get with ``pages.room`` pages, and what is captured in a graph serves every length up to that.
 
         Raises ShapeError, NativeError.
         """

@@ -258,6 +258,10 @@ class PageTable:
         with torch.inference_mode(False):  # or nothing could be noted outside of that mode later
             return torch.empty(pages, 4, dtype=torch.int64, device=self.device)
 
+    def _make_room(self, pages: int) -> None:
+        old, self._pointers = self._pointers, self._room(pages)
+        self._pointers[: self._noted] = old[: self._noted]
+
     def append(self, k_codes: torch.Tensor, k_params: torch.Tensor, v_codes: torch.Tensor, v_params: torch.Tensor) -> None:
         """Adds a page: codes uint8 [heads, code_bytes] and params fp16 [heads, *params_shape] of both sides. Raises ShapeError."""
         asked = f"page {len(self._pages)} of a KV cache of {self.heads} heads"
@@ -296,9 +300,8 @@ class PageTable:
         """Address of int64 [pages][4] where the pages are, for native code. Pages that are new since the last time are noted together."""
         n, done = len(self._pages), self._noted
         if done < n:
-            if n > len(self._pointers):  # one of at least twice the size
-                old, self._pointers = self._pointers, self._room(max(n, 2 * len(self._pointers)))
-                self._pointers[:done] = old[:done]
+            if n > len(self._pointers):
+                self._make_room(max(n, 2 * len(self._pointers)))
             addresses = torch.tensor([[t.data_ptr() for t in page] for page in self._pages[done:]])
             self._pointers[done:n].copy_(addresses, non_blocking=True)  # to a device, too, nothing waits: pageable memory is staged before this returns
             self._noted = n
@@ -323,8 +326,11 @@ def _table_of(key: PageFormat, value: PageFormat, heads: int, pages: list, rope:
 
 
 def _check_attend(q: torch.Tensor, pages: PageTable, parts: dict[str, torch.Tensor | None], mask, window: int, softcap: float, out, lse=None,
-                  device: torch.device = CPU) -> int:
-    """Raises ShapeError; returns the number of key tokens. Runs before every call of a kernel that may take ten microseconds: no text is made in vain."""
+                  device: torch.device = CPU, most_pages: int | None = None) -> int:
+    """Raises ShapeError; returns the number of key tokens, with ``most_pages`` the most that there may be.
+
+    Runs before every call of a kernel that may take ten microseconds: no text is made in vain.
+    """
     d = pages.key.head_dim
 
     def refuse(rule: str, fix: str):
@@ -338,7 +344,7 @@ def _check_attend(q: torch.Tensor, pages: PageTable, parts: dict[str, torch.Tens
     hkv = pages.heads // batch if batch else 0
     if not hkv or pages.heads % batch or not hq or hq % hkv:
         refuse(f"{pages.heads} key/value heads of {batch} sequences must divide {hq} query heads a sequence", "check batch size and heads of the cache")
-    total = PAGE * len(pages)
+    total = PAGE * (len(pages) if most_pages is None else most_pages)
     for part in ("sink", "tail"):
         k, v = parts[f"{part}_k"], parts[f"{part}_v"]
         for name, t in ((f"{part}_k", k), (f"{part}_v", v)):
