@@ -57,6 +57,18 @@ def pair(spec, *states):
     return out
 
 
+def test_the_pretended_gpu_is_as_strict_as_one(launches):
+    x, y = torch.ones(2, 3), torch.ones(2, 3, device="cuda")
+    for mixed in (lambda: x + y, lambda: torch.cat([y, x]), lambda: y.index_select(0, torch.tensor([0])), lambda: y.masked_fill(x > 0, 0.0)):
+        with pytest.raises(AssertionError, match="of tensors on cpu and cuda:0"):
+            mixed()
+    assert (y + torch.tensor(1.0)).device == y[torch.tensor([1])].device == gpu.DEVICE and not launches.waits
+    y.copy_(x, non_blocking=True)
+    assert not launches.waits
+    bool(y.all()), y.cpu(), y[y > 0], y.copy_(x), y.tolist()
+    assert launches.waits == ["__bool__", "cpu", "index by a mask", "copy from the host", "tolist"]
+
+
 # -- pages ------------------------------------------------------------------------------------------------------------------------
 
 
@@ -285,6 +297,24 @@ def test_a_token_waits_for_nothing(models, launches):
             model(ids[:, :1], attention_mask=torch.cat([mask, more.expand(2, n)], 1), **using(cache))
         model(ids[:, :1], **using(cache))
     assert not launches.waits and len(cache.layers[0].pages) == 2
+
+
+def test_layers_that_stay_in_float(launches):
+    here = replace_attention(build("mistral"), Plan.for_kv(4, 4, residual=10, layers={0: "keep"}))
+    there = copy.deepcopy(here).to("cuda")
+    want = generated(here, padded(), max_new_tokens=30)
+    assert torch.equal(generated(there, padded(), max_new_tokens=30), want) and "kv_attend" in launches.names
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_models(launches, dtype):
+    here = replace_attention(build("llama", dtype), SPEC)
+    there, logits = copy.deepcopy(here).to("cuda"), []
+    for model in (here, there):
+        cache = MxqCache(model.config, SPEC)
+        logits.append([model(prompt(2, 250).to(model.device)[:, a:b], **using(cache)).logits.cpu().float() for a, b in ((0, 100), (100, 101), (101, 250))])
+        assert all(layer.tail[0].dtype == dtype for layer in cache.layers)
+    assert all((b - a).norm() < 0.02 * a.norm() for a, b in zip(*logits, strict=True))
 
 
 def test_assisted_generation_and_pieces_of_a_prompt(llama):

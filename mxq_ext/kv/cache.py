@@ -241,8 +241,8 @@ class MxqCacheLayer(CacheLayerMixin):
         self._gather(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.is_initialized:
-            self._gather(torch.arange(self.batch).repeat_interleave(repeats))
+        if self.is_initialized and repeats != 1:
+            self._gather(torch.arange(self.batch, device=self.device).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         if self.is_initialized:
@@ -486,7 +486,7 @@ class MxqCacheLayer(CacheLayerMixin):
         index = index.to(torch.int64)
         if not self.is_initialized or (index.is_cpu and torch.equal(index, torch.arange(self.batch))):  # what lies on a GPU is not waited for
             return
-        index = index.to(self.device)
+        index = index.to(self.device, non_blocking=True)
         old, self.batch = self.batch, index.shape[0]
         pages = [self.pages[i] for i in reversed(range(len(self.pages)))]
         self.pages = self._table(self.pages.key, self.pages.value)
