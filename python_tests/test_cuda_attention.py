@@ -270,7 +270,8 @@ def test_one_call_serves_every_length(bench, window, queries, masked):
     for held, tail in ((0, 1), (0, 70), (1, 6), (2, 1), (9, 63), (11, 0), (11, 70)):
         for i in range(len(pages), held):
             pages.append(*map(bench.move, table[i]))
-        assert pages.pointers == call.pages, "the table has not moved"
+        pages.note()
+        assert pages.pointers == call.pages and pages.room == 12, "the table has not moved"
         there.copy_(torch.tensor([held, tail]))
         assert library.kv_attend(address) == 0
         end = 3 + 64 * held
@@ -282,11 +283,16 @@ def test_one_call_serves_every_length(bench, window, queries, masked):
         alone = bench.kernels.attend(q, pages, sink_k, sink_v, *cut, window=window, mask=None if mask is None else bench.move(mask), splits=3)
         if held > 8 and not window:  # there, too, three blocks share the chunks
             assert torch.equal(alone, out)
+    for _ in range(2):
+        pages.append(*map(bench.move, table[0]))
     text = bench.kernels.explain(q, pages, sink_k, sink_v, tail_k, tail_v, **options)[1]
-    assert text.startswith(f"{most} keys, ") and text.endswith(f"; {(2 if window else 12) * 2 * 4096} bytes of pages")
+    assert pages.room == 24, "now it has"
+    most += 64 * 12
+    assert text.startswith(f"{most} keys, ") and text.endswith(f"; {(2 if window else 24) * 2 * 4096} bytes of pages")
     del keep
-    with pytest.raises(ShapeError, match=r"attention with counts int64 \(2,\) on .*: they must be int32 \(2,\) on"):
-        bench.kernels.attend(q, pages, sink_k, sink_v, tail_k, tail_v, counts=there.long())
+    for tail, told in (((tail_k, tail_v), there.long()), ((None, None), there)):
+        with pytest.raises(ShapeError, match=r"attention with counts int(64|32) \(2,\) on .* and a tail .*: they must be int32 \(2,\) on"):
+            bench.kernels.attend(q, pages, sink_k, sink_v, *tail, counts=told)
     with pytest.raises(ShapeError, match=rf"the mask must be bool \[1, {most}\]"):
         bench.kernels.attend(q, pages, sink_k, sink_v, tail_k, tail_v, counts=there, mask=there[:1].bool()[None])
 

@@ -96,6 +96,7 @@ class CudaPages(PageTable):
     @property
     def room(self) -> int:
         """Pages for whose addresses there is room: as long as there are no more, :attr:`pointers` stays what it is."""
+        self.note()
         return len(self._pointers)
 
     def reserve(self, pages: int) -> None:
@@ -155,8 +156,10 @@ class Kernels:
         parts = {"sink_k": sink_k, "sink_v": sink_v, "tail_k": tail_k, "tail_v": tail_v}
         most = None if counts is None else pages.room
         ops._check_attend(q, pages, parts, mask, window, softcap, out, device=pages.device, most_pages=most)
-        if counts is not None and not (counts.device == pages.device and counts.dtype == torch.int32 and counts.shape == (2,) and counts.is_contiguous()):
-            raise ShapeError(f"attention with counts {ops._say(counts)}", f"they must be int32 (2,) on {pages.device}", "give pages and tokens of the tail")
+        if counts is not None and not (counts.device == pages.device and counts.dtype == torch.int32 and counts.shape == (2,) and counts.is_contiguous()
+                                       and tail_k is not None):
+            raise ShapeError(f"attention with counts {ops._say(counts)} and a tail {ops._say(tail_k)}",
+                             f"they must be int32 (2,) on {ops._place(pages.device)}, beside all the room of the tail", "give pages and tokens of the tail")
         batch, heads, queries, d = q.shape
         if out is None:
             out = q.new_empty(batch, queries, heads, d).transpose(1, 2)
@@ -183,7 +186,8 @@ class Kernels:
         Args:
             parts, options: as there, and ``stream``: address of a CUDA stream; ``splits``: blocks that share the keys, in place of what the configuration has;
                 ``counts``: int32 [2] on the device, how many pages and tokens of the tail there are. Then ``tail_k`` and ``tail_v`` are as long as they may
-                get, ``mask`` is as wide as the keys may get with ``pages.room`` pages, and what is captured in a graph serves every length up to that.
+                get, ``mask`` is as wide as the keys may get with ``pages.room`` pages, and what is captured in a graph serves every length up to that. Nobody
+                checks that there are no more.
 
         Raises ShapeError, NativeError.
         """

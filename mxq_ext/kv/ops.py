@@ -297,15 +297,20 @@ class PageTable:
 
     @property
     def pointers(self) -> int:
-        """Address of int64 [pages][4] where the pages are, for native code. Pages that are new since the last time are noted together."""
-        n, done = len(self._pages), self._noted
-        if done < n:
-            if n > len(self._pointers):
-                self._make_room(max(n, 2 * len(self._pointers)))
-            addresses = torch.tensor([[t.data_ptr() for t in page] for page in self._pages[done:]])
-            self._pointers[done:n].copy_(addresses, non_blocking=True)  # to a device, too, nothing waits: pageable memory is staged before this returns
-            self._noted = n
+        """Address of int64 [pages][4] where the pages are, for native code; after :meth:`note`."""
+        self.note()
         return self._pointers.data_ptr()
+
+    def note(self) -> None:
+        """Writes the addresses of pages that are new since the last time to where native code reads them, in room that doubles when it is full."""
+        n, done = len(self._pages), self._noted
+        if done == n:
+            return
+        if n > len(self._pointers):
+            self._make_room(max(n, 2 * len(self._pointers)))
+        addresses = torch.tensor([[t.data_ptr() for t in page] for page in self._pages[done:]])
+        self._pointers[done:n].copy_(addresses, non_blocking=True)  # to a device, too, nothing waits: pageable memory is staged before this returns
+        self._noted = n
 
     @property
     def reading(self) -> tuple[int, int, int, int, int]:
