@@ -47,11 +47,13 @@ struct Slot8 {
 };
 
 // The sparse part for the kernels: one value of each of a tile's 16 rows, as many of these as its longest row has values (the shorter ones are
-// filled up with zeros at column 0).
+// filled up with zeros at column 0). Columns of weights that are no wider than NARROW are uint16_t, which makes a step a line of cache, others uint32_t.
+template <class Column>
 struct SparseStep {
-  uint32_t column[16];
+  Column column[16];
   uint16_t value[16];  // fp16
 };
+static constexpr uint64_t NARROW = 65536;
 
 struct Rect {
   uint32_t r0, r1, c0, c1;
@@ -87,7 +89,7 @@ struct Header {
   uint64_t off_bands, off_pieces, off_rects, off_slots, off_slots8;
   uint64_t off_perm_rows, off_row_of, off_perm_cols;  // int32[]; 0: none. perm_rows[i]: original row of row i; row_of is its inverse
   uint64_t off_rowptr, off_cols, off_values, nnz;     // CSR in original coordinates; off_rowptr 0: none
-  uint64_t off_sparse_tiles, off_sparse;              // the same for the kernels: uint32[tiles + 1] first step of a tile, SparseStep[]
+  uint64_t off_sparse_tiles, off_sparse;              // the same for the kernels: uint32[tiles + 1] first step of a tile, SparseStep<>[]
 };
 
 static inline const Header& header(const uint8_t* blob) { return *reinterpret_cast<const Header*>(blob); }

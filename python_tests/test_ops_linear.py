@@ -142,6 +142,20 @@ def test_a8_of_every_format_and_shape_against_the_twin(name, target):
     numeric.check(torch.cat(results), torch.cat(twin), numeric.bound(name, torch.float32), f"{name} a8 {target}")
 
 
+@pytest.mark.parametrize("k", (65536, 65538))
+def test_sparse_columns_on_both_sides_of_16_bits(k, target):
+    """Columns of the sparse part are stored in 16 bits up to a width of 65536, in 32 beyond; the last column counts."""
+    q = cases.Layout("wide", (19, k), ((0, 19, 0, k, "w2g128"),), sparse=900).make()
+    q.sparse.cols[0], q.sparse.cols[-1] = 0, k - 1
+    p, w = ops.prepack(q), q.dequantize().double()
+    for m in (1, 3, 18):
+        x = cases.random_x(m, k, seed=m)
+        numeric.check(ops.linear(x, p), x.double() @ w.T, 1e-5, f"{k} {m} {target}")  # sums of 65536 products in float32
+    last = torch.zeros(1, k)
+    last[0, -1] = 1
+    assert torch.equal(ops.linear(last, p)[0], q.dequantize()[:, -1])
+
+
 @pytest.mark.parametrize("name", [f for f in ROW_LANES if not f.startswith("nf4") and "_fz" not in f])
 def test_a8_identity_gives_the_weights(name, target):
     """One-hot rows of 127 are their own int8 codes with a unit of 1: the scales times whole numbers come out to the last bit."""

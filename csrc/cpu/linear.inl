@@ -127,8 +127,9 @@ static void prepare(const Job& j, int64_t block) {
 // -------------------------------------------------------------------------------------------------------------------- finish
 
 // The steps of the sparse part of a tile, and x as they read it: one block of rows, in the original order of its columns.
+template <class Column>
 struct SparseTile {
-  const SparseStep *step, *end;
+  const SparseStep<Column> *step, *end;
   const float* x;
 
   SparseTile(const Job& j, int64_t tile, int64_t m0) {
@@ -136,15 +137,16 @@ struct SparseTile {
     const Slot& s = at<Slot>(j.blob, h.off_slots)[h.slots - 1];  // the ORIGINAL one is always last
     const uint32_t* first = at<uint32_t>(j.blob, h.off_sparse_tiles) + tile;
     x = j.xs + s.start * j.m + s.padded * m0;
-    step = at<SparseStep>(j.blob, h.off_sparse) + first[0], end = at<SparseStep>(j.blob, h.off_sparse) + first[1];
+    step = at<SparseStep<Column>>(j.blob, h.off_sparse) + first[0], end = at<SparseStep<Column>>(j.blob, h.off_sparse) + first[1];
   }
 };
 
 // acc[m * lda + row] += the sparse part of tile `tile` for mr rows of x from m0. What is read behind the mr-th row is not used.
-static void add_sparse(const Job& j, int64_t tile, int64_t m0, int64_t mr, float* acc, int64_t lda) {
+template <class Column>
+static void add_sparse_of(const Job& j, int64_t tile, int64_t m0, int64_t mr, float* acc, int64_t lda) {
   V sum[16];  // [row][m]: the rows of x lie side by side
   unroll<16>([&](auto r) MXQ_LAMBDA { sum[decltype(r)::value] = zero(); });
-  for (SparseTile t(j, tile, m0); t.step < t.end; t.step++) {
+  for (SparseTile<Column> t(j, tile, m0); t.step < t.end; t.step++) {
     float value[16];
     store(value, load_half(t.step->value));
     unroll<16>([&](auto r) MXQ_LAMBDA {
@@ -157,30 +159,40 @@ static void add_sparse(const Job& j, int64_t tile, int64_t m0, int64_t mr, float
   for (int64_t m = 0; m < mr; m++)
     for (int r = 0; r < 16; r++) acc[m * lda + r] += sums[r][m];
 }
+static void add_sparse(const Job& j, int64_t tile, int64_t m0, int64_t mr, float* acc, int64_t lda) {
+  (header(j.blob).k <= NARROW ? add_sparse_of<uint16_t> : add_sparse_of<uint32_t>)(j, tile, m0, mr, acc, lda);
+}
 
 // Tiles whose sparse part is added up before their codes are read, for one row of x: a tile's codes drive x out of an L1 cache of 32 KB, and what is
 // gathered from all over x would come from L2 again for each tile.
 static constexpr int64_t SPARSE_TILES = 8;
 
-// The steps of a tile.
-MXQ_INLINE void fetch_sparse(const Job& j, int64_t tile) {
-  const SparseTile t(j, tile, 0);
+// Asks for the steps of a tile.
+template <class Column>
+MXQ_INLINE void fetch_sparse_of(const Job& j, int64_t tile) {
+  const SparseTile<Column> t(j, tile, 0);
   for (const char* line = (const char*)t.step; line < (const char*)t.end; line += 64) __builtin_prefetch(line, 0, 2);
 }
+MXQ_INLINE void fetch_sparse(const Job& j, int64_t tile) {
+  header(j.blob).k <= NARROW ? fetch_sparse_of<uint16_t>(j, tile) : fetch_sparse_of<uint32_t>(j, tile);
+}
 
-// out[tile][16 rows] = the sparse part of `count` tiles from `tile` for the only row of x. `ahead(n)` is called before the n-th step, to ask for codes:
-// the steps themselves have been fetched, and memory would be idle.
-template <class F>
-static void sum_sparse(const Job& j, int64_t tile, int64_t count, float* out, F&& ahead) {
-  int64_t n = 0;
+// out[tile][16 rows] = the sparse part of `count` tiles from `tile` for the only row of x. `ahead()` is called before each step, to ask for codes: the
+// steps themselves have been fetched, and memory would be idle.
+template <class Column, class F>
+static void sum_sparse_of(const Job& j, int64_t tile, int64_t count, float* out, F&& ahead) {
   for (int64_t i = 0; i < count; i++) {
     V sum = zero();
-    for (SparseTile t(j, tile + i, 0); t.step < t.end; t.step++) {
-      ahead(n++);
+    for (SparseTile<Column> t(j, tile + i, 0); t.step < t.end; t.step++) {
+      ahead();
       sum = fma(load_half(t.step->value), gather(t.x, t.step->column), sum);
     }
     store(out + 16 * i, sum);
   }
+}
+template <class F>
+static void sum_sparse(const Job& j, int64_t tile, int64_t count, float* out, F&& ahead) {
+  header(j.blob).k <= NARROW ? sum_sparse_of<uint16_t>(j, tile, count, out, ahead) : sum_sparse_of<uint32_t>(j, tile, count, out, ahead);
 }
 
 // y = acc + bias for `rows` rows of the weight from row0 (permuted) and mr rows of x from m0; acc[m * lda + row].
@@ -267,7 +279,11 @@ static void gemv(const Job& j, int64_t tile0, int64_t tile1, float*) {
     const int64_t tile = run.first + i, row0 = run.band->r0 + tile * 16, left = run.band->r1 - row0, rows = left < 16 ? left : 16;
     if (sparse && j.m == 1 && i % SPARSE_TILES == 0) {
       const int64_t count = run.count - i < SPARSE_TILES ? run.count - i : SPARSE_TILES;
-      sum_sparse(j, tile0 + i, count, sums, [&](int64_t n) MXQ_LAMBDA { fetch_codes(j, pieces[n % run.band->pieces], tile, end, n / run.band->pieces); });
+      uint32_t piece = 0, round = 0;  // a step asks for lines of one piece, the next step for lines of the next
+      sum_sparse(j, tile0 + i, count, sums, [&]() MXQ_LAMBDA {
+        fetch_codes(j, pieces[piece], tile, end, round);
+        if (++piece == run.band->pieces) piece = 0, round++;
+      });
     }
     fetch_ends(j, row0);
     if (sparse && j.m == 1 && tile + SPARSE_TILES < end) fetch_sparse(j, tile0 + i + SPARSE_TILES);

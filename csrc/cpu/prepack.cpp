@@ -169,7 +169,7 @@ Layout plan(const Weight& w) {
     h.off_rowptr = place(4 * (uint64_t(h.n) + 1)), h.off_cols = place(4 * h.nnz), h.off_values = place(2 * h.nnz);
     uint64_t steps = 0;
     for_sparse_tiles(w, l.bands, [&](uint32_t, uint32_t, uint32_t n) { steps += n; });
-    h.off_sparse_tiles = place(4 * (uint64_t(h.tiles) + 1)), h.off_sparse = place(sizeof(SparseStep) * steps);
+    h.off_sparse_tiles = place(4 * (uint64_t(h.tiles) + 1)), h.off_sparse = place((h.k <= NARROW ? sizeof(SparseStep<uint16_t>) : sizeof(SparseStep<uint32_t>)) * steps);
   }
   for (const Band& b : l.bands)
     for (uint32_t i = 0; i < b.pieces; i++) {
@@ -282,15 +282,16 @@ void dequantize_piece(const RowView& v, float* out) {  // out[cols]; the formula
   }
 }
 
+template <class Column>
 void pack_sparse(const Weight& w, const Layout& l, uint8_t* blob) {
   uint32_t* first = reinterpret_cast<uint32_t*>(blob + l.header.off_sparse_tiles);
-  SparseStep* step = reinterpret_cast<SparseStep*>(blob + l.header.off_sparse);
+  auto* step = reinterpret_cast<SparseStep<Column>*>(blob + l.header.off_sparse);
   uint32_t count = 0;
   for_sparse_tiles(w, l.bands, [&](uint32_t row0, uint32_t rows, uint32_t steps) {
     *first++ = count;
     for (uint32_t r = 0; r < rows; r++) {
       const auto [begin, end] = sparse_row(w, row0, r);
-      for (int32_t i = begin; i < end; i++) step[count + i - begin].column[r] = uint32_t(w.cols[i]), step[count + i - begin].value[r] = w.values[i];
+      for (int32_t i = begin; i < end; i++) step[count + i - begin].column[r] = Column(w.cols[i]), step[count + i - begin].value[r] = w.values[i];
     }
     count += steps;
   });
@@ -325,7 +326,7 @@ void prepack(const Weight& w, uint8_t* blob, int threads) {
     put(h.off_rowptr, w.rowptr, 4 * size_t(w.n + 1));
     put(h.off_cols, w.cols, 4 * size_t(w.nnz));
     put(h.off_values, w.values, 2 * size_t(w.nnz));
-    pack_sparse(w, l, blob);
+    l.header.k <= NARROW ? pack_sparse<uint16_t>(w, l, blob) : pack_sparse<uint32_t>(w, l, blob);
   }
   for (const Band& b : l.bands)
     parallel_for(tiles(b.r1 - b.r0), threads, [&](int64_t tile, int) {

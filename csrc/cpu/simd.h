@@ -61,7 +61,8 @@ MXQ_INLINE void store_one(void* p, int64_t i, int type, float v) {
 #if defined(MXQ_AVX512) || defined(MXQ_AVX2)
 // x[index[0..8)], load by load: the gather instruction is microcode on many processors (some 50 cycles for 16 on Zen 4, slower still on those
 // that were mended against Downfall), these are two loads a cycle.
-MXQ_INLINE __m256 gather_eight(const float* x, const uint32_t* i) {
+template <class I>
+MXQ_INLINE __m256 gather_eight(const float* x, const I* i) {
   const __m128 low = _mm_set_ps(x[i[3]], x[i[2]], x[i[1]], x[i[0]]), high = _mm_set_ps(x[i[7]], x[i[6]], x[i[5]], x[i[4]]);
   return _mm256_insertf128_ps(_mm256_castps128_ps256(low), high, 1);
 }
@@ -169,7 +170,8 @@ MXQ_INLINE W dot_signed(W acc, W s, W x) {  // both signed; only without VNNI
   const __m512i moved = _mm512_mask_sub_epi8(x, _mm512_movepi8_mask(s), _mm512_setzero_si512(), x);
   return iadd(acc, _mm512_madd_epi16(_mm512_maddubs_epi16(_mm512_abs_epi8(s), moved), _mm512_set1_epi16(1)));
 }
-MXQ_INLINE V gather(const float* x, const uint32_t* index) {
+template <class I>
+MXQ_INLINE V gather(const float* x, const I* index) {
   return _mm512_insertf32x8(_mm512_castps256_ps512(gather_eight(x, index)), gather_eight(x, index + 8), 1);
 }
 MXQ_INLINE W max_bits(W most, V v) {  // of magnitudes as integers: ordered like floats, and a NaN is larger than all
@@ -314,7 +316,8 @@ MXQ_INLINE W dot(W acc, W u, W x) { return iadd(acc, {pairs(u.a, x.a), pairs(u.b
 MXQ_INLINE W dot_signed(W acc, W s, W x) {
   return iadd(acc, {pairs(_mm256_abs_epi8(s.a), _mm256_sign_epi8(x.a, s.a)), pairs(_mm256_abs_epi8(s.b), _mm256_sign_epi8(x.b, s.b))});
 }
-MXQ_INLINE V gather(const float* x, const uint32_t* index) { return {gather_eight(x, index), gather_eight(x, index + 8)}; }
+template <class I>
+MXQ_INLINE V gather(const float* x, const I* index) { return {gather_eight(x, index), gather_eight(x, index + 8)}; }
 MXQ_INLINE W max_bits(W most, V v) {
   const __m256i mask = _mm256_set1_epi32(0x7fffffff);
   return {_mm256_max_epu32(most.a, _mm256_and_si256(_mm256_castps_si256(v.a), mask)),
@@ -457,7 +460,8 @@ MXQ_INLINE W dot_bytes(W acc, W w, W x) {
 }
 MXQ_INLINE W dot(W acc, W u, W x) { return dot_bytes<uint8_t>(acc, u, x); }
 MXQ_INLINE W dot_signed(W acc, W s, W x) { return dot_bytes<int8_t>(acc, s, x); }
-MXQ_INLINE V gather(const float* x, const uint32_t* index) {
+template <class I>
+MXQ_INLINE V gather(const float* x, const I* index) {
   float out[16];
   for (int l = 0; l < 16; l++) out[l] = x[index[l]];
   return load(out);
