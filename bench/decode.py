@@ -31,6 +31,7 @@ from mxq_ext.hf import demo_model_path, load_model
 from mxq_ext.nn import fuse_layers, quantized_modules, set_compute
 from mxq_ext.stats.walk import frozen
 
+REPLACES = True  #: each table has all rounds so far, and takes the place of the one before
 #: What llama.cpp makes of the demo's GGUF: its name for a file type -> the number of it.
 LLAMA_TYPES = {"IQ4_NL": 25, "Q4_0": 2}
 

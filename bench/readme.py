@@ -144,9 +144,54 @@ def joint_table(result: dict) -> list[str]:
             f"preset {setup['preset']}; bytes of a cache whose exact tokens are in float32."]
 
 
+def files_table(result: dict) -> list[str]:
+    """llama.cpp's files with an importance matrix, each beside the best of our checkpoints that is no larger."""
+    pairs: dict[str, dict[str, dict]] = {}
+    for r in result["rivals"]:
+        if r["rival"].endswith("imatrix"):
+            pairs.setdefault(r["rival"].removeprefix("llama.cpp ").removesuffix(" imatrix"), {})[r["text"]] = r
+    lines = ["| llama.cpp, importance matrix | MB | KL technical | KL literary | ours, no larger | MB | KL technical | KL literary |",
+             "| --- | ---: | ---: | ---: | --- | ---: | ---: | ---: |"]
+    for name, texts in sorted(pairs.items(), key=lambda p: p[1][KINDS[0]]["rival_bytes"]):
+        one = texts[KINDS[0]]
+        sides = [" | ".join([f"{one[f'{side}_bytes'] / 1e6:.1f}", *(f"{texts[k][f'{side}_kl']:.4f}" for k in KINDS)]) for side in ("rival", "best")]
+        lines.append(f"| {name} | {sides[0]} | {one['best']} | {sides[1]} |")
+    lower, all_ = sum(r["best_kl"] < r["rival_kl"] for r in result["rivals"]), len(result["rivals"])
+    return [*lines, "", "Whole checkpoints of the same model, embedding and head included; KL to the float model in nats per token. Counting the files without an",
+            f"importance matrix, ours has the lower KL in {lower} of {all_} pairs of file and text. All rows: [docs/frameworks.md](docs/frameworks.md)."]
+
+
+def decode_table(result: dict) -> list[str]:
+    """Tokens per second of a whole model, the fastest of each maker."""
+    ours = [r for r in result["rows"] if r["name"].startswith("mxq") and "layers" in r["name"]]
+    theirs = [r for r in result["rows"] if not r["name"].startswith("mxq")]
+    lines = ["| one thread, tokens a second | MB | written, bare loop | written, `model.generate` | read, 512 tokens |", "| --- | ---: | ---: | ---: | ---: |"]
+    for r in sorted(ours + theirs, key=lambda r: -r["step_tokens_per_s"]["best"]):
+        cells = (f"{r[key]['best']:.0f}" if key in r else "-" for key in ("step_tokens_per_s", "generate_tokens_per_s", "prefill_tokens_per_s"))
+        lines.append(f"| {r['name']} | {r['nbytes'] / 1e6:.0f} | {' | '.join(cells)} |")
+    m, rounds = result["machine"], result["rows"][0]["step_tokens_per_s"]["rounds"]
+    return [*lines, "", f"{m['cpu']}, {m['target']}; the best of {rounds} rounds in turns, in one process."]
+
+
+def widths_table(result: dict) -> list[str]:
+    """Integer mode at 4096 x 4096, one thread: how many times as fast as the fastest peer of the width."""
+    rows = [r for r in result["rows"] if (r["n"], r["k"], r["threads"]) == (4096, 4096, 1) and r["ours"] and r["name"].endswith(" a8") and r["best_peer"]]
+    rows = [r for r in rows if r["bits"] < 16]
+    ms = sorted({r["m"] for r in rows})
+    lines = ["| 4096 x 4096, one thread | ms, M=1 | of the read bandwidth | the fastest peer, M=1 | " + " | ".join(f"M={m}" for m in ms) + " |",
+             "| --- | ---: | ---: | --- |" + " ---: |" * len(ms)]
+    for name in dict.fromkeys(r["name"] for r in rows):
+        at = {r["m"]: r for r in rows if r["name"] == name}
+        lines.append(f"| {name.removesuffix(' a8')} | {at[1]['ms']:.3f} | {at[1]['read_share']:.0%} | {at[1]['best_peer']} | "
+                     + " | ".join(f"{at[m]['x_best_peer']:.2f}" if m in at else "-" for m in ms) + " |")
+    m, peers = result["machine"], ", ".join(f"{name} {version}" for name, version in result["peers"].items())
+    return [*lines, "", "M rows of x, inputs rounded to int8 in groups; the last columns say how many times as fast as the fastest peer of the width.",
+            f"{m['cpu']}, {m['target']}; {peers}."]
+
+
 #: document -> [(file under bench/results, table)]
 TABLES: dict[str, list[tuple[str, Callable[[dict], list[str]]]]] = {
-    "README.md": [("demo.json", demo_table)],
+    "README.md": [("demo.json", demo_table), ("frameworks.json", files_table), ("decode-cpu.json", decode_table), ("linear-cpu.json", widths_table)],
     "docs/quality.md": [("quality.json", quality_table), ("reconstruction.json", reconstruction_table), ("autoround.json", autoround_table)],
     "docs/performance.md": [("linear-cpu.json", speed_table), ("attention-cpu.json", attention_table)],
     "docs/kv.md": [("kv-quality.json", kv_table), ("kv-joint.json", joint_table)]}

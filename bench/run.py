@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
         refused = []
         for result, table in op.run(options):
             print(table, flush=True)
-            tables.append(table)
+            tables[1:] = [table] if getattr(op, "REPLACES", False) else [*tables[1:], table]
             refused = result["refused"]
             if name != "none":
                 write_json(path, {"machine": where, "options": asked} | result)
