@@ -157,8 +157,8 @@ def files_table(result: dict) -> list[str]:
         sides = [" | ".join([f"{one[f'{side}_bytes'] / 1e6:.1f}", *(f"{texts[k][f'{side}_kl']:.4f}" for k in KINDS)]) for side in ("rival", "best")]
         lines.append(f"| {name} | {sides[0]} | {one['best']} | {sides[1]} |")
     lower, all_ = sum(r["best_kl"] < r["rival_kl"] for r in result["rivals"]), len(result["rivals"])
-    return [*lines, "", "Whole checkpoints of the same model, embedding and head included; KL to the float model in nats per token. Counting the files without an",
-            f"importance matrix, ours has the lower KL in {lower} of {all_} pairs of file and text. All rows: [docs/frameworks.md](docs/frameworks.md)."]
+    return [*lines, "", "Whole checkpoints of the same model, embedding and head included; KL to the float model in nats per token. Counting the files without",
+            f"an importance matrix, ours has the lower KL in {lower} of {all_} pairs of file and text. All rows: [docs/frameworks.md](docs/frameworks.md)."]
 
 
 def decode_table(result: dict) -> list[str]:
