@@ -15,13 +15,13 @@ import contextlib
 import ctypes
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from . import _native
 from .errors import NativeError, ShapeError
-from .formats import Format
+from .formats import Format, kernel_format
 from .qtensor import TYPES, QTensor, Rectangle, Sparse
 
 #: Most bytes of the dequantized piece of a weight on the path ``big``: enough for torch's product to fill a device, little beside a model.
@@ -53,6 +53,7 @@ class CudaPacked:
         shape: (N, K).
         format_name: as :attr:`QTensor.format_name`.
         meta: ``QTensor.meta()``.
+        nested: as :meth:`QTensor.nested`, in host memory: the blob holds the expanded weight.
     """
 
     blob: torch.Tensor
@@ -60,6 +61,7 @@ class CudaPacked:
     shape: tuple[int, int]
     format_name: str
     meta: dict
+    nested: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
 
     @staticmethod
     def of(blob: torch.Tensor, head: torch.Tensor, shape: tuple[int, int]) -> CudaPacked:
@@ -93,8 +95,8 @@ def _rect_desc(r: Rectangle) -> ctypes.Structure:
 
 
 def _weight_desc(q: QTensor) -> tuple[ctypes.Structure, list]:
-    """(what native code takes, what must stay alive meanwhile)."""
-    whole = q.contiguous()
+    """(what native code takes, what must stay alive meanwhile). Nested scales and zeros are expanded."""
+    whole = q.expanded().contiguous()
     array = (RectDesc * max(1, len(whole.rectangles)))(*map(_rect_desc, whole.rectangles))
     s = whole.sparse
     sparse = (None,) * 3 if s is None else (s.rowptr, s.cols, s.values)
@@ -128,14 +130,14 @@ class Runtime:
         blob = torch.empty(nbytes, dtype=torch.uint8)
         self.library.prepack(ctypes.addressof(desc), blob.data_ptr(), torch.get_num_threads())
         del keep
-        return CudaPacked(blob.to(device), blob[:head_nbytes].clone(), tuple(q.shape), q.format_name, q.meta())
+        return CudaPacked(blob.to(device), blob[:head_nbytes].clone(), tuple(q.shape), q.format_name, q.meta(), q.nested())
 
     def unpack(self, p: CudaPacked) -> QTensor:
         """The QTensor that :meth:`pack` was given, bit for bit (without its ``info``). Copies the blob to the host."""
         blob = p.blob.cpu()
         rects = []
         for i, (r0, r1, c0, c1, name) in enumerate(p.meta["rectangles"]):
-            fmt = Format.parse(name)
+            fmt = Format.parse(name).expanded
             tensors = {n: torch.empty(shape, dtype=getattr(torch, dtype)) for n, (shape, dtype) in fmt.tensor_shapes(r1 - r0, c1 - c0).items()}
             rects.append(Rectangle(r0, r1, c0, c1, fmt, tensors))
             desc = _rect_desc(rects[-1])
@@ -149,7 +151,7 @@ class Runtime:
         sparse = None
         if at["rowptr"]:
             sparse = Sparse(vector("rowptr", torch.int32, n + 1), vector("cols", torch.int32, at["nnz"]), vector("values", torch.float16, at["nnz"]))
-        return QTensor((n, k), rects, vector("perm_rows", torch.int32, n), vector("perm_cols", torch.int32, k), sparse)
+        return QTensor((n, k), rects, vector("perm_rows", torch.int32, n), vector("perm_cols", torch.int32, k), sparse).with_nested(p.nested)
 
     # ------------------------------------------------------------------------------------------------------------- kernels
 
@@ -226,7 +228,7 @@ class Runtime:
         """(name of the kernel of the first weight, all decisions in a line); the name is empty where there is no kernel, and the line says why."""
         call, keep = self.call(x, weights, [None] * len(weights), path)
         taken, text = self.library.explain(ctypes.addressof(call))
-        name = self.library.kernel_name(ctypes.addressof(call), "+".join(dict.fromkeys(p.format_name for p, _ in weights))) if taken else ""
+        name = self.library.kernel_name(ctypes.addressof(call), "+".join(dict.fromkeys(kernel_format(p.format_name) for p, _ in weights))) if taken else ""
         del keep
         return name, text
 

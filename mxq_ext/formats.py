@@ -1,20 +1,23 @@
 """Number formats of weights: their names, their bytes, and the formula that turns codes back into weights.
 
 This file and ``csrc/formats.h`` say the same thing twice, once for each language; ``python_tests/test_formats.py`` compares
-them. The grammar of the names::
+them. The nested formats are told here alone: native code is given their expanded form. The grammar of the names::
 
     w<bits>[g<group>][_asym|_fz][_bf16]    uniform, bits 1 to 6, 8      w4g64  w3g64_asym  w8
+    w<bits>g<group>_nest                   uniform, bits 2 to 4, with quantized scales and zeros   w3g32_nest
     nf4g<group>[_bf16]                     NormalFloat levels            nf4g64
     lut<bits>                              k-means table per output row  lut3
     fp16                                   plain half precision
 
 No ``g`` means one group per row. Without a suffix a uniform format is symmetric (the zero point is the constant
 ``2**(bits-1)``); ``_asym`` stores an integer zero point of ``bits`` bits per group, ``_fz`` a float minimum per group. One bit goes with ``_fz`` only.
+``_nest`` is ``_fz`` on disk with fewer bytes: scales and minima are codes of 3 bits themselves, in ranges that 16 neighbouring groups of a row share.
 The last group of a row may be ragged: it simply covers fewer columns.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import re
@@ -25,6 +28,9 @@ from .errors import FormatError
 UNIFORM_BITS = (1, 2, 3, 4, 5, 6, 8)
 LUT_BITS = (2, 3, 4)
 GROUPS = (32, 64, 128)
+NESTED_BITS = (2, 3, 4)
+NEST_BITS = 3  #: of a nested scale, and of a nested zero
+NEST_GROUPS = 16  #: neighbouring groups of a row that share a range of scales and one of zeros
 PAGE = 64  #: tokens of a page of the KV cache, the amount that is quantized at a time
 
 #: The 16 NormalFloat levels (QLoRA, Dettmers et al. 2023, appendix E): quantiles of N(0, 1) scaled to [-1, 1] with an exact zero.
@@ -61,6 +67,7 @@ class Format:
         group: columns that share one scale; 0 means the whole row.
         zero: ``"sym"``, ``"int"`` or ``"float"``; only uniform formats have the last two.
         scale_dtype: ``"fp16"`` or ``"bf16"``, the type of scales and of float zeros.
+        nested: scales and float zeros are stored as codes of ``NEST_BITS`` bits over ``NEST_GROUPS`` groups.
     """
 
     kind: str
@@ -68,6 +75,7 @@ class Format:
     group: int = 0
     zero: str = "sym"
     scale_dtype: str = "fp16"
+    nested: bool = False
 
     def __post_init__(self):
         legal = {"uniform": UNIFORM_BITS, "nf": (4,), "lut": LUT_BITS, "float": (16,)}
@@ -88,6 +96,10 @@ class Format:
         if self.scale_dtype not in ("fp16", "bf16") or (self.scale_dtype == "bf16" and not grouped):
             raise FormatError(f"scale dtype {self.scale_dtype!r} for a {self.kind} format", "scales are fp16 or bf16, and only of grouped formats",
                               "drop the suffix")
+        if self.nested and not (self.kind == "uniform" and self.bits in NESTED_BITS and self.group and (self.zero, self.scale_dtype) == ("float", "fp16")):
+            raise FormatError(f"nested scales for {dataclasses.replace(self, nested=False)}",
+                              f"they are those of uniform formats of {', '.join(map(str, NESTED_BITS))} bits with groups, float zeros and fp16 ranges",
+                              "write for example w3g32_nest")
 
     @staticmethod
     @functools.cache
@@ -96,23 +108,23 @@ class Format:
         if isinstance(name, Format):
             return name
         m = _NAME.fullmatch(name)
-        fix = "names look like w4g64, w3g64_asym, w4g32_fz, w8, nf4g64, lut3, fp16"
+        fix = "names look like w4g64, w3g64_asym, w4g32_fz, w3g32_nest, w8, nf4g64, lut3, fp16"
         if not m:
             raise FormatError(f"format {name!r}", "the name does not follow the grammar", fix)
-        zero, scale = "sym", "fp16"
+        zero, scale, nested = "sym", "fp16", False
         for s in filter(None, m["suffix"].split("_")):
-            if s in ("sym", "asym", "fz"):
-                zero = {"sym": "sym", "asym": "int", "fz": "float"}[s]
+            if s in ("sym", "asym", "fz", "nest"):
+                zero, nested = {"sym": "sym", "asym": "int", "fz": "float", "nest": "float"}[s], s == "nest"
             elif s in ("bf16", "fp16"):
                 scale = s
             else:
-                raise FormatError(f"format {name!r}", f"suffix _{s} is unknown (sym, asym, fz, bf16)", fix)
+                raise FormatError(f"format {name!r}", f"suffix _{s} is unknown (sym, asym, fz, nest, bf16)", fix)
         group = int(m["g"] or 0)
         if m["fp"]:
-            return Format("float", 16, group, zero, scale)
+            return Format("float", 16, group, zero, scale, nested)
         for kind, key in (("uniform", "w"), ("lut", "lut"), ("nf", "nf")):
             if m[key]:
-                return Format(kind, int(m[key]), group, zero, scale)
+                return Format(kind, int(m[key]), group, zero, scale, nested)
         raise AssertionError(name)
 
     @property
@@ -122,15 +134,23 @@ class Format:
             return "fp16"
         head = {"uniform": "w", "nf": "nf", "lut": "lut"}[self.kind] + str(self.bits)
         group = f"g{self.group}" if self.group else ""
-        zero = {"sym": "", "int": "_asym", "float": "_fz"}[self.zero]
+        zero = "_nest" if self.nested else {"sym": "", "int": "_asym", "float": "_fz"}[self.zero]
         return head + group + zero + ("_bf16" if self.scale_dtype == "bf16" else "")
 
     def __str__(self) -> str:
         return self.name
 
     @property
+    def expanded(self) -> Format:
+        """The format that kernels read a weight of this one in: with each scale and zero as it is (``_fz``) where they are nested, else the format itself."""
+        return dataclasses.replace(self, nested=False)
+
+    @property
     def native(self) -> tuple[int, int, int, int, int]:
-        """(kind, bits, zero, bf16, group) as native code counts them (csrc/formats.h, struct Format)."""
+        """(kind, bits, zero, bf16, group) as native code counts them (csrc/formats.h, struct Format). Raises FormatError for a nested one, which it does
+        not know."""
+        if self.nested:
+            raise FormatError(f"format {self} in native code", "kernels read scales and zeros that are expanded", "pass QTensor.expanded()")
         kinds, zeros = ("uniform", "nf", "lut", "float"), ("sym", "int", "float")
         return kinds.index(self.kind), self.bits, zeros.index(self.zero), int(self.scale_dtype == "bf16"), self.group
 
@@ -154,13 +174,17 @@ class Format:
         """Shape and dtype name of every stored tensor of a [rows, cols] rectangle, in storage order.
 
         ``codes`` and integer ``zeros`` are bit streams: row after row, each row padded to a whole byte, the code of column j at
-        bits ``[j*bits, (j+1)*bits)`` of its row, least significant bit first.
+        bits ``[j*bits, (j+1)*bits)`` of its row, least significant bit first. Nested ``scales`` and ``zeros`` are such streams of one code per group;
+        of each ``NEST_GROUPS`` groups the value of code c is ``steps * c + starts``, rounded to float32 and then to fp16.
         """
         half = {"fp16": "float16", "bf16": "bfloat16"}[self.scale_dtype]
         if self.kind == "float":
             return {"values": ((rows, cols), "float16")}
         out = {"codes": ((rows, math.ceil(cols * self.bits / 8)), "uint8")}
         g = self.groups(cols)
+        if self.nested:
+            stream, ranges = ((rows, math.ceil(g * NEST_BITS / 8)), "uint8"), ((rows, math.ceil(g / NEST_GROUPS)), half)
+            return out | {"scales": stream, "zeros": stream} | dict.fromkeys(("scale_steps", "scale_starts", "zero_steps", "zero_starts"), ranges)
         if self.kind == "lut":
             out["table"] = ((rows, self.levels), "float16")
         else:
@@ -178,3 +202,8 @@ class Format:
     def stored_bits(self, rows: int, cols: int) -> float:
         """Bits per weight that :meth:`nbytes` amounts to."""
         return 8 * self.nbytes(rows, cols) / (rows * cols)
+
+
+def kernel_format(name: str) -> str:
+    """What kernels read of a weight whose :attr:`QTensor.format_name` is ``name``: the same with every nested format in its expanded form."""
+    return "+".join(dict.fromkeys(n if n == "sparse" else Format.parse(n).expanded.name for n in name.split("+")))

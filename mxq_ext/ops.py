@@ -21,7 +21,7 @@ import torch
 from . import _native, cuda, env
 from ._native import set_target  # noqa: F401  (public: ops.set_target)
 from .errors import NativeError, ShapeError
-from .formats import Format
+from .formats import Format, kernel_format
 from .qtensor import TYPES, QTensor, Rectangle, Sparse
 
 #: How a linear reads x: exactly, with float32 products and sums; or rounded to int8 by groups, with exact integer sums (docs/formats.md).
@@ -36,36 +36,37 @@ class Packed:
         blob: uint8 [nbytes], one block that describes itself (csrc/blob.h); it may be copied, pickled and shared like any tensor.
         shape: (N, K).
         format_name: as :attr:`QTensor.format_name`.
+        nested: as :meth:`QTensor.nested`: the blob holds the expanded weight, and this is what the stored one has in its place.
     """
 
-    __slots__ = ("blob", "shape", "format_name")
+    __slots__ = ("blob", "shape", "format_name", "nested")
 
-    def __init__(self, blob: torch.Tensor, shape: tuple[int, int], format_name: str):
-        self.blob, self.shape, self.format_name = blob, tuple(shape), format_name
+    def __init__(self, blob: torch.Tensor, shape: tuple[int, int], format_name: str, nested: dict[int, dict[str, torch.Tensor]] | None = None):
+        self.blob, self.shape, self.format_name, self.nested = blob, tuple(shape), format_name, nested or {}
 
     @staticmethod
     def from_blob(blob: torch.Tensor) -> Packed:
-        """A Packed around bytes that :func:`prepack` made. Raises NativeError if they are something else."""
+        """A Packed around bytes that :func:`prepack` made (of a nested weight: of its expanded form). Raises NativeError if they are something else."""
         d = _describe(blob)
         return Packed(blob, (d["n"], d["k"]), d["format_name"])
 
     @property
     def nbytes(self) -> int:
-        """Bytes in memory (padding and header included; the bytes on disk are ``QTensor.nbytes()``)."""
-        return self.blob.numel()
+        """Bytes in memory (padding, header and ``nested`` included; the bytes on disk are ``QTensor.nbytes()``)."""
+        return self.blob.numel() + sum(t.numel() * t.element_size() for part in self.nested.values() for t in part.values())
 
     def clone(self) -> Packed:
         """The same weight in memory of its own."""
-        return Packed(self.blob.clone(), self.shape, self.format_name)
+        return Packed(self.blob.clone(), self.shape, self.format_name, {i: {n: t.clone() for n, t in part.items()} for i, part in self.nested.items()})
 
     def __repr__(self) -> str:
         return f"Packed({self.shape[0]} x {self.shape[1]}, {self.format_name}, {self.nbytes} bytes)"
 
     def __getstate__(self):
-        return self.blob, self.shape, self.format_name
+        return self.blob, self.shape, self.format_name, self.nested
 
     def __setstate__(self, state):
-        self.blob, self.shape, self.format_name = state
+        self.blob, self.shape, self.format_name, self.nested = state
 
 
 # ------------------------------------------------------------------------------------------------------------------ prepack
@@ -82,8 +83,8 @@ def _rectangle_tuple(r: Rectangle) -> tuple:
 
 
 def _canonical(q: QTensor) -> tuple[tuple, QTensor]:
-    """(what native code takes, a QTensor that keeps the memory behind its pointers alive)."""
-    whole = q.contiguous()
+    """(what native code takes, a QTensor that keeps the memory behind its pointers alive). Nested scales and zeros are expanded."""
+    whole = q.expanded().contiguous()
     s = whole.sparse
     args = (*whole.shape, [_rectangle_tuple(r) for r in whole.rectangles], _pointer(whole.perm_rows), _pointer(whole.perm_cols),
             *((0, 0, 0, 0) if s is None else (_pointer(s.rowptr), _pointer(s.cols), _pointer(s.values), s.values.numel())))
@@ -91,7 +92,8 @@ def _canonical(q: QTensor) -> tuple[tuple, QTensor]:
 
 
 def prepack(q: QTensor) -> Packed:
-    """Brings a weight into the layout of the CPU kernels. Lossless; :func:`unpack` is the inverse.
+    """Brings a weight into the layout of the CPU kernels. Lossless; :func:`unpack` is the inverse. Nested scales and zeros are expanded for the kernels,
+    and kept beside as they are stored.
 
     Validates ``q`` first (ShapeError), since native code trusts its index tensors. Runs on all torch threads.
     """
@@ -105,7 +107,7 @@ def prepack(q: QTensor) -> Packed:
     blob = torch.empty(_native.cpu.blob_nbytes(args), dtype=torch.uint8)
     _native.cpu.prepack(args, blob.data_ptr(), torch.get_num_threads())
     del keep
-    return Packed(blob, q.shape, q.format_name)
+    return Packed(blob, q.shape, q.format_name, q.nested())
 
 
 def _check_blob(blob: torch.Tensor) -> None:
@@ -152,7 +154,7 @@ def unpack(p: Packed | cuda.CudaPacked) -> QTensor:
     sparse = None
     if d["rowptr"]:
         sparse = Sparse(vector("rowptr", torch.int32, n + 1), vector("cols", torch.int32, nnz), vector("values", torch.float16, nnz))
-    return QTensor((n, k), rects, vector("perm_rows", torch.int32, n), vector("perm_cols", torch.int32, k), sparse)
+    return QTensor((n, k), rects, vector("perm_rows", torch.int32, n), vector("perm_cols", torch.int32, k), sparse).with_nested(p.nested)
 
 
 # ------------------------------------------------------------------------------------------------------------------- checks
@@ -360,6 +362,7 @@ def target() -> str:
 
 
 def _kernel_name(blob: torch.Tensor, format_name: str, rows: int, compute: str) -> str:
+    format_name = kernel_format(format_name)
     # fp16 is always a16: there is nothing to multiply in integers.
     if format_name.removesuffix("+sparse") == "fp16":
         compute = "a16"

@@ -6,16 +6,31 @@ that is added to them. Uniform layers are one rectangle; row bands, column bands
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from .errors import ShapeError
-from .formats import NF4_LEVELS, Format
+from .formats import NEST_BITS, NEST_GROUPS, NF4_LEVELS, Format
 from .pack import pack_codes, unpack_codes
 
 #: Types of activations and outputs, as native code counts them (csrc/cpu/linear.h and csrc/cuda/params.h, enum Type).
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def nested_value(step: torch.Tensor, start: torch.Tensor, code: torch.Tensor) -> torch.Tensor:
+    """The nested scale or zero of a code: float32 whose value is one of fp16. All float32 (the code too), of shapes that broadcast."""
+    return (step * code + start).half().float()
+
+
+def nested_codes(values: torch.Tensor, steps: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
+    """Codes uint8 [N, G] whose nested values lie nearest to ``values`` float32 [N, G], by ranges ``steps``, ``starts`` float32 [N, S]; ties take the lower.
+
+    By comparison with all of them: so a value that a code stands for gets a code of that value, however far fp16 spreads or merges them.
+    """
+    offered = nested_value(steps[..., None], starts[..., None], torch.arange(1 << NEST_BITS, dtype=torch.float32))  # [N, S, codes]
+    offered = offered.repeat_interleave(NEST_GROUPS, dim=1)[:, : values.shape[1]]
+    return (offered - values[..., None]).abs().argmin(-1).to(torch.uint8)
 
 
 @dataclass
@@ -40,10 +55,22 @@ class Rectangle:
         """Unpacked codes, uint8 [rows, cols]."""
         return unpack_codes(self.tensors["codes"], self.format.bits, self.c1 - self.c0)
 
+    def scales(self) -> torch.Tensor:
+        """Scales of a uniform or nf format as float32 [rows, groups]."""
+        return self._nested("scale") if self.format.nested else self.tensors["scales"].float()
+
+    def _nested(self, what: str) -> torch.Tensor:
+        """``"scale"`` or ``"zero"``: the values that its codes stand for."""
+        codes = unpack_codes(self.tensors[f"{what}s"], NEST_BITS, self.format.groups(self.shape[1])).float()
+        step, start = (self.tensors[f"{what}_{part}"].float().repeat_interleave(NEST_GROUPS, dim=1)[:, : codes.shape[1]] for part in ("steps", "starts"))
+        return nested_value(step, start, codes)
+
     def zeros(self) -> torch.Tensor:
         """Zero points as float32 [rows, groups] (the constant of the format when it is symmetric)."""
         rows, cols = self.shape
         g = self.format.groups(cols)
+        if self.format.nested:
+            return self._nested("zero")
         if self.format.zero == "sym":
             return torch.full((rows, g), float(self.format.symmetric_zero))
         if self.format.zero == "int":
@@ -68,11 +95,18 @@ class Rectangle:
         def spread(t):
             return t.repeat_interleave(width, dim=1)[:, :cols]
 
-        s = spread(self.tensors["scales"].float())
+        s = spread(self.scales())
         if f.kind == "nf":
             return s * torch.tensor(NF4_LEVELS, dtype=torch.float32)[q.long()]
         z = spread(self.zeros())
         return s * q.float() + z if f.zero == "float" else s * (q.float() - z)
+
+    def expanded(self) -> Rectangle:
+        """The same weights in :attr:`Format.expanded`; itself where nothing is nested."""
+        if not self.format.nested:
+            return self
+        tensors = {"codes": self.tensors["codes"], "scales": self.scales().half(), "zeros": self.zeros().half()}
+        return Rectangle(self.r0, self.r1, self.c0, self.c1, self.format.expanded, tensors)
 
     def nbytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in self.tensors.values())
@@ -114,19 +148,27 @@ class QTensor:
     info: dict = field(default_factory=dict)  #: what the quantizer reports (method, damping, error); not needed to dequantize
 
     @staticmethod
-    def from_codes(fmt: Format | str, codes: torch.Tensor, *, scales=None, zeros=None, table=None, perm_rows=None, perm_cols=None) -> QTensor:
-        """One rectangle from codes [N, K] and float scales / zeros [N, groups] or table [N, 2**bits], rounded to their stored types."""
+    def from_codes(fmt: Format | str, codes: torch.Tensor, *, scales=None, zeros=None, table=None, perm_rows=None, perm_cols=None, **ranges) -> QTensor:
+        """One rectangle from codes [N, K] and float scales / zeros [N, groups] or table [N, 2**bits], rounded to their stored types.
+
+        ``ranges``: of a nested format also scale_steps, scale_starts, zero_steps, zero_starts, float [N, ceil(groups / NEST_GROUPS)].
+        """
         fmt = Format.parse(fmt)
         n, k = codes.shape
         half = torch.bfloat16 if fmt.scale_dtype == "bf16" else torch.float16
         t = {"codes": pack_codes(codes, fmt.bits)}
         if table is not None:
             t["table"] = table.to(torch.float16).contiguous()
-        if scales is not None:
+        if fmt.nested:
+            ranges = {name: r.to(half).contiguous() for name, r in ranges.items()}
+            for what, values in (("scale", scales), ("zero", zeros)):
+                t[f"{what}s"] = pack_codes(nested_codes(values, ranges[f"{what}_steps"].float(), ranges[f"{what}_starts"].float()), NEST_BITS)
+            t |= ranges
+        elif scales is not None:
             t["scales"] = scales.to(half).contiguous()
         if fmt.zero == "int":
             t["zeros"] = pack_codes(zeros.round().to(torch.int64), fmt.bits)
-        elif fmt.zero == "float":
+        elif fmt.zero == "float" and not fmt.nested:
             t["zeros"] = zeros.to(half).contiguous()
         q = QTensor((n, k), [Rectangle(0, n, 0, k, fmt, t)], perm_rows, perm_cols)
         q.validate()
@@ -197,6 +239,22 @@ class QTensor:
                     Sparse(get("sparse.rowptr"), get("sparse.cols"), get("sparse.values")) if meta["sparse"] else None)
         q.validate(prefix.rstrip("."))
         return q
+
+    def expanded(self) -> QTensor:
+        """The same weight with nothing nested, as kernels read it; itself where nothing is. Bit for bit the same when dequantized."""
+        if not any(r.format.nested for r in self.rectangles):
+            return self
+        return QTensor(self.shape, [r.expanded() for r in self.rectangles], self.perm_rows, self.perm_cols, self.sparse, self.info)
+
+    def nested(self) -> dict[int, dict[str, torch.Tensor]]:
+        """What :meth:`expanded` loses: copies of all tensors but the codes of nested rectangles, by the rectangle's index. Empty where nothing is nested."""
+        return {i: {name: t.clone() for name, t in r.tensors.items() if name != "codes"} for i, r in enumerate(self.rectangles) if r.format.nested}
+
+    def with_nested(self, nested: dict[int, dict[str, torch.Tensor]]) -> QTensor:
+        """Inverse of :meth:`expanded`, of what :meth:`nested` gave: the weight as it is stored."""
+        rects = [Rectangle(r.r0, r.r1, r.c0, r.c1, replace(r.format, nested=True), {"codes": r.tensors["codes"], **nested[i]}) if i in nested else r
+                 for i, r in enumerate(self.rectangles)]
+        return QTensor(self.shape, rects, self.perm_rows, self.perm_cols, self.sparse, self.info)
 
     def contiguous(self) -> QTensor:
         """The same weight with every tensor contiguous, as native code reads them; tensors that are so already are shared. Without ``info``."""

@@ -44,7 +44,6 @@ def dequantize_rectangle(r: Rectangle) -> np.ndarray:
     f: Format = r.format
     rows, cols = r.shape
     out = np.zeros((rows, cols))
-    bf16 = f.scale_dtype == "bf16"
     if f.kind == "float":
         for i, row in enumerate(_rows(r.tensors["values"])):
             out[i] = [read_half(row[2 * j : 2 * j + 2]) for j in range(cols)]
@@ -57,11 +56,11 @@ def dequantize_rectangle(r: Rectangle) -> np.ndarray:
             table = [read_half(stored["table"][i][2 * q : 2 * q + 2]) for q in range(2**f.bits)]
             out[i] = [table[q] for q in codes]
             continue
-        scales = [read_half(stored["scales"][i][2 * g : 2 * g + 2], bf16) for g in range(groups)]
+        scales = _constants(stored, "scale", i, groups, f)
         if f.zero == "int":
             zeros = read_stream(stored["zeros"][i], f.bits, groups)
         elif f.zero == "float":
-            zeros = [read_half(stored["zeros"][i][2 * g : 2 * g + 2], bf16) for g in range(groups)]
+            zeros = _constants(stored, "zero", i, groups, f)
         else:
             zeros = [2 ** (f.bits - 1)] * groups
         for j, q in enumerate(codes):
@@ -73,6 +72,15 @@ def dequantize_rectangle(r: Rectangle) -> np.ndarray:
             else:
                 out[i, j] = scales[g] * (q - zeros[g])
     return out
+
+
+def _constants(stored: dict[str, list[bytes]], what: str, i: int, groups: int, f: Format) -> list[float]:
+    """Scales or float zeros (``what``: "scale", "zero") of row i: stored as they are, or nested, as codes of 3 bits in a range for each 16 groups."""
+    bf16, row = f.scale_dtype == "bf16", stored[f"{what}s"][i]
+    if not f.nested:
+        return [read_half(row[2 * g : 2 * g + 2], bf16) for g in range(groups)]
+    steps, starts = ([read_half(stored[f"{what}_{part}"][i][2 * s : 2 * s + 2]) for s in range(-(-groups // 16))] for part in ("steps", "starts"))
+    return [float(np.float16(np.float32(steps[g // 16] * code + starts[g // 16]))) for g, code in enumerate(read_stream(row, 3, groups))]
 
 
 def dequantize(q: QTensor, rectangle=dequantize_rectangle) -> np.ndarray:

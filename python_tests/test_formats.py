@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from mxq_ext import _native
 from mxq_ext.errors import FormatError
-from mxq_ext.formats import GROUPS, NF4_LEVELS, Format
+from mxq_ext.formats import GROUPS, NF4_LEVELS, Format, kernel_format
 from mxq_ext.qtensor import QTensor
-from mxq_ext.testing.cases import FORMATS, random_qtensor
+from mxq_ext.testing.cases import FORMATS, NESTED, random_qtensor
 
 ROOT = Path(__file__).parents[1]
 
@@ -51,7 +51,7 @@ def test_canonical_bytes_agree(fmt, rows, cols):
     assert _native.cpu.canonical_nbytes(fmt.native, rows, cols) == fmt.nbytes(rows, cols) == rows * sum(width.values())
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", [*FORMATS, *NESTED])
 def test_nbytes_is_what_the_tensors_take(name):
     q = random_qtensor(name, 7, 100)
     fmt = Format.parse(name)
@@ -60,7 +60,8 @@ def test_nbytes_is_what_the_tensors_take(name):
 
 
 @pytest.mark.parametrize("name,bits", [("w2g64", 2.25), ("w3g64_asym", 3 + 19 / 64), ("w4g64", 4.25), ("w4g32_fz", 5.0), ("w8", 8 + 16 / 4096),
-                                       ("nf4g64", 4.25), ("lut3", 3 + 128 / 4096), ("fp16", 16.0)])
+                                       ("nf4g64", 4.25), ("lut3", 3 + 128 / 4096), ("fp16", 16.0),
+                                       ("w3g32_nest", 3 + 6 / 32 + 64 / 512), ("w4g64_nest", 4 + 6 / 64 + 64 / 1024), ("w2g128_nest", 2 + 6 / 128 + 64 / 2048)])
 def test_stored_bits_by_hand(name, bits):
     assert Format.parse(name).stored_bits(4096, 4096) == pytest.approx(bits, abs=1e-12)
 
@@ -79,7 +80,8 @@ def test_nf4_levels_agree_and_are_quantiles():
 
 @pytest.mark.parametrize("name,rule", [("w7g64", "bits must be one of"), ("w4g48", "group must be one of"), ("lut3g64", "lut formats have no groups"),
                                        ("nf4g64_asym", "only uniform"), ("lut4_bf16", "scales are fp16 or bf16"), ("w4g64_zz", "suffix _zz is unknown"),
-                                       ("w1g64", "two levels need a float zero"),
+                                       ("w1g64", "two levels need a float zero"), ("w5g32_nest", "uniform formats of 2, 3, 4 bits"), ("w3_nest", "with groups"),
+                                       ("w3g32_nest_bf16", "fp16 ranges"), ("nf4g32_nest", "only uniform"),
                                        ("int4", "does not follow the grammar"), ("nf3", "bits must be one of"), ("", "does not follow the grammar")])
 def test_wrong_names_are_refused_with_the_rule(name, rule):
     with pytest.raises(FormatError, match=rule):
@@ -93,13 +95,30 @@ def test_unknown_kind_and_zero():
         Format("uniform", 4, zero="half")
 
 
+@pytest.mark.parametrize("name", NESTED)
+def test_nested_formats_are_known_to_the_checkpoint_alone(name):
+    fmt = Format.parse(name)
+    assert fmt.name == name and fmt.nested and fmt.expanded.name == name.replace("_nest", "_fz") and fmt.expanded.expanded == fmt.expanded
+    with pytest.raises(FormatError, match="kernels read scales and zeros that are expanded"):
+        fmt.native  # noqa: B018 (the access raises)
+    assert kernel_format(f"{name}+w8+{fmt.expanded}+sparse") == f"{fmt.expanded}+w8+sparse"
+
+
+@given(st.sampled_from(NESTED), st.integers(1, 40), st.integers(1, 3000))
+def test_nested_bytes_by_hand(name, rows, cols):
+    fmt = Format.parse(name)
+    groups = -(-cols // fmt.group)
+    spans = -(-groups // 16)
+    assert fmt.nbytes(rows, cols) == rows * (-(-cols * fmt.bits // 8) + 2 * (-(-groups * 3 // 8)) + 8 * spans)
+
+
 def test_document_is_up_to_date():
     spec = importlib.util.spec_from_file_location("make_formats", ROOT / "docs" / "make_formats.py")
     make_formats = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(make_formats)
     text = (ROOT / "docs" / "formats.md").read_text(encoding="utf-8")
     assert text == make_formats.render(), "run `python docs/make_formats.py`"
-    for f in ALL:
+    for f in [*ALL, *map(Format.parse, NESTED)]:
         if f.scale_dtype == "fp16":
             assert f"| `{f.name}` |" in text
 

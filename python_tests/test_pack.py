@@ -15,8 +15,8 @@ from mxq_ext.errors import NativeError, ShapeError
 from mxq_ext.formats import UNIFORM_BITS, Format
 from mxq_ext.ops import Packed
 from mxq_ext.pack import pack_codes, unpack_codes
-from mxq_ext.qtensor import QTensor, Rectangle
-from mxq_ext.testing.cases import FORMATS, LAYOUTS, SHAPES, random_qtensor
+from mxq_ext.qtensor import QTensor, Rectangle, nested_codes, nested_value
+from mxq_ext.testing.cases import FORMATS, LAYOUTS, NESTED, NESTED_LAYOUT, SHAPES, random_qtensor, random_x
 
 
 def same(a: QTensor, b: QTensor) -> bool:
@@ -67,7 +67,7 @@ def test_prepack_unpack_and_dequantize(name):
             assert torch.equal(values, w), (n, k)
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", [*FORMATS, *NESTED])
 def test_dequantize_is_the_document_rounded_once(name):
     for n, k in ((3, 31), (2, 161)):
         q = random_qtensor(name, n, k, seed=n)
@@ -83,6 +83,52 @@ def test_layouts(layout):
     assert torch.equal(ops.dequantize(p), w) and torch.equal(ops.dequantize_ref(p), w)
     # The float32 sum of a dense and a sparse value rounds once more.
     assert np.allclose(w.numpy(), reference.dequantize(q), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", NESTED)
+def test_a_nested_weight_is_stored_as_it_is_and_computed_as_its_expanded_form(name):
+    for i, (n, k) in enumerate((*SHAPES, (3, 32 * 16 + 1), (2, 2100))):
+        q = random_qtensor(name, n, k, seed=i)
+        wide = q.expanded()
+        assert wide.format_name == name.replace("_nest", "_fz") and wide.expanded() is wide and wide.nested() == {}
+        assert np.array_equal(q.dequantize().numpy(), wide.dequantize().numpy())
+        p, plain = ops.prepack(q), ops.prepack(wide)
+        assert same(ops.unpack(p), q) and same(QTensor.from_tensors(q.meta(), q.to_tensors()), q), (n, k)
+        assert torch.equal(p.blob, plain.blob) and p.format_name == name and p.nbytes > plain.nbytes
+        for values in (ops.dequantize(p), ops.dequantize_ref(p), ops.dequantize_ref(q), ops.embedding(torch.arange(n), p)):
+            assert torch.equal(values, q.dequantize()), (n, k)
+        x = random_x(3, k, seed=i)
+        for mode in ("a16", "a8"):
+            assert torch.equal(ops.linear(x, p, compute=mode), ops.linear(x, plain, compute=mode))
+            assert torch.equal(ops.linear_ref(x, q, compute=mode), ops.linear_ref(x, wide, compute=mode))
+        assert ops.explain(p, 1) == ops.explain(plain, 1)
+
+
+def test_a_nested_weight_among_others_survives_copies_and_files():
+    q = NESTED_LAYOUT.make()
+    p = ops.prepack(q)
+    assert p.format_name == q.format_name == "w3g32_nest+w8+w4g64_nest+sparse" and set(p.nested) == {0, 2}
+    assert np.allclose(q.dequantize().numpy(), reference.dequantize(q), rtol=1e-6, atol=1e-7)
+    for other in (p, p.clone(), copy.deepcopy(p), pickle.loads(pickle.dumps(p))):
+        assert same(ops.unpack(other), q) and torch.equal(ops.dequantize(other), q.dequantize()) and other.nbytes == p.nbytes
+    q.rectangles[0].tensors["scale_steps"].zero_()
+    assert not torch.equal(ops.unpack(p).rectangles[0].tensors["scale_steps"], q.rectangles[0].tensors["scale_steps"]), "what is packed is its own"
+    assert same(ops.unpack(Packed.from_blob(p.blob)), ops.unpack(p).expanded())  # the bytes of the kernels alone know no nesting
+    del q.rectangles[0].tensors["zero_starts"]
+    with pytest.raises(ShapeError, match=r"must have tensors \['codes', 'scale_starts'.*'zero_starts'"):
+        ops.prepack(q)
+
+
+def test_codes_of_nested_values_are_found_again_where_fp16_merges_them():
+    """Steps below fp16's spacing, steps of zero, and values that no code has."""
+    starts = torch.tensor([[0.1, 1.0], [2.0**-24, 60000.0]])
+    steps = torch.tensor([[1e-5, 0.0], [2.0**-24, 700.0]])
+    codes = torch.randint(0, 8, (2, 21), generator=torch.Generator().manual_seed(0))
+    wide = [t.repeat_interleave(16, 1)[:, :21] for t in (steps, starts)]
+    values = nested_value(*wide, codes.float())
+    found = nested_codes(values, steps, starts)
+    assert torch.equal(nested_value(*wide, found.float()), values) and torch.equal(found[1, :16].long(), codes[1, :16])
+    assert nested_codes(torch.tensor([[0.0, 0.24, 0.26, 9.0]]), torch.tensor([[0.5]]), torch.zeros(1, 1)).tolist() == [[0, 0, 1, 7]]
 
 
 def stripe(words: list[int], bits: int) -> list[int]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..formats import UNIFORM_BITS, Format
+from ..formats import GROUPS, NEST_BITS, NESTED_BITS, UNIFORM_BITS, Format
 from ..qtensor import QTensor, Rectangle, Sparse
 
 #: Every uniform format, zero kind and scale type once, and every other format.
@@ -19,6 +19,8 @@ FORMATS = (
     *(f"w{bits}g64{zero}_bf16" for bits in UNIFORM_BITS[1:] for zero in ("", "_asym", "_fz")),
     "nf4g32", "nf4g64", "nf4g128", "nf4", "nf4g64_bf16", "lut2", "lut3", "lut4", "fp16",
 )
+#: Formats that are stored so and read in their expanded form: they go through packing, never through the sweeps over kernels.
+NESTED = tuple(f"w{bits}g{group}_nest" for bits in NESTED_BITS for group in GROUPS)
 #: What a benchmark shows when nothing is asked for.
 BENCH_FORMATS = ("w1g128_fz", "w2g128", "w3g128", "w4g128", "w4g64_asym", "w5g128", "w6g128", "w8", "nf4g64", "lut2", "lut3", "lut4", "fp16")
 
@@ -42,6 +44,11 @@ def random_rectangle(fmt: Format | str, r0: int, r1: int, c0: int, c1: int, gene
         return Rectangle(r0, r1, c0, c1, fmt, {"values": normal(n, k).half()})
     t = {"codes": _random_stream(n, k, fmt.bits, generator)}
     groups = fmt.groups(k)
+    if fmt.nested:
+        spans = fmt.tensor_shapes(n, k)["scale_steps"][0]
+        t |= {what: _random_stream(n, groups, NEST_BITS, generator) for what in ("scales", "zeros")}
+        t |= {"scale_steps": (normal(*spans) * 0.02).half(), "scale_starts": (normal(*spans) * 0.1).half()}
+        return Rectangle(r0, r1, c0, c1, fmt, t | {"zero_steps": (normal(*spans) * 0.2).half(), "zero_starts": normal(*spans).half()})
     if fmt.kind == "lut":
         t["table"] = normal(n, fmt.levels).half()
     else:
@@ -106,6 +113,11 @@ LAYOUTS = (
     Layout("five-six-and-one", (40, 150), ((0, 24, 0, 150, "w5g64_asym"), (24, 40, 0, 70, "w6g32"), (24, 40, 70, 150, "w1g64_fz")), rows=True, sparse=20),
     Layout("one-row-and-column", (1, 33), ((0, 1, 0, 1, "fp16"), (0, 1, 1, 33, "w2g32_asym")), cols=True),
 )
+
+
+#: Mixed with others, permuted, and with a sparse part.
+NESTED_LAYOUT = Layout("nested", (40, 700), ((0, 24, 0, 640, "w3g32_nest"), (0, 24, 640, 700, "w8"), (24, 40, 0, 700, "w4g64_nest")), rows=True, cols=True,
+                       sparse=50)
 
 
 def random_x(m: int, k: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
