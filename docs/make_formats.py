@@ -42,11 +42,12 @@ stores
 | `scales`, `zeros` | `uint8 [R, ceil(G * {bits} / 8)]`, bit streams of one code per group |
 | `scale_steps`, `scale_starts`, `zero_steps`, `zero_starts` | `fp16 [R, S]` each |
 
-The last {groups} groups of a row may be fewer. Whole groups of {groups} * 32 columns take 0.3125 bits per weight beside the codes with g32, where `_fz` takes 1.
+The last {groups} groups of a row may be fewer. Where they are whole, `w3g32_nest` takes 0.3125 bits per weight beside its codes, `w3g32_fz` takes 1.
 
-Kernels do not know these formats. When a weight is packed, for CPUs or for CUDA, its scales and zeros are expanded to those of `_fz`, which are fp16 values,
-so that all kernels give the very weights that the checkpoint holds; the codes of scales and zeros are kept beside, from which `save` writes the checkpoint
-again, bit for bit. So memory while running is that of `_fz` and those codes, and only the checkpoint is smaller. Plans count the checkpoint.
+Kernels do not know these formats. When a weight is packed, for CPUs or for CUDA, its scales and zeros are expanded to those of `_fz`, which are
+fp16 values, so that all kernels give the very weights that the checkpoint holds; the codes of scales and zeros are kept beside, from which
+`save` writes the checkpoint again, bit for bit. So memory while running is that of `_fz` and those codes, and only the checkpoint is smaller. Plans
+count the checkpoint.
 """
 
 

@@ -27,7 +27,7 @@ from .plan.language import Preset
 from .plan.rules import METHODS, double_pointer
 from .plan.schema import COL_TILE, ROW_TILE, Bands, Cut, Plan, Tiles, entry_json, spans
 from .progress import SILENT, Progress
-from .qtensor import QTensor, Rectangle, Sparse
+from .qtensor import QTensor, Rectangle
 from .quantizers import prepare_hessian, quantize
 from .sensitivity import lines
 from .stats import Stats
@@ -392,8 +392,7 @@ def compose(weight: torch.Tensor, layout: Layout, preset: Preset, *, hessian: to
 
     Row bands share the second moment. Column bands are quantized from the narrowest to the widest: with GPTQ each is rounded under what later bands
     cannot absorb of its error, the Schur complement of H, and they then take up what they can; so the widest absorb the errors of all, as GPTQ with
-    columns in this order does. Tiles: the same for the rows of each pattern of columns. Exact elements count nothing in the fit of the others, and the
-    sparse part holds what is missing at their places.
+    columns in this order does. Tiles: the same for the rows of each pattern of columns. Exact elements: as ``quantize`` has them.
     """
     options, method, decision = dict(preset.options), preset.method, layout.decision
     if hessian is None and method in ("auto", "gptq"):  # a lookup's rows do not interact
@@ -403,10 +402,7 @@ def compose(weight: torch.Tensor, layout: Layout, preset: Preset, *, hessian: to
         return quantize(w.contiguous(), fmt, method=method, **{k: v for k, v in seen.items() if v is not None}, **options)
 
     if layout.exact is not None:
-        base = decision.parts[0][1]
-        importance = torch.ones_like(weight) if fisher is None else fisher
-        q = part(weight, base, fisher=importance.masked_fill(layout.exact, 0.0), hessian=hessian if method == "gptq" else None)
-        return _with_sparse(q, weight, layout.exact)
+        return part(weight, decision.parts[0][1], hessian=hessian, fisher=fisher, exact=layout.exact)
     if isinstance(decision, Format):
         return part(weight, decision, hessian=hessian, fisher=fisher)
     if isinstance(decision, Tiles):
@@ -473,13 +469,3 @@ def _checked(weight: torch.Tensor, rects: list[Rectangle], **permutation) -> QTe
     q = QTensor(tuple(weight.shape), rects, **permutation)
     q.validate()
     return q
-
-
-def _with_sparse(q: QTensor, weight: torch.Tensor, exact: torch.Tensor) -> QTensor:
-    """``q`` with what it lacks of ``weight`` at the places ``exact``, in fp16."""
-    counts, places = exact.sum(1), exact.nonzero()
-    rowptr = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)]).int()
-    values = (weight - q.dequantize())[exact].half()
-    out = QTensor(q.shape, q.rectangles, q.perm_rows, q.perm_cols, Sparse(rowptr, places[:, 1].int().contiguous(), values), q.info)
-    out.validate()
-    return out

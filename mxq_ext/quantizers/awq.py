@@ -34,6 +34,8 @@ class AwqOptions:
 
 
 def applies(fmt: Format):
+    if fmt.nested:
+        return f"AWQ clips each group for itself, and 16 groups of {fmt} share a range of scales", f"use {fmt.expanded}, or the method gptq or rtn"
     if fmt.kind != "lut":
         return None
     return f"AWQ clips ranges, and {fmt} has fitted tables", "use method='kmeans', or 'gptq' with a Hessian"

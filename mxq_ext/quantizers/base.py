@@ -19,7 +19,7 @@ import torch
 
 from ..errors import QuantizationError, ShapeError
 from ..formats import Format
-from ..qtensor import QTensor
+from ..qtensor import QTensor, Sparse
 from .hessian import HessianFactor
 
 FP16_MAX = torch.finfo(torch.float16).max
@@ -29,23 +29,24 @@ FP16_MAX = torch.finfo(torch.float16).max
 class Method:
     """A registered quantizer.
 
-    ``applies(fmt)`` is None when the method can fill the format, else a pair (rule, fix) for the error message.
+    ``applies(fmt)`` is None when the method can fill the format, else a pair (rule, fix) for the error message. ``sparse``: ``run`` also takes ``exact``.
     """
 
     name: str
     options: type
     run: Callable
     applies: Callable[[Format], tuple[str, str] | None]
+    sparse: bool = False
 
 
 METHODS: dict[str, Method] = {}
 
 
-def register(name: str, options: type, applies: Callable[[Format], tuple[str, str] | None]):
+def register(name: str, options: type, applies: Callable[[Format], tuple[str, str] | None], sparse: bool = False):
     """Decorator: adds ``run`` to the registry under ``name``."""
 
     def add(run):
-        METHODS[name] = Method(name, options, run, applies)
+        METHODS[name] = Method(name, options, run, applies, sparse)
         return run
 
     return add
@@ -86,7 +87,7 @@ def need(ok: bool, option: str, value, rule: str) -> None:
 
 
 def quantize(weight: torch.Tensor, fmt: Format | str, *, method: str = "gptq", hessian: torch.Tensor | HessianFactor | None = None,
-             fisher: torch.Tensor | None = None, **options) -> QTensor:
+             fisher: torch.Tensor | None = None, exact: torch.Tensor | None = None, **options) -> QTensor:
     """Quantizes one weight.
 
     Args:
@@ -96,6 +97,8 @@ def quantize(weight: torch.Tensor, fmt: Format | str, *, method: str = "gptq", h
         hessian: [K, K] second moment of the layer's input, mean over tokens of w_t x_t x_t^T, or a HessianFactor that several
             weights and formats share (see :func:`prepare_hessian`). Needed by gptq; the others use its diagonal as importance.
         fisher: [N, K] mean squared gradients >= 0; the weights of k-means when given.
+        exact: bool [N, K], elements for a sparse fp16 part (rtn, gptq, kmeans). They count nothing in the fit of ranges and tables, and the result's sparse
+            part holds what is missing at their places: of the weight, or with gptq of what error feedback makes of it there, so that they pass no error on.
         options: see the option dataclass of the method.
 
     Returns:
@@ -116,13 +119,17 @@ def quantize(weight: torch.Tensor, fmt: Format | str, *, method: str = "gptq", h
     w = check_weight(weight, fmt)
     h = check_hessian(hessian, w, fmt)
     f = check_fisher(fisher, w, fmt)
+    _check_exact(exact, w, fmt)
+    if exact is not None and not entry.sparse:
+        able = ", ".join(name for name, m in sorted(METHODS.items()) if m.sparse)
+        raise QuantizationError(f"quantizing to {fmt} with {method} and exact elements", f"methods that leave elements out are {able}", "use one of them")
     if fmt.kind == "float":
-        q, report = _round(w), {"method": "round"}
+        q, report = with_sparse(_round(w), w, exact), {"method": "round"}
     else:
         bad = entry.applies(fmt)
         if bad is not None:
             raise QuantizationError(f"quantizing to {fmt} with {method}", *bad)
-        q, report = entry.run(w, fmt, opts, hessian=h, fisher=f)
+        q, report = entry.run(w, fmt, opts, hessian=h, fisher=f, **({} if exact is None else {"exact": exact}))
     weight_error, output_error = errors(w, q.dequantize(), h.matrix if isinstance(h, HessianFactor) else h)
     if not math.isfinite(weight_error):
         # Finite bf16 scales whose products with codes are not: only weights near the end of float32 get here.
@@ -211,10 +218,32 @@ def check_fisher(fisher, w: torch.Tensor, fmt: Format):
     return f
 
 
+def _check_exact(exact, w: torch.Tensor, fmt: Format) -> None:
+    """Raises ShapeError for a mask of exact elements that is none."""
+    if exact is not None and (tuple(exact.shape) != tuple(w.shape) or exact.dtype != torch.bool):
+        raise ShapeError(f"quantizing a weight of {w.shape[0]} x {w.shape[1]} to {fmt}",
+                         f"exact elements are a bool mask of the same shape, it is {str(exact.dtype)[6:]} {tuple(exact.shape)}", "pass one value per weight")
+
+
+def with_sparse(q: QTensor, target: torch.Tensor, exact: torch.Tensor | None) -> QTensor:
+    """``q`` with a sparse part that makes it ``target`` float32 [N, K] (to fp16's precision) at the places ``exact``; ``q`` itself where that is None."""
+    if exact is None:
+        return q
+    counts, places = exact.sum(1), exact.nonzero()
+    rowptr = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)]).int()
+    values = (target - q.dequantize())[exact]
+    if values.numel():
+        check_half(values, Format.parse("fp16"), "sparse value")
+    out = QTensor(q.shape, q.rectangles, q.perm_rows, q.perm_cols, Sparse(rowptr, places[:, 1].int().contiguous(), values.half()), q.info)
+    out.validate()
+    return out
+
+
 def check_half(values: torch.Tensor, fmt: Format, what: str) -> None:
     """Refuses magnitudes that the stored 16-bit type cannot hold; a silent inf would only show up as NaN logits."""
     if fmt.scale_dtype == "fp16" and (most := float(values.abs().max())) > FP16_MAX:
         fix = "use its _bf16 variant" if fmt.kind in ("uniform", "nf") else "use a uniform format with bf16 scales, such as w8_bf16"
+        fix = f"use {fmt.expanded}_bf16" if fmt.nested else fix
         raise QuantizationError(f"quantizing to {fmt}", f"a {what} of {most:g} exceeds fp16's largest value {FP16_MAX:g}", fix)
 
 

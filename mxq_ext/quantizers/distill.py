@@ -73,7 +73,8 @@ def distill(model: nn.Module, start: Mapping[str, QTensor], tokens: torch.Tensor
         tokens: calibration windows [W, T].
         directory: where the state is kept every few steps; a run that was stopped goes on from it and ends with the same bits.
 
-    Weights outside of the decoder blocks (embedding, head) are used as they are quantized, and stay so. Rectangles of fp16 or more than five bits stay, too.
+    Weights outside of the decoder blocks (embedding, head) are used as they are quantized, and stay so. Rectangles of fp16, of more than five bits and with
+    nested scales stay, too.
     ``info`` of each QTensor of a block says ``distill_kl_start`` and ``distill_kl_end``: the mean training loss of the first and of the last quarter of the
     steps.
 
@@ -83,7 +84,8 @@ def distill(model: nn.Module, start: Mapping[str, QTensor], tokens: torch.Tensor
     tokens = check_tokens(tokens).to(torch.int64)
     run = _Distillation(model, start, tokens, options, directory, progress)
     if not run.learned:
-        raise QuantizationError("distillation", "no weight in the decoder blocks has constants of five bits or fewer", "leave it out for this plan")
+        raise QuantizationError("distillation", "no weight in the decoder blocks has constants of five bits or fewer that are not nested",
+                                "leave it out for this plan")
     with frozen(run.student), frozen(model):
         return run.go()
 
@@ -114,7 +116,7 @@ class _Distillation:
         self.linears = [[n for n in names if n in self.start] for names in linears_of(self.student)[0]]  # quantized ones of each block
         inside = {n for names in self.linears for n in names}
         found = {n: LearnedWeight(self.modules[n].weight, self.start[n]) for n in inside}
-        self.learned = {n: w for n, w in sorted(found.items()) if w.learnable}
+        self.learned = {n: w for n, w in sorted(found.items()) if any(w.constants())}
         for name, q in self.start.items():
             self.modules[name].weight.data = self.learned[name].value() if name in self.learned else q.dequantize()
         self.norms = {n: p for n, p in self.student.named_parameters() if p.dim() == 1 and "norm" in n.lower()} if options.norms else {}

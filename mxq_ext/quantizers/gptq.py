@@ -12,6 +12,12 @@ usual diag(H) clearly (docstring of :class:`GptqOptions`).
 
 Two repairs lower tr(dW H dW^T) further and never raise it: ``cd_passes`` sweeps of coordinate descent over the codes (QuantEase,
 Behdin et al. 2023, arXiv 2309.01885), then ``refit``, which solves for the scales (and float zeros) of the final codes.
+
+Nested scales: without ``act_order`` the groups that share a range are fitted together, when the first of them is reached; ``refit`` chooses among the values
+that the range offers.
+
+Exact elements (a sparse part, as in SpQR, Dettmers et al. 2023) take the target itself in place of the nearest code: no error is left there to be passed on,
+and what other columns have left is made good. They count nothing in the fit of scales, and the repairs move them freely.
 """
 
 from __future__ import annotations
@@ -21,12 +27,12 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import QuantizationError
-from ..formats import Format
+from ..formats import NEST_GROUPS, Format
 from ..qtensor import QTensor
-from .base import check_half, need, register
-from .grid import LEVELS, Grid, make_grid, nearest, round_scale, round_zero
+from .base import check_half, need, register, with_sparse
+from .grid import LEVELS, Grid, make_grid, nearest
 from .hessian import HessianFactor, prepare_hessian
-from .kmeans import kmeans_table
+from .kmeans import kmeans_table, without
 
 BLOCK = 128
 _ROWS = 4096  # rows at a time (they do not interact), so that the embedding of a large vocabulary needs little memory
@@ -61,15 +67,18 @@ class GptqOptions:
         need(isinstance(self.cd_passes, int) and 0 <= self.cd_passes <= 100, "cd_passes", self.cd_passes, "it must be an integer in 0..100")
 
 
-@register("gptq", GptqOptions, lambda fmt: None)
-def run(weight, fmt, options, *, hessian=None, fisher=None):
-    """weight float32 [N, K] -> (QTensor, report). ``fisher`` is not used: H says more."""
+@register("gptq", GptqOptions, lambda fmt: None, sparse=True)
+def run(weight, fmt, options, *, hessian=None, fisher=None, exact=None):
+    """weight float32 [N, K], exact bool [N, K] or None -> (QTensor, report). ``fisher`` is not used: H says more."""
     factor = _factor(weight, fmt, options, hessian)
     solve = _lut if fmt.kind == "lut" else _grids
-    parts = [solve(w, fmt, options, factor) for w in weight.split(_ROWS)]
-    tensors = {name: torch.cat([p[name] for p in parts]) for name in parts[0] if parts[0][name] is not None}
+    pieces = weight.split(_ROWS)
+    masks = [None] * len(pieces) if exact is None else exact.split(_ROWS)
+    parts = [solve(w, fmt, options, factor, mask) for w, mask in zip(pieces, masks, strict=True)]
+    tensors = {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
+    target = tensors.pop("target", None)
     report = {"damp": factor.damp, "damp_retries": factor.retries, "dead_columns": factor.dead, "warnings": list(factor.warnings)}
-    return QTensor.from_codes(fmt, tensors.pop("codes"), **tensors), report
+    return with_sparse(QTensor.from_codes(fmt, tensors.pop("codes"), **tensors), target, exact), report
 
 
 def _factor(weight, fmt, options, hessian) -> HessianFactor:
@@ -88,39 +97,39 @@ def _factor(weight, fmt, options, hessian) -> HessianFactor:
     return hessian
 
 
-def _grids(w, fmt: Format, options, factor):
-    """Codes, scales, zeros of some rows in a uniform or nf format."""
+def _grids(w, fmt: Format, options, factor, exact):
+    """Codes, scales, zeros (and the target of exact elements) of some rows in a uniform or nf format."""
     importance = factor.importance()
 
     def search(x, columns):
         # GPTQ moves weights, so a group that starts out constant does not stay so.
-        return make_grid(x, fmt, clip=options.clip, importance=importance[columns], power=options.clip_power, exact_constants=False)
+        return make_grid(x, fmt, clip=options.clip, importance=importance[columns], power=options.clip_power, exact_constants=False,
+                         exact=None if exact is None else exact[:, columns])
 
     grid = search(w, slice(None))
-    rounder = _GridRounder(grid, factor.order)
-    if factor.act_order or not fmt.group:
-        q = feedback_sweep(w, factor, rounder)
-    else:
-        q = feedback_sweep(w, factor, rounder, fmt.group, lambda g, a, b, x: rounder.replace(g, search(x, slice(a, b))))
+    rounder, free = _GridRounder(grid, factor.order), None if exact is None else _Exact(exact)
+    fitted = 1 if not fmt.nested else NEST_GROUPS  # groups that are fitted at a time
+    before = None if factor.act_order or not fmt.group else lambda g, a, b, x: rounder.replace(g * fitted, search(x, slice(a, b)))
+    q = feedback_sweep(w, factor, _around(rounder, free, factor.order), BLOCK if before is None else fmt.group * fitted, before)
     codes, h = q.to(torch.uint8), factor.damped()
     if options.cd_passes:
-        codes = coordinate_descent(w, h, codes, _GridRounder(grid, None), options.cd_passes)
+        codes = coordinate_descent(w, h, codes, _around(_GridRounder(grid, None), free, None), options.cd_passes)
     if options.refit:
-        refit_scales(w, h, codes, grid)
-    return {"codes": codes, "scales": grid.scales, "zeros": None if fmt.kind == "nf" else grid.zeros}
+        refit_scales(w, h, codes, grid, exact=free)
+    return {"codes": codes, **grid.constants()} | ({} if free is None else {"target": free.target})
 
 
-def _lut(w, fmt: Format, options, factor):
-    """Codes and table of some rows: tables by weighted k-means, then error feedback with the tables fixed."""
-    table = kmeans_table(w, factor.importance(), fmt.levels)
+def _lut(w, fmt: Format, options, factor, exact):
+    """Codes and table (and the target of exact elements) of some rows: tables by weighted k-means, then error feedback with the tables fixed."""
+    table = kmeans_table(w, without(factor.importance(), w, exact), fmt.levels)
     check_half(table, fmt, "table entry")
-    table = table.half().float()
-    codes, h = feedback_sweep(w, factor, _TableRounder(table)).to(torch.uint8), factor.damped()
+    table, free = table.half().float(), None if exact is None else _Exact(exact)
+    codes, h = feedback_sweep(w, factor, _around(_TableRounder(table), free, factor.order)).to(torch.uint8), factor.damped()
     if options.cd_passes:
-        codes = coordinate_descent(w, h, codes, _TableRounder(table), options.cd_passes)
+        codes = coordinate_descent(w, h, codes, _around(_TableRounder(table), free, None), options.cd_passes)
     if options.refit:
-        table, codes = refit_table(w, h, codes, table)
-    return {"codes": codes, "table": table}
+        table, codes = refit_table(w, h, codes, table, exact=free)
+    return {"codes": codes, "table": table} | ({} if free is None else {"target": free.target})
 
 
 class _GridRounder:
@@ -134,12 +143,11 @@ class _GridRounder:
         self.rows = list(zip(*(t.T.contiguous().unbind(0) for t in (grid.scales, 1 / grid.scales, grid.offsets())), strict=True))
 
     def replace(self, g: int, fresh: Grid) -> None:
-        """Group g gets the only group of ``fresh``, here and in the grid."""
-        self.grid.scales[:, g] = fresh.scales[:, 0]
-        if fresh.zeros is not None:
-            self.grid.zeros[:, g] = fresh.zeros[:, 0]
-        for mine, new in zip(self.rows[g], (fresh.scales, 1 / fresh.scales, fresh.offsets()), strict=True):
-            mine.copy_(new[:, 0])
+        """The groups from g on get those of ``fresh``, here and in the grid."""
+        self.grid.replace(g, fresh)
+        for i in range(fresh.scales.shape[1]):
+            for mine, new in zip(self.rows[g + i], (fresh.scales, 1 / fresh.scales, fresh.offsets()), strict=True):
+                mine.copy_(new[:, i])
 
     def __call__(self, t: int, x, code, value) -> None:
         """x float32 [N] -> code (float32 [N]) and value (float32 [N]), both written in place."""
@@ -171,6 +179,43 @@ class _TableRounder:
 
     def decode(self, codes):
         return torch.gather(self.table, 1, codes.long())
+
+
+class _Exact:
+    """Elements of W [N, K] that a sparse part will hold: where (bool [N, K]), which rows of each column that is, and ``target`` float32 [N, K], the weight
+    that is wanted there at last."""
+
+    def __init__(self, where):
+        self.where, self.target = where, torch.zeros(where.shape)
+        self.rows = where.T.nonzero()[:, 1].split(where.sum(0).tolist())
+
+    def into(self, values):
+        """``values`` [N, K] with the targets at their places."""
+        return torch.where(self.where, self.target, values)
+
+
+class _ExactRounder:
+    """Another rounder, but exact elements keep the value that they should be rounded from, as fp16 can add it to that of the code."""
+
+    def __init__(self, rounder, exact: _Exact, order):
+        self.rounder, self.exact = rounder, exact
+        self.columns = range(exact.where.shape[1]) if order is None else order.tolist()
+
+    def __call__(self, t: int, x, code, value) -> None:
+        self.rounder(t, x, code, value)
+        j = self.columns[t]
+        own = self.exact.rows[j]
+        if len(own):
+            kept = value[own] + (x[own] - value[own]).half().float()
+            value[own] = self.exact.target[own, j] = kept
+
+    def decode(self, codes):
+        """Weights float32 [N, K] of codes uint8 [N, K], with the exact ones as they are now."""
+        return self.exact.into(self.rounder.decode(codes))
+
+
+def _around(rounder, exact: _Exact | None, order):
+    return rounder if exact is None else _ExactRounder(rounder, exact, order)
 
 
 def feedback_sweep(w, factor: HessianFactor, rounder, block: int = BLOCK, before=None):
@@ -234,33 +279,41 @@ def coordinate_descent(w, h, codes, rounder, passes: int, block: int = BLOCK):
     return c.T.to(torch.uint8)
 
 
-def refit_scales(w, h, codes, grid: Grid, sweeps: int = 1) -> None:
+def refit_scales(w, h, codes, grid: Grid, sweeps: int = 1, exact: _Exact | None = None) -> None:
     """Solves for the scales (and float zeros) of fixed codes, in place: coordinate descent over groups under H.
 
     With r = W - What and u the unit values of group g: ``s_g += (u H r) / (u H u)``, rounded to 16 bits, in the rows where the exact
-    change of the error, ds^2 (u H u) - 2 ds (u H r), is negative. A float zero takes the same step along the vector of ones.
+    change of the error, ds^2 (u H u) - 2 ds (u H r), is negative. A float zero takes the same step along the vector of ones. Exact elements do not move
+    with them: there u and ones are 0.
     """
     n, k = w.shape
-    u = grid.units(codes)
-    r = (w - grid.decode(codes)) @ h  # kept equal to (W - What) H
+    u, now = grid.units(codes), grid.decode(codes)
+    if exact is not None:
+        u, now, free = u.masked_fill(exact.where, 0.0), exact.into(now), (~exact.where).float()
+    r = (w - now) @ h  # kept equal to (W - What) H
     for _ in range(sweeps):
         for g in range(grid.scales.shape[1]):
             a, b = g * grid.width, min(k, (g + 1) * grid.width)
             mine, uh = u[:, a:b], u[:, a:b] @ h[a:b]
             curvature, slope = (uh[:, a:b] * mine).sum(1), (r[:, a:b] * mine).sum(1)
-            _step(grid.scales[:, g], curvature, slope, uh, r, lambda s: round_scale(s, grid.fmt), keep_sign=True)
+            _step(grid.scales[:, g], curvature, slope, uh, r, lambda s, g=g: grid.store_scale(s, g), keep_sign=True)
             if grid.fmt.zero == "float":
-                ones = h[a:b].sum(0)
-                curvature, slope = ones[a:b].sum().expand(n), r[:, a:b].sum(1)
-                _step(grid.zeros[:, g], curvature, slope, ones.expand(n, k), r, lambda z: round_zero(z, grid.fmt))
+                if exact is None:
+                    ones = h[a:b].sum(0)
+                    curvature, slope, ones = ones[a:b].sum().expand(n), r[:, a:b].sum(1), ones.expand(n, k)
+                else:
+                    ones = free[:, a:b] @ h[a:b]
+                    curvature, slope = (ones[:, a:b] * free[:, a:b]).sum(1), (r[:, a:b] * free[:, a:b]).sum(1)
+                _step(grid.zeros[:, g], curvature, slope, ones, r, lambda z, g=g: grid.store_zero(z, g))
 
 
-def refit_table(w, h, codes, table):
+def refit_table(w, h, codes, table, exact: _Exact | None = None):
     """The same for tables [N, L], one step per level. Returns (table, codes), the table ascending and the codes renumbered to match."""
     table = table.clone()
-    r = (w - torch.gather(table, 1, codes.long())) @ h
+    now = torch.gather(table, 1, codes.long())
+    r = (w - (now if exact is None else exact.into(now))) @ h
     for level in range(table.shape[1]):
-        u = (codes == level).float()
+        u = (codes == level).float() if exact is None else ((codes == level) & ~exact.where).float()
         uh = u @ h
         _step(table[:, level], (uh * u).sum(1), (r * u).sum(1), uh, r, lambda t: t.half().float())
     order = torch.sort(table, dim=1, stable=True).indices

@@ -9,6 +9,10 @@ puts the longer end on the side of the larger weights (as llama.cpp's Q4_0 does)
 
 The search ("clip") shrinks the range of each group by the factors of a list and keeps the one with the least
 sum_j h_j |w_j - Q(w_j)|^p, h an importance per column (GPTQ, OWQ and SliM-LLM use h = 1, p = 2.4; AWQ searches on outputs).
+
+Nested scales and zeros (SpQR's second level) come from those of a float-zero grid: over 16 groups of a row the range of the scales is cut into 7 equal steps,
+each group takes one of the 8 scales, and the zero that keeps the middle of its range in place; the zeros are then cut in the same way. The search tries all 8
+scales of a group, and the zeros next to the nearest.
 """
 
 from __future__ import annotations
@@ -17,7 +21,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..formats import NF4_LEVELS, Format
+from ..formats import NEST_BITS, NEST_GROUPS, NF4_LEVELS, Format
+from ..qtensor import nested_codes, nested_value
 from .base import check_half
 
 LEVELS = torch.tensor(NF4_LEVELS, dtype=torch.float32)
@@ -34,13 +39,15 @@ class Grid:
     """Scales and zeros of a weight [N, K] in a uniform or nf format.
 
     scales float32 [N, G], never zero; zeros float32 [N, G]: zero points 0 .. 2^b-1 (sym, int), additive (float), None (nf).
-    All values are exact in the stored 16-bit type.
+    All values are exact in the stored 16-bit type; in a nested format they are those of some code, in the ranges ``scale_range`` and ``zero_range``.
     """
 
     fmt: Format
     cols: int
     scales: torch.Tensor
     zeros: torch.Tensor | None
+    scale_range: NestRange | None = None
+    zero_range: NestRange | None = None
 
     @property
     def width(self) -> int:
@@ -50,6 +57,30 @@ class Grid:
     def offsets(self) -> torch.Tensor:
         """o [N, G] of ``value = s * q + o``."""
         return offsets(self.fmt, self.scales, self.zeros)
+
+    def constants(self) -> dict[str, torch.Tensor]:
+        """What ``QTensor.from_codes`` stores beside the codes, by its names."""
+        out = {"scales": self.scales} if self.zeros is None else {"scales": self.scales, "zeros": self.zeros}
+        for what, r in (("scale", self.scale_range), ("zero", self.zero_range)):
+            out |= {} if r is None else {f"{what}_steps": r.steps, f"{what}_starts": r.starts}
+        return out
+
+    def replace(self, g: int, fresh: Grid) -> None:
+        """The groups from g on become those of ``fresh``, in place. In a nested format these are all that share a range."""
+        for mine, new in ((self.scales, fresh.scales), (self.zeros, fresh.zeros)):
+            if mine is not None:
+                mine[:, g : g + new.shape[1]] = new
+        for mine, new in ((self.scale_range, fresh.scale_range), (self.zero_range, fresh.zero_range)):
+            if mine is not None:
+                mine.steps[:, g // NEST_GROUPS], mine.starts[:, g // NEST_GROUPS] = new.steps[:, 0], new.starts[:, 0]
+
+    def store_scale(self, s: torch.Tensor, g: int) -> torch.Tensor:
+        """Scales float32 [N] of group g as the format can store them."""
+        return round_scale(s, self.fmt) if self.scale_range is None else self.scale_range.nearest(s, g)
+
+    def store_zero(self, z: torch.Tensor, g: int) -> torch.Tensor:
+        """Float zeros float32 [N] of group g as the format can store them."""
+        return round_zero(z, self.fmt) if self.zero_range is None else self.zero_range.nearest(z, g)
 
     def encode(self, w: torch.Tensor) -> torch.Tensor:
         """Nearest codes of w [N, K], uint8; ties are decided by the same float32 operations everywhere, so always alike."""
@@ -68,9 +99,47 @@ class Grid:
         return codes.float() if self.fmt.zero == "float" else codes.float() - spread(self.zeros, self.width, self.cols)
 
 
+@dataclass
+class NestRange:
+    """The values that nested scales, or nested zeros, can have: ``starts + c * steps`` for codes c, both float32 [N, S] for S times 16 groups."""
+
+    steps: torch.Tensor
+    starts: torch.Tensor
+
+    @staticmethod
+    def of(values: torch.Tensor, fmt: Format, positive: bool) -> NestRange:
+        """From the least to the largest of each 16 ``values`` float32 [N, G]; ``positive`` for scales, whose start must not round to zero."""
+        ends = _runs(values)
+        starts = (round_scale if positive else round_zero)(ends.amin(-1), fmt)
+        return NestRange(((ends.amax(-1) - starts) / ((1 << NEST_BITS) - 1)).clamp_(min=0).half().float(), starts)
+
+    def value(self, codes: torch.Tensor) -> torch.Tensor:
+        """Values float32 [N, G] of codes [N, G]."""
+        return nested_value(*(spread(t, NEST_GROUPS, codes.shape[1]) for t in (self.steps, self.starts)), codes.float())
+
+    def codes(self, values: torch.Tensor) -> torch.Tensor:
+        """Codes uint8 [N, G] of the values nearest to ``values``."""
+        return nested_codes(values, self.steps, self.starts)
+
+    def nearest(self, values: torch.Tensor, g: int) -> torch.Tensor:
+        """Of group g alone: the values float32 [N] nearest to ``values`` [N]."""
+        own = NestRange(self.steps[:, g // NEST_GROUPS, None], self.starts[:, g // NEST_GROUPS, None])
+        return own.value(own.codes(values[:, None]))[:, 0]
+
+
+def _runs(values: torch.Tensor) -> torch.Tensor:
+    """[N, G] -> [N, S, 16], those that share a range; the last value fills up the last."""
+    return torch.nn.functional.pad(values[None], (0, -values.shape[1] % NEST_GROUPS), mode="replicate")[0].unflatten(1, (-1, NEST_GROUPS))
+
+
 def spread(t: torch.Tensor, width: int, cols: int) -> torch.Tensor:
     """[N, G] per group -> [N, cols] per column; the last group may be ragged."""
     return t.repeat_interleave(width, dim=1)[:, :cols]
+
+
+def group_sum(t: torch.Tensor, width: int) -> torch.Tensor:
+    """[N, K] -> sums over groups [N, G]; the last group may be ragged."""
+    return torch.nn.functional.pad(t, (0, -t.shape[1] % width)).unflatten(1, (-1, width)).sum(-1)
 
 
 def offsets(fmt: Format, scales: torch.Tensor, zeros: torch.Tensor | None) -> torch.Tensor:
@@ -112,7 +181,7 @@ def round_zero(z: torch.Tensor, fmt: Format) -> torch.Tensor:
 
 
 def make_grid(w: torch.Tensor, fmt: Format, *, clip: str = "none", importance: torch.Tensor | None = None, power: float = 2.0,
-              steps: int = 8, exact_constants: bool = True) -> Grid:
+              steps: int = 8, exact_constants: bool = True, exact: torch.Tensor | None = None) -> Grid:
     """Scales and zeros for a weight.
 
     Args:
@@ -124,29 +193,95 @@ def make_grid(w: torch.Tensor, fmt: Format, *, clip: str = "none", importance: t
         importance: float32 [K] or [N, K], >= 0: h of the search. None: all 1. A group whose h are all 0 counts as all 1.
         power: p of the search.
         exact_constants: a group of one repeated value gets s = |value| (s = 1, zero = value in float-zero formats), exact if the value is
-            a 16-bit number. Off for quantizers whose weights move away from the constant before they are coded.
+            a 16-bit number. Off for quantizers whose weights move away from the constant before they are coded. In nested formats, whose zeros
+            are codes, no value is exact, and such groups take what the others of their range need.
+        exact: bool [N, K]: elements that are kept elsewhere. They count nothing, and the mean of their group's others stands for them.
     """
     n, k = w.shape
     clip = "mse" if fmt.bits == 1 else clip
+    h = importance if importance is None or importance.dim() == 2 else importance[None, :]
+    if exact is not None:
+        w, h = _without(w, h, exact, fmt.group or k)
+    parts = [_grid_of_groups(x, fmt, clip, hx, power, steps, exact_constants and not fmt.nested) for x, hx in _groups(w, h, fmt)]
+    scales = torch.cat([p[0] for p in parts], 1)
+    zeros = None if fmt.kind == "nf" else torch.cat([p[1] for p in parts], 1)
+    return Grid(fmt, k, *_nest(w, h, fmt, scales, zeros, clip, power)) if fmt.nested else Grid(fmt, k, scales, zeros)
+
+
+def _without(w, h, exact, width):
+    """w [N, K] with the mean of its group's others in the place of each exact element (where there are others), and h [N, K] with 0 there."""
+    kept = (~exact).float()
+    count = group_sum(kept, width)
+    mean, others = (spread(t, width, w.shape[1]) for t in (group_sum(w * kept, width) / count.clamp(min=1), count > 0))
+    h = torch.ones_like(w) if h is None else h.expand(w.shape)
+    return torch.where(exact & others, mean, w), h.masked_fill(exact, 0.0)
+
+
+def _groups(w, h, fmt):
+    """(x [N, groups, width], h of that shape, its rows perhaps 1, or None) of the whole groups of w [N, K], and of the ragged last one; what exists of the
+    two. A group whose h are all 0 gets ones."""
+    n, k = w.shape
     width = fmt.group or k
     full = k // width * width
-    h = importance if importance is None or importance.dim() == 2 else importance[None, :]
-    parts = []
     for a, b in ((0, full), (full, k)):
         if b > a:
             cols = min(width, b - a)
-            x = w[:, a:b].reshape(n, -1, cols).contiguous()
             hx = None if h is None else h[:, a:b].reshape(h.shape[0], -1, cols)
-            parts.append(_grid_of_groups(x, fmt, clip, hx, power, steps, exact_constants))
-    scales = torch.cat([p[0] for p in parts], 1)
-    zeros = None if fmt.kind == "nf" else torch.cat([p[1] for p in parts], 1)
-    return Grid(fmt, k, scales, zeros)
+            if hx is not None:
+                hx = torch.where((hx > 0).any(-1, keepdim=True), hx, torch.ones((), dtype=hx.dtype))
+            yield w[:, a:b].reshape(n, -1, cols).contiguous(), hx
+
+
+def _nest(w, h, fmt, scales, zeros, clip, power):
+    """(scales, zeros, scale range, zero range) of a nested format from those [N, G] of a float-zero grid, in chunks of rows."""
+    step = max(1, _CHUNK // w.shape[1])
+    found = [_nest_rows(w[r : r + step], h if h is None or h.shape[0] == 1 else h[r : r + step], fmt, scales[r : r + step], zeros[r : r + step], clip, power)
+             for r in range(0, w.shape[0], step)]
+    s, z, *ranges = (torch.cat(t) for t in zip(*found, strict=True))
+    return s, z, NestRange(*ranges[:2]), NestRange(*ranges[2:])
+
+
+def _nest_rows(w, h, fmt, s, z, clip, power):
+    """(scales, zeros [N, G], scale steps, scale starts, zero steps, zero starts [N, S])."""
+    groups = list(_groups(w, h, fmt))
+    scratch = [(torch.empty_like(x), torch.empty_like(x)) for x, _ in groups]
+    half = (fmt.levels - 1) / 2
+    lo, hi = (torch.cat([end(x, -1) for x, _ in groups], 1) for end in (torch.amin, torch.amax))
+    # A group of one value would take any scale: the least of those that share its range, so that it widens none.
+    flat = lo == hi
+    middle = torch.where(flat, lo, z + s * half)
+    others = _runs(s.masked_fill(flat, torch.inf)).amin(-1)
+    s = torch.where(flat, spread(torch.where(others.isinf(), 1.0, others), NEST_GROUPS, s.shape[1]), s)
+
+    def loss(scales, zeros):
+        cuts = (0, groups[0][0].shape[1], scales.shape[1])
+        return torch.cat([_loss(x, fmt, scales[:, a:b], zeros[:, a:b], hx, power, *buf)
+                          for (x, hx), buf, a, b in zip(groups, scratch, cuts, cuts[1:], strict=False)], 1)
+
+    def least(options):
+        """Of pairs (scales, zeros), the first one of least loss in each group."""
+        best, (s, z) = None, options[0]
+        for cs, cz in options:
+            error = loss(cs, cz)
+            better = torch.ones_like(error, dtype=torch.bool) if best is None else error < best
+            best, s, z = error if best is None else torch.where(better, error, best), torch.where(better, cs, s), torch.where(better, cz, z)
+        return s, z
+
+    scale_range = NestRange.of(s, fmt, positive=True)
+    every = [scale_range.value(torch.full_like(s, c)) for c in range(1 << NEST_BITS)]
+    s = scale_range.value(scale_range.codes(s)) if clip == "none" else least([(c, round_zero(middle - c * half, fmt)) for c in every])[0]
+    z = middle - s * half
+    zero_range = NestRange.of(z, fmt, positive=False)
+    codes = zero_range.codes(z).float()
+    z = zero_range.value(codes)
+    if clip != "none":
+        s, z = least([(s, zero_range.value((codes + shift).clamp(0, (1 << NEST_BITS) - 1))) for shift in (0, -1, 1)])
+        s, z = least([(c, z) for c in every])
+    return s, z, scale_range.steps, scale_range.starts, zero_range.steps, zero_range.starts
 
 
 def _grid_of_groups(x, fmt, clip, h, power, steps, exact_constants):
     """(scales, zeros) [N, G] for groups x [N, G, width], in chunks of rows."""
-    if h is not None:
-        h = torch.where((h > 0).any(-1, keepdim=True), h, torch.ones((), dtype=h.dtype))
     step = max(1, _CHUNK // (x.shape[1] * x.shape[2]))
     out = [_grid_of_chunk(x[r : r + step], fmt, clip, h if h is None or h.shape[0] == 1 else h[r : r + step], power, steps, exact_constants)
            for r in range(0, x.shape[0], step)]

@@ -17,7 +17,7 @@ import torch
 from ..formats import Format
 from ..qtensor import QTensor
 from .base import need, register
-from .grid import Grid, make_grid, round_zero, spread
+from .grid import Grid, group_sum, make_grid, round_zero, spread
 
 
 @dataclass
@@ -37,6 +37,8 @@ class HqqOptions:
 
 
 def applies(fmt: Format):
+    if fmt.nested:
+        return f"HQQ moves the zero of each group freely, and {fmt} stores codes of them", f"use {fmt.expanded}, or the method gptq or rtn"
     if fmt.kind == "uniform" and fmt.zero != "sym":
         return None
     return f"HQQ optimizes zero points, and {fmt} has none", "use a _fz or _asym format, or another method"
@@ -59,7 +61,7 @@ def run(weight, fmt, options, *, hessian=None, fisher=None):
         grid = Grid(fmt, weight.shape[1], s, torch.where(keep, start.zeros, rounded.zeros))
         report["zeros"] = "rounded to integers"
         report["warnings"].append(f"HQQ optimizes float zeros; {fmt} stores integers, so they were rounded (a _fz format keeps them)")
-    return QTensor.from_codes(fmt, grid.encode(weight), scales=grid.scales, zeros=grid.zeros), report
+    return QTensor.from_codes(fmt, grid.encode(weight), **grid.constants()), report
 
 
 def optimize_zeros(w, fmt, scales, zeros, options):
@@ -79,7 +81,7 @@ def optimize_zeros(w, fmt, scales, zeros, options):
         # |E|^(p-1) is infinite at 0, where the result is 0 all the same.
         shrunk = e.sign() * (e.abs() - e.abs().clamp(min=1e-20).pow(options.p - 1) / beta).clamp_(min=0)
         ideal = w - shrunk - s * codes.float()
-        fresh = Grid(fmt, cols, scales, torch.where(live, round_zero(_group_sum(ideal, width) / counts, fmt), grid.zeros))
+        fresh = Grid(fmt, cols, scales, torch.where(live, round_zero(group_sum(ideal, width) / counts, fmt), grid.zeros))
         error = _group_error(w, fresh)
         live = live & (error < best)
         if not live.any():
@@ -91,12 +93,6 @@ def optimize_zeros(w, fmt, scales, zeros, options):
     return grid.zeros, history
 
 
-def _group_sum(t, width):
-    """[N, K] -> sums over groups [N, G]; the last group may be ragged."""
-    pad = -t.shape[1] % width
-    return torch.nn.functional.pad(t, (0, pad)).view(t.shape[0], -1, width).sum(-1)
-
-
 def _group_error(w, grid):
     """sum |W - Wr| per group, [N, G]."""
-    return _group_sum((w - grid.decode(grid.encode(w))).abs(), grid.width)
+    return group_sum((w - grid.decode(grid.encode(w))).abs(), grid.width)

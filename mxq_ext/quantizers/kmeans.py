@@ -19,7 +19,7 @@ import torch
 
 from ..formats import Format
 from ..qtensor import QTensor
-from .base import check_half, register
+from .base import check_half, register, with_sparse
 from .hessian import diagonal
 
 _CHUNK = 1 << 15  # weights per chunk of rows: the ragged arrays stay in the cache
@@ -36,8 +36,8 @@ def applies(fmt: Format):
     return f"k-means makes tables, and {fmt} has none", "use a lut format (lut2, lut3, lut4), or another method"
 
 
-@register("kmeans", KmeansOptions, applies)
-def run(weight, fmt, options, *, hessian=None, fisher=None):
+@register("kmeans", KmeansOptions, applies, sparse=True)
+def run(weight, fmt, options, *, hessian=None, fisher=None, exact=None):
     """weight float32 [N, K] -> (QTensor, report). Weighted by the Fisher diagonal, else by diag(H), else evenly."""
     if fisher is not None:
         importance, by = fisher, "fisher"
@@ -45,10 +45,17 @@ def run(weight, fmt, options, *, hessian=None, fisher=None):
         importance, by = diagonal(hessian), "hessian"
     else:
         importance, by = None, "none"
-    table = kmeans_table(weight, importance, fmt.levels)
+    table = kmeans_table(weight, without(importance, weight, exact), fmt.levels)
     check_half(table, fmt, "table entry")
     table = table.half()
-    return QTensor.from_codes(fmt, table_codes(weight, table.float()), table=table), {"weighted_by": by}
+    return with_sparse(QTensor.from_codes(fmt, table_codes(weight, table.float()), table=table), weight, exact), {"weighted_by": by}
+
+
+def without(importance: torch.Tensor | None, weight: torch.Tensor, exact: torch.Tensor | None) -> torch.Tensor | None:
+    """``importance`` [N, K], [K] or None, with 0 for elements that a sparse part will hold: they pull no entry of a table."""
+    if exact is None:
+        return importance
+    return (torch.ones_like(weight) if importance is None else importance.expand(weight.shape)).masked_fill(exact, 0.0)
 
 
 def table_codes(w: torch.Tensor, table: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ arXiv 2309.05516):
     scale   = start * (1 + a),  a -= rate * sign(sum over the group of dL/dW * u)       u: what the scale multiplies
     zero    : a float zero moves the same way, in steps of the group's starting scale
     table   : an entry moves by the sum of dL/dW over the weights that read it, in units of the row's mean gap
+    nested  : scales and zeros stay: each is one of 8 values, and steps that small would round to none
 
 A latent starts where the float weight lies, but no further than MARGIN from the code that it was given: the starting codes are GPTQ's, which are worth
 more than the nearest ones, and a code that could as well be its neighbour changes first.
@@ -137,7 +138,7 @@ class _Learned:
             self.unit = torch.where(gap > 0, gap, torch.ones_like(gap))
             unit, self.sign = self.unit, None
         else:
-            self.scales = self.start = rectangle.tensors["scales"].float()
+            self.scales = self.start = rectangle.scales()
             self.zeros = None if self.fmt.kind == "nf" else rectangle.zeros()
             self.start_zeros = self.zeros
             unit = spread(self.scales, self.width, self.cols)
@@ -171,6 +172,8 @@ class _Learned:
 
     def slopes(self, gradient: torch.Tensor, codes: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         """dL/dW [R, C] -> the derivative of L with respect to the moves of each kind of constants, in the units of :meth:`move`."""
+        if self.fmt.nested:
+            return {}
         codes = self.codes() if codes is None else codes
         if self.fmt.kind == "lut":
             return {"table": torch.zeros_like(self.table).scatter_add_(1, codes.long(), gradient).mul_(self.unit)}
@@ -187,6 +190,7 @@ class _Learned:
             self.moved.add_(steps["table"])
             # A row's order must survive, since latents count entries: entries that would cross meet instead.
             self.table = torch.cummax((self.start + self.moved * self.unit).half().float(), 1).values
+        if self.fmt.kind == "lut" or self.fmt.nested:
             return
         self.moved.add_(steps["scales"])
         self.scales = round_scale(self.start * (1 + self.moved.clamp_(-0.5, 0.5)), self.fmt)
@@ -196,6 +200,8 @@ class _Learned:
 
     def constants(self) -> dict[str, torch.Tensor]:
         """What :meth:`move` adds to."""
+        if self.fmt.nested:
+            return {}
         if self.fmt.kind == "lut":
             return {"table": self.moved}
         return {"scales": self.moved} if self.fmt.zero != "float" else {"scales": self.moved, "zeros": self.moved_zeros}
@@ -209,6 +215,8 @@ class _Learned:
         out = dict(self.start_tensors) | {"codes": pack_codes(self.codes().to(torch.uint8), self.fmt.bits)}
         if self.fmt.kind == "lut":
             return out | {"table": self.table.half()}
+        if self.fmt.nested:
+            return out
         out["scales"] = self.scales.to(half).contiguous()
         if self.fmt.zero == "float":
             out["zeros"] = self.zeros.to(half).contiguous()

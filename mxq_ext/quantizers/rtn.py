@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ..formats import Format
 from ..qtensor import QTensor
-from .base import need, register
+from .base import need, register, with_sparse
 from .grid import make_grid
 from .hessian import diagonal
 
@@ -31,11 +31,11 @@ def applies(fmt: Format):
     return f"{fmt} needs a fitted table, which rounding does not make", "use method='kmeans', or 'gptq' with a Hessian"
 
 
-@register("rtn", RtnOptions, applies)
-def run(weight, fmt, options, *, hessian=None, fisher=None):
+@register("rtn", RtnOptions, applies, sparse=True)
+def run(weight, fmt, options, *, hessian=None, fisher=None, exact=None):
     """weight float32 [N, K] -> (QTensor, report)."""
     importance = fisher
     if importance is None and hessian is not None:
         importance = diagonal(hessian)
-    grid = make_grid(weight, fmt, clip=options.clip, importance=importance, power=options.clip_power)
-    return QTensor.from_codes(fmt, grid.encode(weight), scales=grid.scales, zeros=grid.zeros), {}
+    grid = make_grid(weight, fmt, clip=options.clip, importance=importance, power=options.clip_power, exact=exact)
+    return with_sparse(QTensor.from_codes(fmt, grid.encode(weight), **grid.constants()), weight, exact), {}
