@@ -34,7 +34,8 @@ from .stats import Stats
 from .stats.walk import backward_walk
 from .structure import Unit, find_units
 
-LINE_METRICS = ("column_salience", "column_error", "column_norm", "row_error", "row_taylor", "fisher_diag")
+LINE_METRICS = ("column_salience", "column_error", "column_norm", "row_error", "row_taylor", "fisher_diag", "outlier_gain")
+ELEMENT_METRICS = ("fisher_diag", "outlier_gain")  #: those that choose exact elements
 WINDOWS = 2  #: whose gradients ``row_taylor`` reads
 TOKENS = 128  #: whose outputs the double pointer compares
 TILE = (512, 128)  #: rows and columns of a tile, unless the preset's solver says otherwise
@@ -81,6 +82,8 @@ def choose_layouts(model: nn.Module, tokens: torch.Tensor, stats: Stats, preset:
             preset.allocator == "uniform":
         raise PlanError(f"allocator {preset.allocator} of a preset by {preset.unit}", "share goes with elements, double_pointer with cols, uniform with "
                         "linears", "replace one of the two")
+    if preset.unit == "element":
+        check_elements(preset)
     if preset.allocator == "share":
         layouts = _shares(model, units, stats, preset, formats, budget, progress)
     elif preset.allocator == "double_pointer":
@@ -360,10 +363,21 @@ def _inputs(model: nn.Module, units: list[Unit], tokens: torch.Tensor) -> dict[s
 # Sparse parts -----------------------------------------------------------------------------------------------------------------------
 
 
+def check_elements(preset: Preset) -> None:
+    """Raises PlanError for a preset by elements whose metric scores none, or whose candidates do not go with it."""
+    if preset.metric not in ELEMENT_METRICS:
+        raise PlanError(f"metric {preset.metric!r} of a preset by element", f"exact elements are chosen by {' or '.join(ELEMENT_METRICS)}",
+                        "use one of them, or another unit")
+    odd = next((c for c in preset.candidates if Format.parse(c).kind != "uniform"), None)
+    if preset.metric == "outlier_gain" and odd is not None:
+        raise PlanError(f"candidate {odd} of a preset by outlier_gain", "the gain is that of a range with even steps, which uniform formats have",
+                        "use uniform candidates, or the metric fisher_diag")
+
+
 def _shares(model, units, stats, preset, formats, budget: int, progress) -> dict[str, Layout]:
     """One format for all, the widest that fits, and in sparse fp16 as large a share of the elements as is left."""
     limits, numel = dict(preset.solver), sum(u.numel for u in units)
-    least, most, part = (limits.get(n, d) for n, d in (("least_share", 0.0005), ("most_share", 0.02), ("sensitive", 0.1)))
+    least, most = (limits.get(n, d) for n, d in (("least_share", 0.0005), ("most_share", 0.02)))
 
     def room(f: Format) -> float:
         """Bytes that are left for values, 6 each, beside ``f`` for all and the starts of all rows."""
@@ -372,15 +386,57 @@ def _shares(model, units, stats, preset, formats, budget: int, progress) -> dict
     fits = [f for f in formats if room(f) >= 6 * least * numel]
     fmt = max(fits or formats[:1], key=lambda f: f.bits)
     share = min(most, max(least, room(fmt) / (6 * numel)))
-    modules, out = dict(model.named_modules()), {}
-    for unit in progress.track(units, "sparse parts"):
-        count = int(share * unit.numel)
-        weight = modules[unit.name].weight.detach().float()
-        exact = torch.zeros(unit.shape, dtype=torch.bool)
-        if unit.name in stats:
-            exact = lines.largest(_fisher(stats, unit), int(part * count))
-        exact |= lines.largest(lines.outlier_score(weight).masked_fill_(exact, -1), count - int(exact.sum()))
-        out[unit.name] = Layout(Bands("rows", ((unit.shape[0], fmt),), sparse=count) if count else fmt, exact=exact if count else None)
+    weights = {u.name: model.get_submodule(u.name).weight.detach() for u in units}
+    if preset.metric == "outlier_gain":
+        masks = _gains(units, weights, stats, preset, fmt, int(share * numel), progress)
+    else:
+        part = limits.get("sensitive", 0.1)
+        masks = {u.name: _sensitive(u, weights[u.name].float(), stats, int(share * u.numel), part) for u in progress.track(units, "sparse parts")}
+    out = {}
+    for unit in units:
+        count = int(masks[unit.name].sum())
+        out[unit.name] = Layout(Bands("rows", ((unit.shape[0], fmt),), sparse=count) if count else fmt, exact=masks[unit.name] if count else None)
+    return out
+
+
+def _sensitive(unit: Unit, weight: torch.Tensor, stats, count: int, part: float) -> torch.Tensor:
+    """SqueezeLLM's ``count`` elements of one linear, bool [N, K]: a ``part`` of them by the Fisher diagonal, the others by how far they lie out."""
+    exact = torch.zeros(unit.shape, dtype=torch.bool)
+    if unit.name in stats:
+        exact = lines.largest(_fisher(stats, unit), int(part * count))
+    return exact | lines.largest(lines.outlier_score(weight).masked_fill_(exact, -1), count - int(exact.sum()))
+
+
+def _gains(units, weights, stats, preset, fmt: Format, count: int, progress) -> dict[str, torch.Tensor]:
+    """SpQR's elements of the whole model, bool [N, K] by unit: the ``count`` whose gain is the largest multiple of their linear's unit. The least of these
+    multiples is the paper's relative tau, which is one for all linears.
+
+    Only elements that still may be among them are kept while linears are scored, so that little memory is needed beside the model.
+    """
+    if not count:
+        return {unit.name: torch.zeros(unit.shape, dtype=torch.bool) for unit in units}
+    best, places, found = torch.empty(0), {}, {}
+    for unit in progress.track(units, "outliers"):
+        weight = weights[unit.name].float()
+        price = prepare_hessian(stats.hessian(unit.name, preset.weighting)).importance() if unit.name in stats else torch.ones(unit.shape[1])
+        size = lines.outlier_unit(weight, price)
+        score = lines.outlier_gain(weight, price, fmt.bits, fmt.group or unit.shape[1]).flatten()
+        if size > 0:
+            score /= size
+        floor = float(best[-1]) if len(best) == count else 0.0
+        places[unit.name] = (score > floor).nonzero().flatten()
+        found[unit.name] = score[places[unit.name]]
+        best = torch.cat([best, found[unit.name]]).topk(min(count, len(best) + len(found[unit.name]))).values
+    tau = float(best[-1]) if len(best) else 0.0
+    spare = count - sum(int((s > tau).sum()) for s in found.values())  # for those of exactly tau
+    out = {}
+    for unit in units:
+        score, own = found[unit.name], places[unit.name]
+        equal = own[score == tau][:spare]
+        spare -= len(equal)
+        mask = torch.zeros(unit.numel, dtype=torch.bool)
+        mask[own[score > tau]] = mask[equal] = True
+        out[unit.name] = mask.view(unit.shape)
     return out
 
 

@@ -113,6 +113,8 @@ def check_request(units: list[Unit], preset: Preset, plan: Plan | None, *, bits:
         banding.tile_shape(preset)
         check_span(units, preset, formats, bits=bits, nbytes=nbytes)
     elif preset.unit != "linear":
+        if preset.unit == "element":
+            banding.check_elements(preset)
         return  # bands are counted when they are made: their bytes depend on what is seen
     else:
         find_metric(preset.metric)

@@ -25,7 +25,7 @@ from mxq_ext.plan.schema import Plan
 from mxq_ext.structure import find_units
 
 IDS = torch.arange(24)[None] * 7 % 257
-FORMATS = ["w1g64_fz", "w2g32", "w3g64_asym", "w4g128", "w4g64_fz_bf16", "w5g64_asym", "w6g32", "w8", "nf4g32", "lut2", "lut4", "fp16"]
+FORMATS = ["w1g64_fz", "w2g32", "w3g64_asym", "w4g128", "w4g64_fz_bf16", "w5g64_asym", "w6g32", "w8", "nf4g32", "lut2", "lut4", "fp16", "w3g32_nest"]
 BANDS = Plan(default="w4g64",
              units={"model.layers.0.mlp.down_proj": {"cols": [[64, "w3g32"], [32, "w8"]]}, "model.layers.1.mlp.up_proj": "keep"})
 

@@ -82,7 +82,7 @@ def test_presets_are_listed():
     text = run("presets").stdout
     assert "slim_llm" in text and "double_pointer" in text
     one = json.loads(run("presets", "spqr", "--json").stdout)
-    assert one["runs"] is False and "3 bits" in one["missing"][0]
+    assert one["runs"] is True and one["missing"] == [] and one["candidates"] == ["w3g32_nest", "w4g32_nest"]
     assert run("presets", "spqt").exit_code != 0
 
 

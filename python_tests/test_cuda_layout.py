@@ -38,6 +38,15 @@ def test_layouts(layout):
     check(layout.make(5))
 
 
+def test_nested_weights_are_laid_out_as_their_expanded_form():
+    runtime = cuda_tools.bench("cpu").runtime
+    for q in (*(cases.random_qtensor(f, 37, 1100) for f in ("w2g128_nest", "w3g32_nest")), cases.NESTED_LAYOUT.make()):
+        p, plain = runtime.pack(q), runtime.pack(q.expanded())
+        assert torch.equal(p.blob, plain.blob) and torch.equal(p.head, plain.head) and p.format_name == q.format_name
+        back = runtime.unpack(p)
+        assert back.meta() == q.meta() and all(torch.equal(t, back.to_tensors()[n]) for n, t in q.to_tensors().items())
+
+
 def test_no_bits_are_wasted_on_whole_tiles():
     """The codes of a weight of whole row blocks and tiles take exactly `bits` bits each."""
     for fmt, bits in (("w1g128_fz", 1), ("w2g128", 2), ("w3g128", 3), ("w4g128", 4), ("w5g128", 5), ("w6g128", 6), ("w8", 8), ("lut3", 3), ("nf4g64", 4),

@@ -12,6 +12,7 @@ from torch import nn
 
 from mxq_ext.cuda import CudaPacked
 from mxq_ext.errors import NativeError, ShapeError
+from mxq_ext.formats import kernel_format
 from mxq_ext.nn import Held, QuantEmbedding, QuantLinear, replace_linear
 from mxq_ext.ops import Packed
 from mxq_ext.testing import cases
@@ -31,7 +32,7 @@ def same(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
 
 
-@pytest.mark.parametrize("q", [cases.random_qtensor(f, 37, 130) for f in ("w4g64_asym", "lut3", "nf4g32", "fp16")] + [cases.LAYOUTS[4].make()],
+@pytest.mark.parametrize("q", [cases.random_qtensor(f, 37, 130) for f in ("w4g64_asym", "lut3", "nf4g32", "fp16", "w3g32_nest")] + [cases.LAYOUTS[4].make()],
                          ids=lambda q: q.format_name)
 def test_there_and_back(streams, q):
     n, k = q.shape
@@ -47,7 +48,7 @@ def test_there_and_back(streams, q):
     y = layer(x.to("cuda"))
     assert y.device == gpu.DEVICE and y.dtype == torch.float16 and streams == [gpu.STREAM]
     assert error(y.cpu(), expected) <= 1e-3
-    assert f"kernel=mv_{q.format_name}_a16__sm80" in repr(layer)
+    assert f"kernel=mv_{kernel_format(q.format_name)}_a16__sm80" in repr(layer)
 
     layer.to("cpu")
     assert isinstance(layer.packed, Packed) and layer.blob.device == layer.bias.device == torch.device("cpu")

@@ -107,8 +107,9 @@ def test_codes_bytes_and_what_lies_outside_of_the_blocks_stay(model, tokens):
         assert torch.equal(q.dequantize(), start[name].dequantize()) is ("layers" not in name)
 
 
-def test_wide_formats_stay_and_alone_are_refused(model, tokens):
-    wide = start_of(model, "w8g32")
+@pytest.mark.parametrize("fmt", ["w8g32", "w3g32_nest"])
+def test_formats_whose_constants_stay_are_refused_alone(model, tokens, fmt):
+    wide = start_of(model, fmt)
     with pytest.raises(QuantizationError, match="five bits or fewer"):
         distill(model, wide, tokens, DistillOptions(steps=1, **TINY))
     one = "model.layers.1.mlp.down_proj"

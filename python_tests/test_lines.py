@@ -60,3 +60,25 @@ def test_outliers_lie_beyond_the_quartiles():
     mask = lines.largest(lines.outlier_score(w), 3)
     assert mask.sum() == 3 and mask[4, 4] and mask[0, 0] and mask[9, 9]
     assert torch.isfinite(lines.outlier_score(torch.zeros(3, 3))).all() and lines.largest(w, 0).sum() == 0
+
+
+def test_leaving_one_out_saves_what_a_new_fit_saves():
+    w = torch.randn(5, 75, generator=torch.Generator().manual_seed(3))
+    w[0, 3], w[1, 40:42] = 9.0, -7.0  # an outlier, and two alike at one end
+    w[2, :32] = 0.5
+    price = torch.rand(75, generator=torch.Generator().manual_seed(4))
+
+    def error(x, p):
+        step = (x.max() - x.min()) / 7
+        q = x if step == 0 else ((x - x.min()) / step).round() * step + x.min()
+        return float((p * (q - x).square()).sum())
+
+    got = lines.outlier_gain(w, price, 3, 32)
+    for i in range(5):
+        for j in range(75):
+            own = slice(j // 32 * 32, min(75, j // 32 * 32 + 32))
+            x, p, keep = w[i, own].double(), price[own].double(), torch.arange(75)[own] != j
+            assert float(got[i, j]) == pytest.approx(error(x, p) - error(x[keep], p[keep]), rel=1e-3, abs=1e-4)
+    assert int(got[0].argmax()) == 3 and float(got[2, :32].abs().max()) == 0
+    assert lines.outlier_gain(w[:, :65], price[:65], 3, 32)[:, 64].abs().max() == 0, "a group of one loses nothing"
+    assert lines.outlier_unit(w, price) == pytest.approx(sum(float(w[:, j].var() * price[j]) for j in range(75)) / 75, rel=1e-4)

@@ -19,7 +19,7 @@ from mxq_ext.plan import Plan
 from mxq_ext.qtensor import QTensor, Rectangle, Sparse
 from mxq_ext.quantizers import quantize
 
-FORMATS = ["w1g64_fz", "w2g32", "w3g64_asym", "w4g64", "w4g32_fz_bf16", "w5g64", "w6g32_asym", "w8", "nf4g64", "lut3", "fp16"]
+FORMATS = ["w1g64_fz", "w2g32", "w3g64_asym", "w4g64", "w4g32_fz_bf16", "w5g64", "w6g32_asym", "w8", "nf4g64", "lut3", "fp16", "w3g32_nest"]
 
 
 def linear(n=48, k=80, bias=True, seed=0):
@@ -97,10 +97,12 @@ def test_share_memory_shares_the_packed_bytes():
     assert layer.packed.blob.is_shared() and layer.blob is layer.packed.blob
 
 
+@pytest.mark.parametrize("fmt", ["w3g64_asym", "w3g64_nest"])
 @pytest.mark.parametrize("copier", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
-def test_copies_compute_the_same_and_are_independent(copier):
-    layer = QuantLinear.from_linear(linear(), "w3g64_asym")
+def test_copies_compute_the_same_and_are_independent(copier, fmt):
+    layer = QuantLinear.from_linear(linear(), fmt)
     other = copier(layer)
+    assert all(torch.equal(a, b) for a, b in zip(layer.state_dict().values(), other.state_dict().values(), strict=True))
     x = torch.randn(4, 80)
     want = layer(x)
     assert torch.equal(other(x), want) and other.blob is other.packed.blob and other.blob is not layer.blob

@@ -10,7 +10,7 @@ from mxq_ext.quantizers.grid import make_grid, round_scale
 from mxq_ext.quantizers.hqq import optimize_zeros
 
 FORMATS = [f"w{b}{g}{z}" for b in UNIFORM_BITS[1:] for g in ("", "g32", "g64") for z in ("", "_asym", "_fz")] + ["w1_fz", "w1g32_fz",
-    "w3g32_asym_bf16", "w4g64_bf16", "w4g32_fz_bf16", "nf4", "nf4g32", "nf4g64_bf16", "lut2", "lut3", "lut4"]
+    "w2g32_nest", "w3g32_nest", "w4g64_nest", "w3g32_asym_bf16", "w4g64_bf16", "w4g32_fz_bf16", "nf4", "nf4g32", "nf4g64_bf16", "lut2", "lut3", "lut4"]
 
 
 def random_case(n: int, k: int, seed: int = 0):
@@ -120,7 +120,7 @@ def test_any_float_dtype_and_stride_is_computed_in_float32(dtype):
 # Grids
 
 
-@pytest.mark.parametrize("name", ["w2", "w3g32", "w4g32", "w8", "w2g32_asym", "w3_asym", "w8_asym", "w2_fz", "w4g32_fz", "nf4g32"])
+@pytest.mark.parametrize("name", ["w2", "w3g32", "w4g32", "w8", "w2g32_asym", "w3_asym", "w8_asym", "w2_fz", "w4g32_fz", "nf4g32", "w3g32_nest"])
 @pytest.mark.parametrize("clip", ["none", "mse"])
 def test_codes_are_the_nearest_of_all_levels_by_brute_force(name, clip):
     w, _, _ = random_case(7, 75, seed=3)
@@ -171,6 +171,84 @@ def test_groups_of_one_value_and_of_zeros(name, method):
     if method == "rtn":
         assert torch.equal(x[1:3], w[1:3]), "a repeated 16-bit number is exact"
         assert x[3, 64] == pytest.approx(0.3, rel=2.0**-8)
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_nested_groups_of_one_value(method):
+    w = 0.05 * torch.randn(5, 600, generator=torch.Generator().manual_seed(0))
+    w[0], w[1], w[2, :512] = 0.0, -0.375, 0.3  # a whole row; all groups that share a range, others beyond
+    w[3, 32:64], w[4, 599] = 0.0, 9.0  # one group among others; nothing but an outlier in the last
+    x = quantize(w, "w3g32_nest", method=method, hessian=torch.eye(600)).dequantize()
+    assert torch.equal(x[0], w[0]), "a row of zeros is exact"
+    assert torch.allclose(x[1], w[1], rtol=2.0**-8) and torch.allclose(x[2, :512], w[2, :512], rtol=2.0**-8)
+    step = 0.3 / 7  # about the range of a group
+    assert float((x[3] - w[3]).abs().max()) < step and float((x[4, :512] - w[4, :512]).abs().max()) < step
+
+
+def plain_nested(rows, bits, group):
+    """SpQR's two levels by min and max, in Python numbers: the weights of each row."""
+    def half(v):
+        return float(torch.tensor(v).half())
+
+    def level(values):
+        low = half(min(values))
+        step = half((max(values) - low) / 7)
+        offered = [half(step * c + low) for c in range(8)]
+        return [min(offered, key=lambda o: abs(o - v)) for v in values]
+
+    out = []
+    for row in rows:
+        parts = [row[a : a + group] for a in range(0, len(row), group)]
+        starts = [half(min(p)) for p in parts]
+        scales = [half((max(p) - z) / (2**bits - 1)) for p, z in zip(parts, starts, strict=True)]
+        middles = [z + s * (2**bits - 1) / 2 for z, s in zip(starts, scales, strict=True)]
+        scales = sum((level(scales[a : a + 16]) for a in range(0, len(scales), 16)), [])
+        zeros = [m - s * (2**bits - 1) / 2 for m, s in zip(middles, scales, strict=True)]
+        zeros = sum((level(zeros[a : a + 16]) for a in range(0, len(zeros), 16)), [])
+        codes = [[min(2**bits - 1, max(0, round((v - z) / s))) for v in p] for p, s, z in zip(parts, scales, zeros, strict=True)]
+        out.append([s * c + z for p, s, z in zip(codes, scales, zeros, strict=True) for c in p])
+    return torch.tensor(out)
+
+
+@pytest.mark.parametrize("name", ["w2g64_nest", "w3g32_nest", "w4g32_nest"])
+def test_nested_grids_equal_a_plain_transcription(name):
+    w, fmt = random_case(6, 1100, seed=8)[0], Format.parse(name)  # more than one range a row, the last ragged in groups and in columns
+    got, want = quantize(w, name, method="rtn").dequantize(), plain_nested(w.tolist(), fmt.bits, fmt.group)
+    # A near tie may fall the other way in float32.
+    assert float(((got - want).abs() <= 1e-6).float().mean()) > 0.99
+    found = quantize(w, name, method="rtn", clip="mse")
+    wide = quantize(w, fmt.expanded, method="rtn", clip="mse").info["weight_error"]
+    assert found.info["weight_error"] < quantize(w, name, method="rtn").info["weight_error"] and found.info["weight_error"] < 1.2 * wide
+
+
+def test_elements_left_out_count_nothing_in_the_fit():
+    w, h, f = random_case(6, 100, seed=9)
+    exact = torch.rand(w.shape, generator=torch.Generator().manual_seed(1)) < 0.05
+    exact[0, :32] = True  # a whole group
+    loud = torch.where(exact, 50 * w.sign(), w)
+    for name, method in (("w3g32_nest", "rtn"), ("w3g32_asym", "rtn"), ("nf4g32", "rtn"), ("lut3", "kmeans"), ("fp16", "rtn")):
+        for x in (w, loud):
+            q = quantize(x, name, method=method, exact=exact)
+            assert q.format_name == f"{name}+sparse" and q.sparse.values.numel() == int(exact.sum())
+            assert torch.allclose(q.dequantize()[exact], x[exact], rtol=2.0**-10, atol=1e-3)
+        rest = [(quantize(x, name, method=method, exact=exact).dequantize() - x)[1:][~exact[1:]] for x in (w, loud)]
+        assert torch.allclose(*rest, atol=1e-6), "what is left out does not change the others"
+    assert quantize(w, "w3g32", method="rtn", exact=torch.zeros_like(exact)).sparse.values.numel() == 0
+    with pytest.raises(QuantizationError, match="hqq and exact elements: methods that leave elements out are gptq, kmeans, rtn"):
+        quantize(w, "w3g32_fz", method="hqq", exact=exact)
+    with pytest.raises(ShapeError, match=r"a bool mask of the same shape, it is float32 \(6, 100\)"):
+        quantize(w, "w3g32_fz", method="rtn", exact=exact.float())
+    with pytest.raises(QuantizationError, match="sparse value of 1e\\+06 exceeds"):
+        quantize(torch.where(exact, torch.full_like(w, 1e6), w), "w3g32_bf16", method="rtn", exact=exact)
+
+
+def test_methods_that_move_groups_one_by_one_refuse_nested_formats():
+    w, h, _ = random_case(4, 64)
+    for method, rule in (("hqq", "moves the zero of each group freely"), ("awq", "16 groups of w3g32_nest share a range")):
+        with pytest.raises(QuantizationError, match=f"{rule}.*use w3g32_fz, or the method gptq or rtn"):
+            quantize(w, "w3g32_nest", method=method, hessian=h)
+    with pytest.raises(QuantizationError, match="use w3g32_fz_bf16"):
+        quantize(w * 1e8, "w3g32_nest", method="rtn")
 
 
 @pytest.mark.parametrize("name", ["w4g32", "w4g32_asym", "w4g32_fz", "nf4g32", "w3g32_asym", "w4g32_bf16", "w8_asym"])

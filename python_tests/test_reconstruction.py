@@ -17,7 +17,7 @@ from mxq_ext.stats.outputs import OutputMoments, output_moments
 from mxq_ext.stats.walk import sample_labels, window_uniform
 from mxq_ext.structure import decoder_blocks, find_units
 
-FORMATS = ["w1g32_fz", "w2g32_asym", "w3g32", "w5g32_asym", "w4g32_fz", "w3", "w2g64_asym_bf16", "nf4g32", "lut2", "lut3"]
+FORMATS = ["w1g32_fz", "w2g32_asym", "w3g32", "w5g32_asym", "w4g32_fz", "w3", "w2g64_asym_bf16", "nf4g32", "lut2", "lut3", "w3g32_nest"]
 
 
 def moment(k: int, seed: int) -> torch.Tensor:

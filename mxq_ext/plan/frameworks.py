@@ -81,11 +81,21 @@ FRAMEWORKS: dict[str, Preset] = {
         departures=(_WHOLE, _LABELS, "exact k-means by dynamic programming in place of Lloyd's iteration",
                     "the sparse share is what the budget leaves beside the tables; a tenth of it by sensitivity, as in the paper's 0.05 % of 0.45 %")),
     "spqr": Preset(
-        ("w3g32_asym",), metric="column_salience", allocator="share", unit="element", solver=_STRICT,
+        ("w3g32_nest", "w4g32_nest"), metric="outlier_gain", allocator="share", unit="element", weighting="none",
+        solver=(*_STRICT, ("least_share", 0.0005), ("most_share", 0.02)),
         about="outliers by Hessian-weighted error in sparse fp16, small groups with quantized scales",
-        source="SpQR, Dettmers et al. 2023, arXiv 2306.03078",
-        formula="(w - Q(w))^2 / U_jj^2 > tau stays exact; groups of 16 with scales and zeros of 3 bits over 16 groups",
-        missing=("a format with groups of 16 whose scales and zeros are quantized to 3 bits", "a GPTQ that leaves sparse elements out of the feedback")),
+        source="SpQR, Dettmers et al. 2023, arXiv 2306.03078, and the authors' code",
+        formula="an element stays exact where sum_j (w - Q(w))^2 / U_jj^2 of its group falls by more than tau when it is left out; tau = t mean_j var(W_j) / "
+                "U_jj^2 of its linear, one t for all; scales and zeros of 3 bits over 16 groups",
+        departures=(_WHOLE, "groups of 32, the least that a kernel reads, where the paper has 16",
+                    "16 groups of one output row share a range of scales, and one of zeros, where the authors' code takes one group of 16 rows; a zero is a "
+                    "weight, the least of its group, not a multiple of the scale",
+                    "tau follows from what the budget leaves beside the codes, at 6 bytes a value (column of 4, value of 2, where the paper has 2 and 2)",
+                    "outliers are chosen once, before any feedback and by ranges without a second level; the authors fit a group without those above tau, "
+                    "then keep what still errs by more than tau when its column is reached",
+                    "GPTQ in the order of falling H_jj with ranges fixed beforehand and searched under the Hessian's price, then its repairs; the paper fits "
+                    "min and max to the moved weights",
+                    "memory while running is that of float zeros in fp16: the second level is undone at load")),
     "pb_llm": Preset(
         ("w1_fz", "w8"), metric="column_salience", allocator="threshold", scope="unit", unit="cols", weighting="none", solver=_STRICT,
         about="most input columns by one bit a weight, the salient ones in 8 bits",

@@ -108,7 +108,7 @@ def _grids(w, fmt: Format, options, factor, exact):
 
     grid = search(w, slice(None))
     rounder, free = _GridRounder(grid, factor.order), None if exact is None else _Exact(exact)
-    fitted = 1 if not fmt.nested else NEST_GROUPS  # groups that are fitted at a time
+    fitted = NEST_GROUPS if fmt.nested else 1  # groups that are fitted at a time
     before = None if factor.act_order or not fmt.group else lambda g, a, b, x: rounder.replace(g * fitted, search(x, slice(a, b)))
     q = feedback_sweep(w, factor, _around(rounder, free, factor.order), BLOCK if before is None else fmt.group * fitted, before)
     codes, h = q.to(torch.uint8), factor.damped()

@@ -245,13 +245,15 @@ def _nest_rows(w, h, fmt, s, z, clip, power):
     """(scales, zeros [N, G], scale steps, scale starts, zero steps, zero starts [N, S])."""
     groups = list(_groups(w, h, fmt))
     scratch = [(torch.empty_like(x), torch.empty_like(x)) for x, _ in groups]
-    half = (fmt.levels - 1) / 2
     lo, hi = (torch.cat([end(x, -1) for x, _ in groups], 1) for end in (torch.amin, torch.amax))
-    # A group of one value would take any scale: the least of those that share its range, so that it widens none.
+    # Zeros follow scales so that what lies at ``half``, in codes, stays in place: the middle of a range. A group of one value has it at a code, and takes
+    # any scale: the least of those that share its range, so that it widens none; where all are such, that of the largest value.
     flat = lo == hi
+    half = torch.where(flat, float(fmt.levels // 2), (fmt.levels - 1) / 2)
     middle = torch.where(flat, lo, z + s * half)
-    others = _runs(s.masked_fill(flat, torch.inf)).amin(-1)
-    s = torch.where(flat, spread(torch.where(others.isinf(), 1.0, others), NEST_GROUPS, s.shape[1]), s)
+    others, largest = _runs(s.masked_fill(flat, torch.inf)).amin(-1), _runs(lo.abs()).amax(-1)
+    others = torch.where(others.isinf(), torch.where(largest > 0, largest, 1.0), others)
+    s = torch.where(flat, spread(others, NEST_GROUPS, s.shape[1]), s)
 
     def loss(scales, zeros):
         cuts = (0, groups[0][0].shape[1], scales.shape[1])

@@ -12,6 +12,8 @@ row_error          sum_jk D_ij H_jk D_ik                                    SKIM
 row_taylor         abs(mean_w s + 1/2 mean_w s^2), s = <g_w, D>_i           MixLLM, Zheng et al. 2024
 tile_sums          sum_ij F_ij, rows and columns sorted by such sums        SFMP 2026
 outlier_score      distance beyond the quartiles over their distance        SqueezeLLM, Kim et al. 2023
+outlier_gain       by how much sum_j D_ij^2 / U_jj^2 of a group falls        SpQR, Dettmers et al. 2023
+                   when one element is left out
 =================  =======================================================  ==================================================
 """
 
@@ -73,6 +75,48 @@ def outlier_score(weight: torch.Tensor, sample: int = 1 << 20) -> torch.Tensor:
     low, high = torch.quantile(flat[:: max(1, -(-flat.numel() // sample))], torch.tensor([0.25, 0.75]))
     distance = (high - low).clamp(min=torch.finfo(torch.float32).tiny)
     return torch.maximum(low - weight, weight - high).clamp_(min=0) / distance
+
+
+def outlier_gain(weight: torch.Tensor, price: torch.Tensor, bits: int, group: int) -> torch.Tensor:
+    """[N, K]: what a group's error, sum_j D_ij^2 price_j, falls by when one element of it is kept exactly and the range fitted to the others.
+
+    SpQR's leave-one-out error over codes of ``bits`` bits that cover the range of each ``group`` columns (a ragged last one too), in units of tau. ``price``
+    [K] is 1 / U_jj^2. An element inside the range saves its own error; one at an end also what the others gain from the narrower range.
+    """
+    out = torch.empty_like(weight)
+    full = weight.shape[1] // group * group
+    for a, b in ((0, full), (full, weight.shape[1])):
+        if b > a:
+            p = price[a:b].view(-1, min(group, b - a))
+            for rows, into in zip(weight[:, a:b].split(256), out[:, a:b].split(256), strict=True):
+                into.copy_(_gain(rows.unflatten(1, p.shape), p, (1 << bits) - 1).flatten(1))
+    return out
+
+
+def _gain(x: torch.Tensor, price: torch.Tensor, top: int) -> torch.Tensor:
+    """For groups x [N, G, width] and price [G, width]."""
+
+    def errors(low, high):
+        step = (high - low) / top
+        q = ((x - low) / torch.where(step > 0, step, torch.ones_like(step))).round_().clamp_(0, top)
+        return (q * step + low - x).square_() * price
+
+    if x.shape[-1] == 1:
+        return torch.zeros_like(x)  # one value is met by its range
+    ends = {end: x.topk(2, largest=end == "high") for end in ("low", "high")}
+    low, high = (ends[end].values[..., :1] for end in ("low", "high"))
+    gain = errors(low, high)
+    total = gain.sum(-1, keepdim=True)
+    for end, ranged in (("low", (ends["low"].values[..., 1:], high)), ("high", (low, ends["high"].values[..., 1:]))):
+        place = ends[end].indices[..., :1]
+        left = errors(*ranged).scatter_(-1, place, 0.0)
+        gain = gain.scatter(-1, place, total - left.sum(-1, keepdim=True))
+    return gain
+
+
+def outlier_unit(weight: torch.Tensor, price: torch.Tensor) -> float:
+    """What SpQR's threshold tau of a linear is a multiple of: the mean over columns of var(W_j) / U_jj^2."""
+    return float((weight.var(0, correction=1) * price).mean()) if len(weight) > 1 else 0.0
 
 
 def largest(score: torch.Tensor, count: int) -> torch.Tensor:
