@@ -75,6 +75,12 @@ PYBIND11_MODULE(_cuda, m) {
     const bool ok = mxq_cuda_kv_explain(ptr<AttendCall>(call), name, text, TEXT);
     return py::make_tuple(ok, std::string(name), std::string(text));
   });
+  m.def("layouts", [] {
+    std::string text(size_t(mxq_cuda_layouts(nullptr, 0)) + 1, 0);  // its end is written too
+    mxq_cuda_layouts(text.data(), int64_t(text.size()));
+    text.pop_back();
+    return text;
+  });
   m.def("error_text", [](int64_t code) { return std::string(mxq_cuda_error_text(code)); });
   m.def("devices", [] {
     int64_t code, driver, runtime;

@@ -43,6 +43,15 @@ LinearCall = _struct("LinearCall", "x", "ldx", "x_type", "y_type", "m", "outputs
                      "warps_k", "chunk", "splits")
 
 
+def layout(struct: type[ctypes.Structure]) -> str:
+    """Where the fields of a struct are, as ``layouts()`` of the native library says it (csrc/cuda/api.h)."""
+    places = (f"{name}={getattr(struct, name).offset}" for name, _ in struct._fields_)
+    return " ".join([struct.__name__, *places, f"sizeof={ctypes.sizeof(struct)}"])
+
+
+_LAYOUTS = frozenset(map(layout, (RectDesc, WeightDesc, Output, LinearCall)))
+
+
 @dataclass
 class CudaPacked:
     """A weight [N, K] in the layout of the CUDA kernels.
@@ -116,6 +125,18 @@ class Runtime:
 
     def __init__(self, library, capability: int = 0, sms: int = 0):
         self.library, self.capability, self.sms = library, capability, sms
+
+    @functools.cached_property
+    def layouts(self) -> frozenset[str]:
+        """The structs that the library reads, as :func:`layout` says them; empty if it does not tell."""
+        return frozenset(self.library.layouts().split("; ") if hasattr(self.library, "layouts") else ())
+
+    def check_layouts(self, needed: frozenset[str]) -> None:
+        """Raises NativeError if the library would read structs of these layouts as something else."""
+        if other := needed - self.layouts:
+            names = ", ".join(sorted(text.partition(" ")[0] for text in other))
+            raise NativeError("CUDA kernels", f"the compiled module is of another version of this package, it has other fields in {names}",
+                              "build it again with `pip install --force-reinstall --no-deps .` in the source folder")
 
     # ------------------------------------------------------------------------------------------------------------- weights
 
@@ -282,7 +303,7 @@ def without_kernels(archs: str, capability: tuple[int, int]) -> str | None:
 
 @functools.cache
 def runtime(device: torch.device) -> Runtime:
-    """The runtime of a CUDA device. Raises NativeError if the CUDA kernels were not built, or not for this device."""
+    """The runtime of a CUDA device. Raises NativeError if the CUDA kernels were not built, not for this device, or by another version of this package."""
     if isinstance(_native.cuda, _native.Missing):
         _native.cuda.linear()  # raises, with the reason
     properties = torch.cuda.get_device_properties(device)
@@ -292,7 +313,9 @@ def runtime(device: torch.device) -> Runtime:
         if capability >= (7, 5):
             fix = f"build them for it: MXQ_CUDA_ARCHS={capability[0]}.{capability[1]} pip install ."
         raise NativeError(f"CUDA kernels on {device} ({properties.name})", reason, fix)
-    return Runtime(_native.cuda, 10 * capability[0] + capability[1], properties.multi_processor_count)
+    out = Runtime(_native.cuda, 10 * capability[0] + capability[1], properties.multi_processor_count)
+    out.check_layouts(_LAYOUTS)
+    return out
 
 
 @contextlib.contextmanager

@@ -93,6 +93,11 @@ class Functions:
         ok = self._call("kv_explain", call, name, text, ctypes.c_int64(1024))
         return bool(ok), name.value.decode(), text.value.decode()
 
+    def layouts(self):
+        text = ctypes.create_string_buffer(self._call("layouts", None, ctypes.c_int64(0)) + 1)
+        self._call("layouts", text, ctypes.c_int64(len(text)))
+        return text.value.decode()
+
     def error_text(self, code):
         return f"code {code}"
 

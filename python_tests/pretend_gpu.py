@@ -109,7 +109,7 @@ def pretend_gpu(monkeypatch, capability: int = 80, sms: int = 108):
 
         return call
 
-    host = ("blob_sizes", "prepack", "unpack", "workspace_nbytes", "explain", "kernel_name", "error_text", "kv_workspace_nbytes", "kv_explain")
+    host = ("blob_sizes", "prepack", "unpack", "workspace_nbytes", "explain", "kernel_name", "error_text", "layouts", "kv_workspace_nbytes", "kv_explain")
     launching = ("linear", "dequantize", "embedding", "kv_attend", "kv_pack")
     library = SimpleNamespace(**{n: getattr(functions, n) for n in host}, **{n: noted(n) for n in launching})
     runtime = cuda.Runtime(library, capability, sms)

@@ -366,7 +366,7 @@ def test_refusals():
         old.pack_page(numbers(1, 1, 64, 64), codebook, *codebook.empty_page(1))
 
 
-@pytest.mark.skipif(not hasattr(_native.cuda, "kv_attend") or isinstance(_native.cuda, _native.Missing), reason="mxq_ext._cuda is not built")
+@pytest.mark.skipif(isinstance(_native.cuda, _native.Missing), reason="mxq_ext._cuda is not built")
 def test_the_built_module():
     """Its host code is the code that the tests above ran."""
     args, *_ = cache(*formats(4, 2, 64), 2, 0, 9, 3)
@@ -376,9 +376,13 @@ def test_the_built_module():
     assert built == mine and mine[0]
 
 
-def test_a_module_without_these_kernels_is_refused():
-    with pytest.raises(NativeError, match="the compiled CUDA extension has no kernels for it"):
-        kv_cuda.Kernels(cuda.Runtime(object()))
+def test_a_module_of_another_version_is_refused():
+    """One without these kernels, and one whose calls had a number of keys where counts are now."""
+    functions = cuda_tools.Functions(cuda_tools.library())
+    for library, structs in ((object(), "AttendCall, PageDesc, Rows"),
+                             (SimpleNamespace(layouts=lambda: functions.layouts().replace(" counts=", " total=")), "AttendCall")):
+        with pytest.raises(NativeError, match=f"is of another version of this package, it has other fields in {structs}; build it again"):
+            kv_cuda.Kernels(cuda.Runtime(library))
 
 
 def test_the_current_stream_and_device_are_used(monkeypatch):

@@ -13,6 +13,7 @@ import torch
 
 from mxq_ext import _native, cuda, doctor, ops
 from mxq_ext.errors import NativeError, ShapeError
+from mxq_ext.kv import cuda as kv_cuda
 from mxq_ext.testing import cases
 
 
@@ -142,6 +143,27 @@ def test_devices_that_a_build_serves(archs, has, has_not):
     assert all(cuda.without_kernels(archs, c) is None for c in has)
     for major, minor in has_not:
         assert cuda.without_kernels(archs, (major, minor)) == f"the device has compute capability {major}.{minor}, and the kernels were built for {archs}"
+
+
+def test_every_struct_is_that_of_the_library():
+    """Field for field: a library and a package of two versions would hand each other other numbers, and nobody would see it."""
+    assert cuda_tools.bench("cpu").runtime.layouts == cuda._LAYOUTS | kv_cuda._LAYOUTS
+
+
+@pytest.mark.parametrize("told", (None, lambda right: right.replace(" warps_k=", " warps="), lambda right: right.replace("stream=64", "stream=72")))
+def test_a_module_of_another_version_is_refused(monkeypatch, told):
+    """One that does not tell its structs, one that calls a field something else, one that has it elsewhere."""
+    right = cuda_tools.Functions(cuda_tools.library()).layouts()
+    module = SimpleNamespace(archs="8.0", **({} if told is None else {"layouts": lambda: told(right)}))
+    monkeypatch.setattr(_native, "cuda", module)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda d: SimpleNamespace(name="Some GPU", major=8, minor=0, multi_processor_count=80))
+    cuda.runtime.cache_clear()
+    structs = "LinearCall, Output, RectDesc, WeightDesc" if told is None else "LinearCall"
+    with pytest.raises(NativeError, match=f"is of another version of this package, it has other fields in {structs}; build it again"):
+        cuda.runtime(torch.device("cuda", 0))
+    module.layouts = lambda: right
+    assert cuda.runtime(torch.device("cuda", 0)).library is module
+    cuda.runtime.cache_clear()
 
 
 @pytest.mark.parametrize("capability, fix", (((7, 0), "keep the model on the CPU: there are kernels for compute capability 7.5 and later"),

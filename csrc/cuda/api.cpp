@@ -3,7 +3,9 @@
 #include "api.h"
 
 #include <algorithm>
+#include <cstddef>
 #include <cstring>
+#include <initializer_list>
 #include <string>
 
 #include "attention.h"
@@ -22,6 +24,17 @@ int64_t copy_text(const std::string& text, char* out, int64_t size) {  // as muc
     out[n] = 0;
   }
   return int64_t(text.size());
+}
+
+struct Field {
+  const char* name;
+  size_t offset;
+};
+
+std::string layout(const char* name, size_t nbytes, std::initializer_list<Field> fields) {
+  std::string text = name;
+  for (const Field& f : fields) text += std::string(" ") + f.name + "=" + std::to_string(f.offset);
+  return text + " sizeof=" + std::to_string(nbytes);
 }
 
 }  // namespace
@@ -64,4 +77,46 @@ MXQ_API int64_t mxq_cuda_kv_explain(const AttendCall* c, char* name, char* text,
   copy_text(config.ok ? attend_name(d) : "", name, size);
   copy_text(describe(d, config, c->bandwidth), text, size);
   return config.ok;
+}
+
+MXQ_API int64_t mxq_cuda_layouts(char* text, int64_t size) {
+#define F(name) Field{#name, offsetof(S, name)}
+  std::string all;
+  {
+    using S = RectDesc;
+    all += layout("RectDesc", sizeof(S),
+                  {F(r0), F(r1), F(c0), F(c1), F(kind), F(bits), F(zero), F(bf16), F(group), F(codes), F(scales), F(zeros)});
+  }
+  {
+    using S = WeightDesc;
+    all += "; " + layout("WeightDesc", sizeof(S),
+                  {F(n), F(k), F(rect_count), F(nnz), F(rects), F(perm_rows), F(perm_cols), F(rowptr), F(cols), F(values)});
+  }
+  {
+    using S = Output;
+    all += "; " + layout("Output", sizeof(S), {F(head), F(blob), F(y), F(bias), F(ldy), F(bias_type)});
+  }
+  {
+    using S = LinearCall;
+    all += "; " + layout("LinearCall", sizeof(S),
+                  {F(x), F(ldx), F(x_type), F(y_type), F(m), F(outputs), F(output), F(workspace), F(stream), F(path), F(capability), F(sms),
+                   F(warps_k), F(chunk), F(splits)});
+  }
+  {
+    using S = PageDesc;
+    all += "; " + layout("PageDesc", sizeof(S), {F(side), F(bits), F(group), F(head)});
+  }
+  {
+    using S = Rows;
+    all += "; " + layout("Rows", sizeof(S), {F(data), F(type), F(tokens), F(batch), F(head), F(token)});
+  }
+  {
+    using S = AttendCall;
+    all += "; " + layout("AttendCall", sizeof(S),
+                  {F(key), F(value), F(batch), F(q_heads), F(kv_heads), F(queries), F(q), F(out), F(sink_k), F(sink_v), F(tail_k), F(tail_v),
+                   F(pages), F(page_count), F(counts), F(scale), F(cap), F(causal), F(window), F(mask), F(mask_batch), F(mask_query), F(workspace),
+                   F(stream), F(capability), F(sms), F(splits), F(bandwidth)});
+  }
+#undef F
+  return copy_text(all, text, size);
 }

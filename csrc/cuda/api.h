@@ -38,6 +38,10 @@ MXQ_API int64_t mxq_cuda_kv_pack(const mxq::cuda::PageDesc* format, const mxq::c
 // 1, or 0 where there is no kernel; `name` and `text`: the kernel's name, and its configuration or why there is none.
 MXQ_API int64_t mxq_cuda_kv_explain(const mxq::cuda::AttendCall* c, char* name, char* text, int64_t size);
 
+// The structs that callers fill, as text: "Name field=offset ... sizeof=bytes; Name ...". A caller with structs of its own compares: a module of another
+// version would read other fields without anything to be seen. Returns the length.
+MXQ_API int64_t mxq_cuda_layouts(char* text, int64_t size);
+
 // device.cu
 MXQ_API const char* mxq_cuda_error_text(int64_t code);
 // Devices that can be used. `code`: what the runtime said (0: fine, 35: no driver or one that is too old, 100: no device); `driver`: newest CUDA version

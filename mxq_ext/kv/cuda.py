@@ -39,6 +39,9 @@ class AttendCall(ctypes.Structure):
     ]
 
 
+_LAYOUTS = frozenset(map(cuda.layout, (PageDesc, Rows, AttendCall)))
+
+
 def check_format(fmt: PageFormat) -> None:
     """Raises FormatError for pages that only the CPU kernels read."""
     if fmt.levels is not None:
@@ -130,13 +133,11 @@ class Kernels:
         runtime: the library and what is known about its device.
         bandwidth: bytes a second that a copy reaches on the device, for the bound in :meth:`explain`; 0 leaves that out.
 
-    Raises NativeError if the library is older than these kernels.
+    Raises NativeError if the library has no such kernels, or reads calls of another version of this package.
     """
 
     def __init__(self, runtime: cuda.Runtime, bandwidth: float = 0.0):
-        if not hasattr(runtime.library, "kv_attend"):
-            raise NativeError("a quantized KV cache on a GPU", "the compiled CUDA extension has no kernels for it",
-                              "build it again with `pip install .` in the source folder")
+        runtime.check_layouts(_LAYOUTS)
         self.runtime, self.bandwidth = runtime, bandwidth
 
     def pack_page(self, x: torch.Tensor, fmt: PageFormat, codes: torch.Tensor, params: torch.Tensor, stream: int = 0) -> None:
