@@ -45,18 +45,20 @@ def mask(batch_size: int, kv_length: int, q_length: int | None = None, kv_offset
     Causal attention: bool [B, keys], the keys that are no padding. So too for one query with a sliding window, which the tensor carries.
     Anything else: bool [B, 1, queries, keys], as SDPA takes it.
 
-    It lies where the model computes. A mask of one query is not read here, so a token waits for nothing; whether that of a prompt hides anything is
-    read once for all layers, since SDPA is faster without one, and on a GPU is waited for.
+    It lies where the model computes. A mask of one query is not read here, so a token waits for nothing; whether that of several hides anything is
+    read once for all layers, since SDPA is faster without one, and on a GPU is waited for. transformers 5.0 says on the device which position a query has,
+    so that there a window, too, is waited for.
     """
     from transformers import masking_utils
 
+    positions = None
     if q_length is None:  # transformers 5.0 gives the positions of the queries, where the model computes
-        q_length, last = kwargs["cache_position"].shape[0], kwargs["cache_position"][-1].cpu()
-    else:
-        last = torch.as_tensor(kwargs.get("q_offset", 0)) + q_length - 1
+        positions = kwargs["cache_position"]
+        q_length = positions.shape[0]
     place = _place(attention_mask, kwargs)
     window = 0
     if mask_function is not masking_utils.causal_mask_function:
+        last = torch.as_tensor(kwargs.get("q_offset", 0)) + q_length - 1 if positions is None else positions[-1].cpu()
         keys = torch.arange(kv_length) + kv_offset
         expected = keys <= last if local_size is None else (keys <= last) & (keys > last - local_size)
         zero = torch.zeros((), dtype=torch.int64)
