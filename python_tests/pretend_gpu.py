@@ -25,7 +25,10 @@ _CALLS = {"linear": cuda.LinearCall, "kv_attend": kv_cuda.AttendCall}
 #: Operations of torch that move numbers between places, or choose by indices that may be anywhere.
 _MOVING = {"to", "cuda", "cpu", "copy_", "__setitem__", "__getitem__", "__get__", "__set__", "_has_compatible_shallow_copy_type"}
 #: Operations whose result the host has to wait for.
-_WAITING = {"cpu", "item", "tolist", "numpy", "nonzero", "equal", "allclose", "masked_select", "unique", "__bool__", "__int__", "__float__", "__index__"}
+_WAITING = {"item", "tolist", "numpy", "nonzero", "equal", "allclose", "masked_select", "unique", "__bool__", "__int__", "__float__", "__index__"}
+#: Those that make a tensor of numbers that the host has.
+_MAKING = {"tensor", "as_tensor"}
+FROM_HOST, TO_HOST, BY_MASK, BY_HOST = "copy from the host", "copy to the host", "index by a mask", "index from the host"
 
 
 class OnGpu(torch.Tensor):
@@ -45,8 +48,14 @@ def _tensors(values) -> Iterator[torch.Tensor]:
             yield from _tensors(v)
 
 
+def _pinned(t: torch.Tensor) -> torch.Tensor:
+    """Says that it is; there is no such memory without a GPU. What is computed from it does not say so."""
+    t.pinned = True
+    return t
+
+
 class _Placement(TorchFunctionMode):
-    """``.to("cuda")``, ``.to("cpu")`` and ``device="cuda"`` make tensors of the kind above and of the usual one."""
+    """``.to("cuda")``, ``.to("cpu")`` and ``device="cuda"`` make tensors of the kind above and of the usual one; what is not pinned is waited for."""
 
     def __init__(self, waits: list[str]):
         super().__init__()
@@ -57,6 +66,8 @@ class _Placement(TorchFunctionMode):
         name = getattr(function, "__name__", "")
         if any(issubclass(t, OnGpu) for t in types):
             self._look(name, args, kwargs)
+        if name == "pin_memory":
+            return _pinned(args[0].clone())
         if name in ("to", "cuda", "cpu"):
             said = (*args[1:], *kwargs.values())
             place = next((torch.device(a) for a in said if isinstance(a, str | torch.device)), None) if name == "to" else torch.device(name)
@@ -65,34 +76,64 @@ class _Placement(TorchFunctionMode):
             if place is not None and place.type not in ("cpu", "cuda"):
                 return function(*args, **kwargs)
             if isinstance(args[0], OnGpu) and kind is torch.Tensor:
-                self.waits.append(name)
+                self.waits.append("cpu")
+            elif kind is OnGpu:
+                self._copied(args[0], any(a is True for a in args[1:]) or kwargs.get("non_blocking"))
             moved = args[0] if isinstance(args[0], OnGpu) == (kind is OnGpu) else args[0].clone().as_subclass(kind)
             return moved if moved.dtype == dtype else moved.type(dtype)
         wanted = kwargs.get("device")
         if wanted is not None and torch.device(wanted).type == "cuda":
             kwargs["device"] = "cpu"
+            if name in _MAKING and not isinstance(args[0], OnGpu):
+                self.waits.append(FROM_HOST)
             return function(*args, **kwargs).as_subclass(OnGpu)
+        if kwargs.pop("pin_memory", False):
+            return _pinned(function(*args, **kwargs))
         return function(*args, **kwargs)
 
+    def _copied(self, source: torch.Tensor, non_blocking: bool) -> None:
+        """To the device, from wherever it is."""
+        if not isinstance(source, OnGpu) and not (non_blocking and getattr(source, "pinned", False)):
+            self.waits.append(FROM_HOST)
+
     def _look(self, name: str, args: tuple, kwargs: dict) -> None:
-        if name in _WAITING - {"cpu"}:
+        if name in _WAITING or (name == "where" and len(args) == 1):
             self.waits.append(name)
-        elif name == "__getitem__" and any(t.dtype == torch.bool and t.dim() for t in _tensors([args[1]])):
-            self.waits.append("index by a mask")
-        elif name == "copy_" and not isinstance(args[1], OnGpu) and not kwargs.get("non_blocking"):
-            self.waits.append("copy from the host")
+        elif name in ("__getitem__", "__setitem__"):
+            self._index(*args)
+        elif name == "copy_" and isinstance(args[0], OnGpu):
+            self._copied(args[1], kwargs.get("non_blocking") or args[2:] == (True,))
+        elif name == "copy_":
+            self.waits.append(TO_HOST)
         if name not in _MOVING:
             places = {str(t.device) for t in _tensors([*args, *kwargs.values()]) if t.dim() or isinstance(t, OnGpu)}
             assert len(places) < 2, f"{name} of tensors on {' and '.join(sorted(places))}"
 
+    def _index(self, x: torch.Tensor, index, value=None) -> None:
+        """``x[index]``, and ``x[index] = value``: indices of the host are copied, and numbers of one place that go to the other."""
+        parts = index if isinstance(index, tuple) else (index,)
+        tensors = [t for t in parts if isinstance(t, torch.Tensor) and t.dim()]
+        if not isinstance(x, OnGpu):
+            assert not any(isinstance(t, OnGpu) for t in tensors), "index of tensors on cpu and cuda:0"
+            if isinstance(value, OnGpu):
+                self.waits.append(TO_HOST)
+            return
+        if any(t.dtype == torch.bool for t in tensors):
+            self.waits.append(BY_MASK)
+        if any(isinstance(p, list) for p in parts) or any(not isinstance(t, OnGpu) for t in tensors):
+            self.waits.append(BY_HOST)
+        if isinstance(value, torch.Tensor) and value.dim():
+            self._copied(value, False)
+
 
 class Launches(list):
-    """Streams of the launches so far; ``names`` of the functions, and ``waits``: what the host waited for."""
+    """Streams of the launches so far; ``names`` of the functions; ``waits``: what the host waited for; ``capturing``: whether a graph is said to be."""
 
     def __init__(self):
         super().__init__()
         self.names: list[str] = []
         self.waits: list[str] = []
+        self.capturing = False
 
 
 @contextlib.contextmanager
@@ -121,5 +162,6 @@ def pretend_gpu(monkeypatch, capability: int = 80, sms: int = 108):
     with monkeypatch.context() as patch, _Placement(streams.waits):
         patch.setattr(cuda, "runtime", runtime_of)
         patch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: streams.capturing)
         patch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=STREAM))
         yield streams

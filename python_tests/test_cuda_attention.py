@@ -52,7 +52,7 @@ class Bench:
     def pack_page(self, x, fmt):
         page = [torch.full_like(t, 0x5A) for t in fmt.empty_page(x.shape[0] * x.shape[1])]
         codes, params = map(self.move, page)
-        self.kernels.pack_page(self.move(x), fmt, codes, params)
+        self.kernels.pack_page(self.move(x), fmt, codes, params, stream=0)
         return codes.cpu(), params.cpu()
 
     def attend(self, q, args, **options):
@@ -63,7 +63,7 @@ class Bench:
         out = room[:, 1:-1, :, 16:].transpose(1, 2)
         table = kv_cuda.CudaPages.of(pages, self.device)
         options = {name: self.move(v) for name, v in options.items()}
-        got = cuda_tools.poisoned(self.kernels.attend, self.move(q), table, *map(self.move, parts), out=out, **options)
+        got = cuda_tools.poisoned(self.kernels.attend, self.move(q), table, *map(self.move, parts), out=out, stream=0, **options)
         assert got is out and int(room.isnan().sum()) == room.numel() - out.numel() + int(out.isnan().sum()), "it wrote outside of its output"
         return out.cpu()
 
@@ -247,8 +247,9 @@ def test_pages_move_as_they_are(bench):
     got = bench.attend(q, args)
     numeric.check(got, reference.attend(q.numpy(), k, v), LIMIT, "66 pages")
     moved = copy.deepcopy(kv_cuda.CudaPages.of(args[0], bench.device))
-    assert isinstance(moved, kv_cuda.CudaPages) and moved.device == moved[0][0].device and moved[0][0].data_ptr() != args[0][0][0].data_ptr()
-    assert torch.equal(bench.kernels.attend(bench.move(q), moved).cpu(), got) and moved.nbytes() == args[0].nbytes()
+    assert isinstance(moved, kv_cuda.CudaPages) == (bench.device.type == "cuda")
+    assert moved.device == moved[0][0].device and moved[0][0].data_ptr() != args[0][0][0].data_ptr()
+    assert torch.equal(bench.kernels.attend(bench.move(q), moved, stream=0).cpu(), got) and moved.nbytes() == args[0].nbytes()
 
 
 @pytest.mark.parametrize("window, queries, masked", ((0, 1, False), (100, 3, False), (0, 2, True)))
@@ -280,21 +281,63 @@ def test_one_call_serves_every_length(bench, window, queries, masked):
         want = reference.attend(q.cpu().numpy(), *whole, window=window, mask=None if mask is None else mask.numpy())
         numeric.check(out.cpu(), want, LIMIT, f"{held} pages, {tail} tokens")
         cut = [None if tail == 0 else t[:, :, :tail] for t in (tail_k, tail_v)]
-        alone = bench.kernels.attend(q, pages, sink_k, sink_v, *cut, window=window, mask=None if mask is None else bench.move(mask), splits=3)
+        alone = bench.kernels.attend(q, pages, sink_k, sink_v, *cut, window=window, mask=None if mask is None else bench.move(mask), splits=3,
+                                     stream=0)
         if held > 8 and not window:  # there, too, three blocks share the chunks
             assert torch.equal(alone, out)
-    for _ in range(2):
+    pages.append(*map(bench.move, table[0]))
+    with pytest.raises(ShapeError, match="page 12 of a KV cache of 2 heads: room for 12 pages was reserved, .*; reserve more, and capture again"):
         pages.append(*map(bench.move, table[0]))
-    text = bench.kernels.explain(q, pages, sink_k, sink_v, tail_k, tail_v, **options)[1]
-    assert pages.room == 24, "now it has"
+    pages.reserve(24)
+    pages.append(*map(bench.move, table[0]))
+    pages.note()
+    assert pages.pointers != call.pages
+    text = bench.kernels.explain(q, pages, sink_k, sink_v, tail_k, tail_v, **options | {"mask": None})[1]
     most += 64 * 12
     assert text.startswith(f"{most} keys, ") and text.endswith(f"; {(2 if window else 24) * 2 * 4096} bytes of pages")
     del keep
-    for tail, told in (((tail_k, tail_v), there.long()), ((None, None), there)):
-        with pytest.raises(ShapeError, match=r"attention with counts int(64|32) \(2,\) on .* and a tail .*: they must be int32 \(2,\) on"):
-            bench.kernels.attend(q, pages, sink_k, sink_v, *tail, counts=told)
-    with pytest.raises(ShapeError, match=rf"the mask must be bool \[1, {most}\]"):
-        bench.kernels.attend(q, pages, sink_k, sink_v, tail_k, tail_v, counts=there, mask=there[:1].bool()[None])
+
+
+def test_counts_over_two_sequences(bench):
+    """As callers ask for it, without a number of splits: what the configuration has for the most keys that there may be."""
+    key, value = formats(4, 3, 64)
+    for pages, tail, room in ((2, 5, 9), (0, 12, 3), (3, 0, 40)):
+        (table, *parts), k, v = cache(key, value, 2, 3, pages, 12, batch=2, seed=tail)
+        there = kv_cuda.CudaPages.of(table, bench.device)
+        there.reserve(room)
+        for x in parts[2:]:
+            x[:, :, tail:] = float("nan")
+        k, v = (x[:, :, : 3 + 64 * pages + tail] for x in (k, v))
+        q, counts = numbers(2, 4, 2, 64, seed=room), bench.move(torch.tensor([pages, tail], dtype=torch.int32))
+        for call in (functools.partial(bench.kernels.attend, stream=0), kv_cuda.attend)[: 1 + (bench.device.type == "cuda")]:
+            got = call(bench.move(q), there, *map(bench.move, parts), counts=counts)
+            numeric.check(got.cpu(), reference.attend(q.numpy(), k, v), LIMIT, f"{pages} pages of {room}, {tail} tokens")
+
+
+def test_counts_that_are_refused(bench):
+    (table, *parts), *_ = cache(*formats(4, 4, 64), 2, 0, 1, 3)
+    q, parts, pages = bench.move(numbers(1, 2, 1, 64)), [*map(bench.move, parts)], kv_cuda.CudaPages.of(table, bench.device)
+    counts = torch.zeros(2, dtype=torch.int32, device=bench.device)
+    attend = functools.partial(bench.kernels.attend, q, pages, stream=0)
+    with pytest.raises(ShapeError, match="with counts over a table that grows: .*; call reserve"):
+        attend(*parts, counts=counts)
+    pages.reserve(2)
+    gaps = torch.zeros(4, dtype=torch.int32, device=bench.device)[::2]
+    for bad, said in ((counts.long(), r"int64 \(2,\)"), (counts[:1], r"int32 \(1,\)"), ((1, 3), r"\(1, 3\)"), (gaps, r"int32 \(2,\)")):
+        with pytest.raises(ShapeError, match=rf"attention with counts {said}.*: they must be a contiguous int32 tensor \(2,\) on .*; write"):
+            attend(*parts, counts=bad)
+    with pytest.raises(ShapeError, match="attention with counts and no tail: .*; pass tail_k and tail_v in full"):
+        attend(*parts[:2], counts=counts)
+    with pytest.raises(ShapeError, match=r"the mask must be bool \[1, 131\]"):
+        attend(*parts, counts=counts, mask=counts[:1].bool()[None])
+
+
+def test_a_stream_has_to_be_given(bench):
+    (table, *parts), *_ = cache(*formats(4, 4, 64), 1, 0, 1, 3)
+    with pytest.raises(TypeError, match="'stream'"):
+        bench.kernels.attend(numbers(1, 2, 1, 64), table, *parts)
+    with pytest.raises(TypeError, match="'stream'"):
+        bench.kernels.pack_page(numbers(1, 1, 64, 64), table.key, *table[0][:2])
 
 
 # --------------------------------------------------------------------------------------------------- dispatch and refusals
@@ -343,16 +386,16 @@ def test_refusals():
     pages = kv_cuda.CudaPages.of(table, "cpu")
     old = kv_cuda.Kernels(cuda.Runtime(cuda_tools.Functions(cuda_tools.library()), 70, 80))
     with pytest.raises(NativeError, match=r"attention of q \(1, 2, 1, 64\) over 1 pages.*this device has 7.0"):
-        old.attend(q, pages, *parts)
+        old.attend(q, pages, *parts, stream=0)
     with pytest.raises(ShapeError, match="q must be float32, bfloat16 or float16 on the CPU"):
-        old.attend(q.to("meta"), pages, *parts)
+        old.attend(q.to("meta"), pages, *parts, stream=0)
     with pytest.raises(ShapeError, match="codes must be a contiguous uint8 tensor of .* on meta"):
         kv_cuda.CudaPages(*formats(4, 4, 64), 1, "meta").append(*table[0])
     with pytest.raises(ShapeError, match="multiples of 16 bytes, tensor 0 does not"):
         shifted = torch.empty(table[0][0].numel() + 1, dtype=torch.uint8)[1:].view_as(table[0][0])
         kv_cuda.CudaPages(*formats(4, 4, 64), 1, "cpu").append(shifted, *table[0][1:])
     with pytest.raises(ShapeError, match="the shape must be"):
-        old.pack_page(numbers(1, 1, 63, 64), table.key, *table[0][:2])
+        old.pack_page(numbers(1, 1, 63, 64), table.key, *table[0][:2], stream=0)
 
     turned = PageTable(*formats(4, 4, 64), 1, rope=RopeTables(Rope((1.0, 0.5)), 0))
     with pytest.raises(FormatError, match="keys before the rotary embedding on a GPU"):
@@ -363,7 +406,7 @@ def test_refusals():
     with pytest.raises(FormatError, match="2-bit keys with a codebook on a GPU"):
         kv_cuda.CudaPages(codebook, formats(2, 2, 64)[1], 1, "cpu")
     with pytest.raises(FormatError, match="2-bit keys with a codebook on a GPU"):
-        old.pack_page(numbers(1, 1, 64, 64), codebook, *codebook.empty_page(1))
+        old.pack_page(numbers(1, 1, 64, 64), codebook, *codebook.empty_page(1), stream=0)
 
 
 @pytest.mark.skipif(isinstance(_native.cuda, _native.Missing), reason="mxq_ext._cuda is not built")
@@ -415,9 +458,9 @@ def test_failed_launches_are_errors_with_the_reason():
     kernels = kv_cuda.Kernels(cuda.Runtime(functions))
     (table, *parts), *_ = cache(*formats(4, 4, 64), 1, 0, 1, 3)
     with pytest.raises(NativeError, match="attention of q .* the launch failed: code 98"):
-        kernels.attend(numbers(1, 2, 1, 64), kv_cuda.CudaPages.of(table, "cpu"), *parts)
+        kernels.attend(numbers(1, 2, 1, 64), kv_cuda.CudaPages.of(table, "cpu"), *parts, stream=0)
     with pytest.raises(NativeError, match="packing a page of keys .* the launch failed: code 98"):
-        kernels.pack_page(numbers(1, 1, 64, 64), table.key, *table[0][:2])
+        kernels.pack_page(numbers(1, 1, 64, 64), table.key, *table[0][:2], stream=0)
 
 
 # --------------------------------------------------------------------------- sanitizers, and the instructions that nvcc emits

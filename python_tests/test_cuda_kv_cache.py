@@ -16,6 +16,7 @@ from mxq_ext import cuda
 from mxq_ext.errors import FormatError, ModelError, NativeError, ShapeError
 from mxq_ext.kv import attention as kv_attention
 from mxq_ext.kv import codes as page_codes
+from mxq_ext.kv import cuda as kv_cuda
 from mxq_ext.kv import device, ops
 from mxq_ext.kv.attention import replace_attention
 from mxq_ext.kv.cache import MxqCache, MxqCacheLayer, cache_nbytes, page_formats
@@ -37,16 +38,25 @@ def launches(monkeypatch):
 
 
 def on_gpu(*tensors):
-    return [t.to("cuda") for t in tensors]
+    """Copies that nothing waits for, so that what is waited for later is what a test is about."""
+    return [t.pin_memory().to("cuda", non_blocking=True) for t in tensors]
 
 
 def same(there: MxqCacheLayer, here: MxqCacheLayer) -> bool:
-    """Whether a layer on the GPU keeps what one on the CPU does, bit for bit, and all of it there."""
+    """Whether a layer on the GPU keeps what one on the CPU does, and all of it there. Bit for bit, but for rotated numbers: a product's rounding depends on its
+    shape, and is another on the CPU if memory lies otherwise. Of their pages, which say the number of each byte, a few codes are others."""
     assert all(t.device == gpu.DEVICE for t in there.tensors()) and isinstance(there.pages, CudaPages)
     assert there.nbytes() == here.nbytes() == sum(t.nbytes for t in there.tensors()) and there.get_seq_length() == here.get_seq_length()
     parts = [[*(t for p in pages(x) for t in p), *(t[:, :, : x.sink_tokens] for t in x.sink), *(t[:, :, : x.tail_tokens] for t in x.tail)]
              for x in (there, here)]
-    return len(parts[0]) == len(parts[1]) and all(torch.equal(a.cpu(), b) for a, b in zip(*parts, strict=True))
+    if len(parts[0]) != len(parts[1]):
+        return False
+    pairs = [(a.cpu(), b) for a, b in zip(*parts, strict=True)]
+    if not here.spec.rotate:
+        return all(torch.equal(a, b) for a, b in pairs)
+    assert all(a.shape == b.shape and a.dtype == b.dtype for a, b in pairs)
+    unequal, count = (sum(f(a, b) for a, b in pairs if a.dtype == torch.uint8) for f in (lambda a, b: int((a != b).sum()), lambda a, b: a.numel()))
+    return unequal <= 1e-3 * count and all(torch.allclose(a.float(), b.float(), rtol=2e-3, atol=1e-4) for a, b in pairs if a.dtype != torch.uint8)
 
 
 def pair(spec, *states):
@@ -59,14 +69,29 @@ def pair(spec, *states):
 
 def test_the_pretended_gpu_is_as_strict_as_one(launches):
     x, y = torch.ones(2, 3), torch.ones(2, 3, device="cuda")
-    for mixed in (lambda: x + y, lambda: torch.cat([y, x]), lambda: y.index_select(0, torch.tensor([0])), lambda: y.masked_fill(x > 0, 0.0)):
+    (index,) = on_gpu(torch.tensor([1]))
+    for mixed in (lambda: x + y, lambda: torch.cat([y, x]), lambda: y.index_select(0, torch.tensor([0])), lambda: y.masked_fill(x > 0, 0.0), lambda: x[index]):
         with pytest.raises(AssertionError, match="of tensors on cpu and cuda:0"):
             mixed()
-    assert (y + torch.tensor(1.0)).device == y[torch.tensor([1])].device == gpu.DEVICE and not launches.waits
-    y.copy_(x, non_blocking=True)
+    assert (y + torch.tensor(1.0)).device == y[index].device == y[torch.tensor(1)].device == gpu.DEVICE
+    y.copy_(x.pin_memory(), non_blocking=True)
+    y[:1], y[index], y[0, 0] = y[1:], y[:1].clone(), 3.0
     assert not launches.waits
-    bool(y.all()), y.cpu(), y[y > 0], y.copy_(x), y.tolist()
-    assert launches.waits == ["__bool__", "cpu", "index by a mask", "copy from the host", "tolist"]
+
+    def fill(t, index, value):
+        t[index] = value
+
+    host, mask = torch.tensor([1]), y > 0
+    for why, *waiting in (("__bool__", lambda: bool(y.all())), ("tolist", y.tolist), ("where", lambda: torch.where(mask)), ("cpu", y.cpu, lambda: y.to("cpu")),
+                          (gpu.FROM_HOST, lambda: x.to("cuda"), lambda: x.to("cuda", non_blocking=True), lambda: x.pin_memory().to("cuda"), x.cuda),
+                          (gpu.FROM_HOST, lambda: y.copy_(x), lambda: y.copy_(x, non_blocking=True), lambda: fill(y, slice(2), x)),
+                          (gpu.FROM_HOST, lambda: torch.tensor([1, 2], device="cuda")), (gpu.TO_HOST, lambda: x.copy_(y), lambda: fill(x, slice(2), y)),
+                          (gpu.BY_MASK, lambda: y[mask], lambda: fill(y, mask, 0.0)),
+                          (gpu.BY_HOST, lambda: y[host], lambda: y[:, [0, 2]], lambda: fill(y, host, 0.0))):
+        for wait in waiting:
+            wait()
+        assert launches.waits == [why] * len(waiting)
+        launches.waits.clear()
 
 
 # -- pages ------------------------------------------------------------------------------------------------------------------------
@@ -98,8 +123,7 @@ def test_how_tokens_come_does_not_matter(launches, spec):
     k, v = numbers(300)
     whole, here = pair(spec, k, v)
     assert not launches.waits
-    if not spec.rotate:  # a product's rounding depends on its shape, and is another on the CPU if memory lies otherwise
-        assert same(whole, here)
+    assert same(whole, here)
     launches.waits.clear()
     for sizes in ([1] * 300, [200, 1, 99]):
         other, twin, start = MxqCacheLayer(spec), MxqCacheLayer(spec), 0
@@ -148,11 +172,11 @@ def test_crop(launches, spec):
         there, here = pair(spec, k, v)
         for layer in (there, here):
             layer.crop(-gone)
-        assert not launches.waits and (spec.rotate or same(there, here))
+        assert not launches.waits and same(there, here)
         launches.waits.clear()
         there.append(*on_gpu(*numbers(70)))
         here.append(*numbers(70))
-        assert there.get_seq_length() == 370 - gone and (spec.rotate or same(there, here))
+        assert there.get_seq_length() == 370 - gone and same(there, here)
         launches.waits.clear()
 
 
@@ -215,6 +239,44 @@ def test_tables_grow_and_copies_stand_by_themselves(launches):
         layer.update(*move(k[:, :, :1], v[:, :, :1]))
         outs.append(layer.attend(*move(q), scale=1.0, mask=None, causal=True, window=0, softcap=0.0).cpu())
     torch.testing.assert_close(*outs, **CLOSE)
+
+
+def test_a_layer_that_was_on_the_gpu_is_read_elsewhere(launches):
+    """As torch.load makes it with map_location: all tensors are somewhere else, and everything around them is as it was saved."""
+    for tokens in (5, 200):
+        there, here = pair(KVSpec(4, 4, residual=0, sink=2), *numbers(tokens))
+        make, (*formats, held, place) = there.pages.__reduce__()
+        state = {name: tuple(t.cpu() for t in getattr(there, name)) for name in ("sink", "tail")}
+        moved = MxqCacheLayer.__new__(MxqCacheLayer)
+        moved.__setstate__(vars(there) | state | {"pages": make(*formats, [[t.cpu() for t in page] for page in held], place.cpu())})
+        assert moved.device == moved.pages.device == torch.device("cpu") and not isinstance(moved.pages, CudaPages)
+        for layer in (moved, here):
+            layer.append(*numbers(100, seed=1))
+        assert len(moved.pages) == len(here.pages) > 0 and all(torch.equal(a, b) for p, q in zip(pages(moved), pages(here), strict=True)
+                                                               for a, b in zip(p, q, strict=True))
+    there, here = pair(KVSpec(4, 4, residual=0), *numbers(5))  # nothing of it is in pages, so that it may go the other way
+    moved.__setstate__(vars(here) | {name: getattr(there, name) for name in ("sink", "tail")})
+    moved.append(*on_gpu(*numbers(100, seed=1)))
+    here.append(*numbers(100, seed=1))
+    assert same(moved, here)
+    make, (*formats, held, rope, mix) = here.pages.__reduce__()
+    with pytest.raises(ShapeError, match='a KV cache that was saved on the CPU, read for cuda:0: .*; read it with map_location="cpu"'):
+        make(*formats, [on_gpu(*page) for page in held], rope, mix)
+
+
+def test_addresses_are_written_before_a_graph_is_captured(launches):
+    """And by those who read pages, not by those who ask what would be launched."""
+    there, _ = pair(KVSpec(4, 4, residual=0), *numbers(64))
+    q, table = torch.randn(2, 6, 1, 32, device="cuda"), there.pages
+    assert kv_cuda.explain(q, table)[0] and table._noted == 0
+    launches.capturing = True
+    with pytest.raises(ShapeError, match=r"attention over 1 pages in a CUDA graph: 1 of them are new, .*; call note\(\) before the capture"):
+        kv_cuda.attend(q, table)
+    launches.capturing = False
+    table.note()
+    launches.capturing = True
+    out = kv_cuda.attend(q, table)
+    assert launches[-1] == gpu.STREAM and not launches.waits and out.isfinite().all()
 
 
 def test_inference_mode_may_begin_a_cache(launches):
@@ -290,6 +352,7 @@ def test_a_token_waits_for_nothing(models, launches):
     ids, mask = batch["input_ids"], batch["attention_mask"]
     cache, more = MxqCache(model.config, SPEC), torch.ones(2, 1, dtype=torch.int64, device="cuda")
     with torch.no_grad():
+        launches.waits.clear()  # the model and its inputs were moved
         model(ids, attention_mask=mask, **using(cache))
         assert launches.waits == ["__bool__"] * (model.config.model_type != "mistral")  # whose layers all have windows, so that the mask is dense
         launches.waits.clear()
@@ -342,6 +405,9 @@ def test_masks_of_other_shapes(llama):
 def test_the_mask_lies_where_the_model_computes(launches):
     """As transformers asks for it now, and as 5.0 did, which said positions and no device."""
     causal, padding = masking_utils.causal_mask_function, torch.ones(2, 9, dtype=torch.bool, device="cuda")
+    launches.waits.clear()
+    one = kv_attention.mask(2, 9, mask_function=causal, attention_mask=padding, cache_position=torch.arange(8, 9, device="cuda"))
+    assert one.device == gpu.DEVICE and not launches.waits, "a token of a causal layer waits for nothing"
     now = kv_attention.mask(2, 9, 3, q_offset=6, mask_function=causal, device=gpu.DEVICE)
     then = kv_attention.mask(2, 9, mask_function=causal, attention_mask=padding, cache_position=torch.arange(6, 9, device="cuda"))
     bare = kv_attention.mask(2, 9, 1, q_offset=8, mask_function=causal, attention_mask=padding)

@@ -150,6 +150,13 @@ class MxqCacheLayer(CacheLayerMixin):
         self.orders: list[torch.Tensor] = []  # [B, tokens of a round] of each round of mixed pages: which of its tokens lies where
         self.salience: salience.Salience | None = None
 
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        if self.is_initialized:
+            self.device = self.tail[0].device  # it may be another one now: torch.load has map_location
+            if self.pages.device != self.device:  # a table without pages stays where it was
+                self.pages = self._table(self.pages.key, self.pages.value)
+
     def __repr__(self) -> str:
         return f"MxqCacheLayer({self.spec}, {self.get_seq_length()} tokens, {self.nbytes()} bytes)"
 
@@ -486,7 +493,8 @@ class MxqCacheLayer(CacheLayerMixin):
         index = index.to(torch.int64)
         if not self.is_initialized or (index.is_cpu and torch.equal(index, torch.arange(self.batch))):  # what lies on a GPU is not waited for
             return
-        index = index.to(self.device, non_blocking=True)
+        # From pinned memory, as the addresses of pages are, see PageTable.note.
+        index = index.pin_memory().to(self.device, non_blocking=True) if index.is_cpu and self.device.type == "cuda" else index.to(self.device)
         old, self.batch = self.batch, index.shape[0]
         pages = [self.pages[i] for i in reversed(range(len(self.pages)))]
         self.pages = self._table(self.pages.key, self.pages.value)

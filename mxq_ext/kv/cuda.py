@@ -64,6 +64,10 @@ def check_formats(key: PageFormat, value: PageFormat, *, pre_rope: bool, mixed: 
 class CudaPages(PageTable):
     """The pages of one layer in the memory of a GPU, in order, as :func:`attend` reads them.
 
+    Addresses of new pages are written on the current stream of the first call that reads them. Before several streams read a table, call :meth:`note` on the
+    stream that made its pages, and let the others wait for that one. MxqCache neither reserves nor counts: ``of``, ``reserve`` and ``counts`` are for callers
+    who capture attention in a CUDA graph by themselves.
+
     Args:
         key, value: formats of the two sides.
         heads: B * Hkv heads of each page.
@@ -73,11 +77,12 @@ class CudaPages(PageTable):
     Raises FormatError if the sides do not go together, or for a cache that the CUDA kernels do not read.
     """
 
-    __slots__ = ("device",)
+    __slots__ = ("device", "room")
 
     def __init__(self, key: PageFormat, value: PageFormat, heads: int, device: torch.device | str, rope: RopeTables | None = None,
                  mix: PageMix | None = None):
         self.device = torch.empty(0, device=device).device  # with its index
+        self.room = 0  #: the most pages that there may be, see :meth:`reserve`; 0: any number
         check_formats(key, value, pre_rope=rope is not None, mixed=mix is not None)
         super().__init__(key, value, heads)
 
@@ -91,28 +96,35 @@ class CudaPages(PageTable):
 
     def append(self, *page: torch.Tensor) -> None:
         """Adds a page on the table's device, see :meth:`PageTable.append`; the kernels read it by 16 bytes. Raises ShapeError."""
+        if self.room and len(self) == self.room:
+            raise ShapeError(f"page {len(self)} of a KV cache of {self.heads} heads", f"room for {self.room} pages was reserved, and captured launches "
+                             "read the addresses of pages where that is", "reserve more, and capture again")
         if odd := [i for i, t in enumerate(page) if t.data_ptr() % 16]:
             rule = f"its tensors must lie at multiples of 16 bytes, tensor {odd[0]} does not"
             raise ShapeError(f"page {len(self)} of a KV cache of {self.heads} heads", rule, "allocate it with PageFormat.empty_page()")
         super().append(*page)
 
-    @property
-    def room(self) -> int:
-        """Pages for whose addresses there is room: as long as there are no more, :attr:`pointers` stays what it is."""
-        self.note()
-        return len(self._pointers)
+    def note(self) -> None:
+        """See :meth:`PageTable.note`. Raises ShapeError while a graph is captured, if there is anything to write."""
+        if len(self) > self._noted and self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise ShapeError(f"attention over {len(self)} pages in a CUDA graph", f"{len(self) - self._noted} of them are new, and each replay "
+                             "would write their addresses again", "call note() before the capture")
+        super().note()
 
     def reserve(self, pages: int) -> None:
-        """Makes room for the addresses of so many pages."""
-        if pages > self.room:
-            self._make_room(pages)
+        """Makes room for the addresses of so many pages, or of as many as there are. Until the next call of this, they stay where they are then, and there
+        can be no more pages."""
+        self.room = max(pages, len(self), 1)
+        if self.room > len(self._pointers):
+            self._make_room(self.room)
 
     def __reduce__(self):
-        return _pages_of, (self.key, self.value, self.heads, self.device, self._pages)
+        return _pages_of, (self.key, self.value, self.heads, self._pages, torch.empty(0, device=self.device))
 
 
-def _pages_of(key: PageFormat, value: PageFormat, heads: int, device: torch.device, pages: list) -> CudaPages:
-    table = CudaPages(key, value, heads, device)
+def _pages_of(key: PageFormat, value: PageFormat, heads: int, pages: list, place: torch.Tensor) -> PageTable:
+    """``place`` is a tensor and no device, so that it moves along with the pages where a file is read for another device, or for the CPU."""
+    table = PageTable(key, value, heads) if place.is_cpu else CudaPages(key, value, heads, place.device)
     for page in pages:
         table.append(*page)
     return table
@@ -140,8 +152,8 @@ class Kernels:
         runtime.check_layouts(_LAYOUTS)
         self.runtime, self.bandwidth = runtime, bandwidth
 
-    def pack_page(self, x: torch.Tensor, fmt: PageFormat, codes: torch.Tensor, params: torch.Tensor, stream: int = 0) -> None:
-        """As :func:`ops.pack_page`, with all tensors on the device, and the same bytes. Raises ShapeError, FormatError, NativeError."""
+    def pack_page(self, x: torch.Tensor, fmt: PageFormat, codes: torch.Tensor, params: torch.Tensor, *, stream: int) -> None:
+        """As :func:`ops.pack_page`, all tensors on the device, which is the current one: the same bytes. Raises ShapeError, FormatError, NativeError."""
         check_format(fmt)
         x = ops._check_pack(x, fmt, codes, params, x.device)
         if x.numel():
@@ -150,17 +162,30 @@ class Kernels:
                                                 stream)
             self.runtime.run(code, f"packing a page of {fmt.side} of {tuple(x.shape)}")
 
+    @staticmethod
+    def _check_counts(counts: torch.Tensor, pages: CudaPages, tail_k: torch.Tensor | None) -> None:
+        """Raises ShapeError."""
+        if not (isinstance(counts, torch.Tensor) and counts.device == pages.device and counts.dtype == torch.int32 and counts.shape == (2,)
+                and counts.is_contiguous()):
+            said = ops._say(counts) if isinstance(counts, torch.Tensor) else repr(counts)
+            raise ShapeError(f"attention with counts {said}", f"they must be a contiguous int32 tensor (2,) on {ops._place(pages.device)}",
+                             "write the numbers of pages and of tokens of the tail into one")
+        if tail_k is None:
+            raise ShapeError("attention with counts and no tail", "the tail must be there with all the room that it has, however many of its tokens count",
+                             "pass tail_k and tail_v in full")
+        if not pages.room:
+            raise ShapeError("attention with counts over a table that grows", "its addresses move when their room is full, and a captured launch reads them "
+                             "where they were", "call reserve() with the most pages that there may be")
+
     def call(self, q: torch.Tensor, pages: CudaPages, sink_k=None, sink_v=None, tail_k=None, tail_v=None, *, scale: float | None = None, causal: bool = True,
              window: int = 0, softcap: float = 0.0, mask: torch.Tensor | None = None, out: torch.Tensor | None = None, stream: int = 0,
              splits: int = 0, counts: torch.Tensor | None = None) -> tuple[AttendCall, torch.Tensor, list]:
-        """(what native code takes, the result's tensor, what must live as long); see :meth:`attend`. Raises ShapeError."""
+        """(what native code takes, the result's tensor, what must live as long); see :meth:`attend`. New pages are not noted here. Raises ShapeError."""
         parts = {"sink_k": sink_k, "sink_v": sink_v, "tail_k": tail_k, "tail_v": tail_v}
+        if counts is not None:
+            self._check_counts(counts, pages, tail_k)
         most = None if counts is None else pages.room
         ops._check_attend(q, pages, parts, mask, window, softcap, out, device=pages.device, most_pages=most)
-        if counts is not None and not (counts.device == pages.device and counts.dtype == torch.int32 and counts.shape == (2,) and counts.is_contiguous()
-                                       and tail_k is not None):
-            raise ShapeError(f"attention with counts {ops._say(counts)} and a tail {ops._say(tail_k)}",
-                             f"they must be int32 (2,) on {ops._place(pages.device)}, beside all the room of the tail", "give pages and tokens of the tail")
         batch, heads, queries, d = q.shape
         if out is None:
             out = q.new_empty(batch, queries, heads, d).transpose(1, 2)
@@ -170,7 +195,7 @@ class Kernels:
         call = AttendCall(key=PageDesc(*pages.key.native), value=PageDesc(*pages.value.native),
                           batch=batch, q_heads=heads, kv_heads=pages.heads // batch, queries=queries,
                           q=Rows(*ops._rows(q)), out=Rows(out.data_ptr(), TYPES[out.dtype], queries, *out.stride()[:3]),
-                          **{name: Rows(*ops._rows(t)) for name, t in parts.items()}, pages=pages.pointers, page_count=len(pages) if most is None else most,
+                          **{name: Rows(*ops._rows(t)) for name, t in parts.items()}, pages=pages.address, page_count=len(pages) if most is None else most,
                           scale=d**-0.5 if scale is None else float(scale), cap=softcap, causal=causal, window=window, stream=stream,
                           capability=self.runtime.capability, sms=self.runtime.sms, splits=splits, bandwidth=self.bandwidth)
         if counts is not None:
@@ -179,20 +204,22 @@ class Kernels:
             call.mask, call.mask_batch, call.mask_query = mask.data_ptr(), mask.stride(0), mask.stride(1) if mask.dim() == 3 else 0
         return call, out, [q, parts, mask, counts, pages]
 
-    def attend(self, q: torch.Tensor, pages: CudaPages, *parts, **options) -> torch.Tensor:
-        """As :func:`ops.attend`, all tensors on the device.
+    def attend(self, q: torch.Tensor, pages: CudaPages, *parts, stream: int, **options) -> torch.Tensor:
+        """As :func:`ops.attend`, all tensors on the device, which is the current one.
 
         Products are exact in fp16 codes times vectors of 22 bits, sums and softmax are float32; the order of all sums depends on shapes and device alone.
 
         Args:
-            parts, options: as there, and ``stream``: address of a CUDA stream; ``splits``: blocks that share the keys, in place of what the configuration has;
-                ``counts``: int32 [2] on the device, how many pages and tokens of the tail there are. Then ``tail_k`` and ``tail_v`` are as long as they may
-                get, ``mask`` is as wide as the keys may get with ``pages.room`` pages, and what is captured in a graph serves every length up to that. Nobody
-                checks that there are no more.
+            stream: address of a CUDA stream. There is no default: a launch on the legacy stream would run once, and be missing from a graph that is captured.
+            parts, options: as there, and ``splits``: blocks that share the keys, in place of what the configuration has; ``counts``: int32 [2] on the device,
+                how many pages and tokens of the tail there are. Then ``tail_k`` and ``tail_v`` are as long as they may get, ``mask`` is as wide as the keys
+                may get with the ``pages.room`` pages that :meth:`CudaPages.reserve` made room for, and what is captured in a graph serves every length up to
+                that. Nobody checks that there are no more tokens in the tail.
 
         Raises ShapeError, NativeError.
         """
-        call, out, keep = self.call(q, pages, *parts, **options)
+        pages.note()
+        call, out, keep = self.call(q, pages, *parts, stream=stream, **options)
         if not q.numel():
             return out
         library, asked, address = self.runtime.library, f"attention of q {tuple(q.shape)} over {len(pages)} pages", ctypes.addressof(call)
@@ -221,8 +248,8 @@ def check_device(device: torch.device) -> None:
 
 def pack_page(x: torch.Tensor, fmt: PageFormat, codes: torch.Tensor, params: torch.Tensor) -> None:
     """:meth:`Kernels.pack_page` on the current stream of x's device."""
-    with torch.cuda.device(x.device):
-        Kernels(cuda.runtime(x.device)).pack_page(x, fmt, codes, params, torch.cuda.current_stream().cuda_stream)
+    with cuda._on(x.device) as (runtime, stream):
+        Kernels(runtime).pack_page(x, fmt, codes, params, stream=stream)
 
 
 def unpack_page(codes: torch.Tensor, params: torch.Tensor, fmt: PageFormat, batch: int = 1, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -239,5 +266,5 @@ def explain(q: torch.Tensor, pages: CudaPages, *parts, **options) -> tuple[str, 
 
 def attend(q: torch.Tensor, pages: CudaPages, *parts, **options) -> torch.Tensor:
     """:meth:`Kernels.attend` on the current stream of the pages' device."""
-    with torch.cuda.device(pages.device):
-        return Kernels(cuda.runtime(pages.device)).attend(q, pages, *parts, stream=torch.cuda.current_stream().cuda_stream, **options)
+    with cuda._on(pages.device) as (runtime, stream):
+        return Kernels(runtime).attend(q, pages, *parts, stream=stream, **options)

@@ -299,6 +299,11 @@ class PageTable:
     def pointers(self) -> int:
         """Address of int64 [pages][4] where the pages are, for native code; after :meth:`note`."""
         self.note()
+        return self.address
+
+    @property
+    def address(self) -> int:
+        """:attr:`pointers` as of the last :meth:`note`."""
         return self._pointers.data_ptr()
 
     def note(self) -> None:
@@ -308,8 +313,9 @@ class PageTable:
             return
         if n > len(self._pointers):
             self._make_room(max(n, 2 * len(self._pointers)))
-        addresses = torch.tensor([[t.data_ptr() for t in page] for page in self._pages[done:]])
-        self._pointers[done:n].copy_(addresses, non_blocking=True)  # to a device, too, nothing waits: pageable memory is staged before this returns
+        # From pinned memory nothing waits for a device, and torch's allocator keeps it until the copy was made.
+        addresses = torch.tensor([[t.data_ptr() for t in page] for page in self._pages[done:]], pin_memory=self.device.type == "cuda")
+        self._pointers[done:n].copy_(addresses, non_blocking=True)
         self._noted = n
 
     @property
@@ -321,6 +327,9 @@ class PageTable:
 
 
 def _table_of(key: PageFormat, value: PageFormat, heads: int, pages: list, rope: RopeTables | None, mix: PageMix | None) -> PageTable:
+    if elsewhere := {str(t.device) for page in pages for t in page if not t.is_cpu}:
+        raise ShapeError(f"a KV cache that was saved on the CPU, read for {' and '.join(sorted(elsewhere))}", "its table of pages stays one of the CPU",
+                         'read it with map_location="cpu"')
     table = PageTable(key, value, heads, rope, mix)
     for page in pages:
         table.append(*page)
