@@ -1,5 +1,6 @@
 """MxqCache on a GPU that is none (pretend_gpu): it keeps what the cache on the CPU keeps, to the bit, and a model reads from it what it reads there."""
 
+import contextlib
 import copy
 import itertools
 
@@ -12,7 +13,7 @@ from test_kv_cache import SPECS, numbers, pages
 from transformers import masking_utils
 
 import mxq_ext as mxq
-from mxq_ext import cuda
+from mxq_ext import _native, cuda
 from mxq_ext.errors import FormatError, ModelError, NativeError, ShapeError
 from mxq_ext.kv import attention as kv_attention
 from mxq_ext.kv import codes as page_codes
@@ -292,6 +293,44 @@ def test_inference_mode_may_begin_a_cache(launches):
     assert layer.attend(q, scale=1.0, mask=None, causal=True, window=0, softcap=0.0).isfinite().all()
 
 
+# -- on a real device -------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def nothing_waits():
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available() or isinstance(_native.cuda, _native.Missing), reason="needs a GPU and the CUDA module")
+@pytest.mark.parametrize("beside", (False, True), ids=("current stream", "side stream"))
+@pytest.mark.parametrize("spec", [*SPECS, KVSpec(8, 8, residual=10, budget=60000)], ids=str)
+def test_on_a_device(spec, beside):
+    """A prompt, single tokens, a crop into a page, other beams and more tokens: what the CPU keeps, and no call that waits."""
+    (k, v), q = numbers(300), torch.randn(2, 6, 300, 32, generator=torch.Generator().manual_seed(1))
+    with torch.cuda.stream(torch.cuda.Stream() if beside else torch.cuda.current_stream()):
+        layers = there, here = pair(spec, k[:, :, :130], v[:, :, :130])
+        states = on_gpu(k, v, q), (k, v, q)
+        outs = [[], []]
+        for i, guard in enumerate((nothing_waits, contextlib.nullcontext)):
+            with guard():
+                for n in range(130, 300):
+                    new, options = [x[:, :, n : n + 1] for x in states[i]], {"scale": 0.2, "mask": None, "causal": True, "window": 0, "softcap": 0.0}
+                    layers[i].update(*new[:2])
+                    outs[i].append(layers[i].attend(new[2], **options))
+        torch.testing.assert_close(torch.cat(outs[0], 1).cpu(), torch.cat(outs[1], 1), **CLOSE | ({"atol": 1e-2} if spec.rotate else {}))
+        assert same(there, here)
+        for i, guard in enumerate((nothing_waits, contextlib.nullcontext)):
+            with guard():
+                layers[i].crop(-150)
+                layers[i].reorder_cache(torch.tensor([1, 1]))
+                layers[i].append(*states[i][:2])
+        assert there.get_seq_length() == 450 and same(there, here)
+
+
 # -- models -----------------------------------------------------------------------------------------------------------------------
 
 
@@ -459,13 +498,13 @@ def test_a_device_without_kernels(launches, monkeypatch):
     def refuse(place):
         raise NativeError(f"CUDA kernels on {place}", "the kernels were built for 9.0", "build them for it")
 
-    model = build("llama").to("cuda")
-    monkeypatch.setattr(cuda, "runtime", refuse)
-    with pytest.raises(NativeError, match="CUDA kernels on cuda:0: the kernels were built for 9.0"):
-        replace_attention(model, SPEC)
-    layer = MxqCacheLayer(SPEC)
-    with pytest.raises(NativeError, match="CUDA kernels on cuda:0"):
-        layer.append(*on_gpu(*numbers(3)))
+    model, layer = build("llama").to("cuda"), MxqCacheLayer(SPEC)
+    with monkeypatch.context() as patch:  # undone before the pretended device is, or that one's functions would come back
+        patch.setattr(cuda, "runtime", refuse)
+        with pytest.raises(NativeError, match="CUDA kernels on cuda:0: the kernels were built for 9.0"):
+            replace_attention(model, SPEC)
+        with pytest.raises(NativeError, match="CUDA kernels on cuda:0"):
+            layer.append(*on_gpu(*numbers(3)))
     assert layer.get_seq_length() == layer.nbytes() == 0
 
 

@@ -14,7 +14,7 @@ from mxq_ext import _native
 from mxq_ext.errors import FormatError, ModelError, NativeError, PlanError, ShapeError
 from mxq_ext.kv import ops
 from mxq_ext.kv import reference as numpy_pages
-from mxq_ext.kv.cache import MARK, MxqCache, MxqCacheLayer, cache_nbytes
+from mxq_ext.kv.cache import MARK, MxqCache, MxqCacheLayer, cache_nbytes, rotated
 from mxq_ext.kv.shrink import shrink_codes, shrink_page, shrunk
 from mxq_ext.plan import KVPlan, KVSpec, Plan
 
@@ -178,6 +178,15 @@ def test_attention_does_not_depend_on_threads():
     finally:
         torch.set_num_threads(before)
     assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_rotation_is_not_a_matter_of_what_torch_is_told_about_products(dtype):
+    x = torch.randn(2, 3, 5, 128, generator=torch.Generator().manual_seed(1)).to(dtype)
+    want = rotated(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert want.dtype == dtype and torch.equal(rotated(x), want)
+    torch.testing.assert_close(want, _hadamard(x.float()).to(dtype))
 
 
 def _hadamard(x):

@@ -104,17 +104,23 @@ def _halved(*formats: ops.PageFormat) -> tuple[ops.PageFormat, ...]:
 
 
 @functools.lru_cache
-def _hadamard(dim: int, place: torch.device) -> torch.Tensor:
-    """float32 [dim, dim] on a device, symmetric and its own inverse."""
+def _signs(dim: int, place: torch.device) -> torch.Tensor:
+    """float32 [dim, dim] of 1 and -1 on a device: symmetric, and by dim**-0.5 its own inverse."""
     h = torch.ones(1, 1, device=place)
     while h.shape[0] < dim:
         h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
-    return h * dim**-0.5
+    return h
 
 
 def rotated(x: torch.Tensor) -> torch.Tensor:
-    """x [..., D] with its channels multiplied by the Hadamard matrix, in x's dtype."""
-    return (x.float() @ _hadamard(x.shape[-1], x.device)).to(x.dtype)
+    """x [..., D] with its channels multiplied by the Hadamard matrix, in x's dtype.
+
+    What torch is told about products does not matter to channels of 16 bits: these are exact in TF32, as signs are, and autocast is off. The factor follows.
+    """
+    dim = x.shape[-1]
+    with torch.autocast(x.device.type, enabled=False):
+        y = x.float() @ _signs(dim, x.device)
+    return (y * dim**-0.5).to(x.dtype)
 
 
 class MxqCacheLayer(CacheLayerMixin):
