@@ -92,8 +92,9 @@ def table(usages: list[Usage]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def replace(document: str, new: str) -> str:
-    return re.sub(r"(<!-- budget -->\n).*?(<!-- /budget -->)", lambda m: m[1] + new + m[2], document, flags=re.S)
+def replace(document: str, new: str, name: str = "budget") -> str:
+    """The document with ``new`` between the comments of that name."""
+    return re.sub(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m: m[1] + new + m[2], document, flags=re.S)
 
 
 if __name__ == "__main__":

@@ -64,6 +64,7 @@ __device__ __forceinline__ float scale_value(unsigned half, bool bf16) { return 
 
 // acc[n][0..3] += W X^T for one super-tile: 16 rows, its columns, and 8 * NT rows of x, of which `m` exist. Thread fragments as m16n8k16 has them:
 // acc[n][0], [1]: row g, x rows 8n + 2t, + 1;  [2], [3]: row g + 8. `xs` points to the super-tile's first column of x row 0.
+// Sums of x rows that do not exist are those of the last one: nobody reads them.
 template <class D, int NT>
 __device__ __forceinline__ void multiply(D& d, const Unit& u, const PieceView& p, int tiles, const uint16_t* xs, int stride, int m, float (&acc)[NT][4], int lane) {
   constexpr unsigned one = 0x3c003c00u;
@@ -78,10 +79,7 @@ __device__ __forceinline__ void multiply(D& d, const Unit& u, const PieceView& p
     }
     unsigned b[NT][4];
 #pragma unroll
-    for (int n = 0; n < NT; n++) {
-      b[n][0] = b[n][1] = b[n][2] = b[n][3] = 0;
-      if (8 * n + g < m) load_shared_16(b[n], xs + (8 * n + g) * stride + half * 32 + 8 * t);
-    }
+    for (int n = 0; n < NT; n++) load_shared_16(b[n], xs + min(8 * n + g, m - 1) * stride + half * 32 + 8 * t);
     const unsigned* w = u.w + half / 2 * D::bits;
     unsigned a[2][4];
     if (half % 2 == 0) d.template step<0>(w, a[0]), d.template step<1>(w, a[1]);
@@ -93,11 +91,17 @@ __device__ __forceinline__ void multiply(D& d, const Unit& u, const PieceView& p
         const unsigned bs[2] = {b[n][2 * s], b[n][2 * s + 1]};
         float(&to)[4] = D::scaled ? part[n] : acc[n];
         ptx::mma_m16n8k16_f16(to, a[s], bs, to);
-        if (D::zeroed && p.zero == FLOATZERO) {  // the sum of the inputs, in the places where the products are
-          const unsigned ones[4] = {one, one, one, one};
+      }
+    if (D::zeroed && p.zero == FLOATZERO) {  // the sums of the inputs, in the places where the products are
+      const unsigned ones[4] = {one, one, one, one};
+#pragma unroll
+      for (int n = 0; n < NT; n++)
+#pragma unroll
+        for (int s = 0; s < 2; s++) {
+          const unsigned bs[2] = {b[n][2 * s], b[n][2 * s + 1]};
           ptx::mma_m16n8k16_f16(sums[n], ones, bs, sums[n]);
         }
-      }
+    }
     if constexpr (D::scaled) {
       if (((half + 1) & mask) != 0 && half != 2 * tiles - 1) continue;
       const int group = half >> p.group_shift;

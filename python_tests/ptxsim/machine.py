@@ -32,6 +32,7 @@ class Step:
     target: object = None
     instruction: object = None
     ran: bool = False
+    issued: int = 0  # times that a warp came to it
 
 
 class Kernel:
@@ -210,10 +211,11 @@ class State:
             parked[mask] = False
             ahead = pc[alive & ~at_barrier & ~mask & (pc > p)]
             stop = int(ahead.min()) if len(ahead) else END
-            whole = None if mask.all() else mask
+            whole, warps = None if mask.all() else mask, int(mask.reshape(-1, 32).any(1).sum())
             while p < stop:
                 step = steps[p]
                 done += 1
+                step.issued += warps
                 if done > limit:
                     raise PtxError(f"{where(step.instruction)}: {limit} instructions and no end")
                 now = whole
@@ -359,6 +361,10 @@ class Module:
     def executed(self):
         """The instructions, with all modifiers, that have run so far."""
         return {".".join([i.opcode, *i.modifiers]) for k in self.compiled.values() for i in (s.instruction for s in k.steps if s.ran)}
+
+    def issued(self):
+        """Instructions that warps have been given so far, all kernels together; those that a predicate turned off count, as they do on hardware."""
+        return sum(s.issued for k in self.compiled.values() for s in k.steps)
 
     def replay(self, launches, memory):
         """Runs what ``simt.Library.record`` wrote down; ``memory``: the arrays that the host function was given."""

@@ -1,0 +1,89 @@
+"""Instructions a weight of the CUDA kernels, counted by running their PTX on the CPU, beside what a GPU can afford at the speed of its memory.
+
+    python bench/cuda_instructions.py             prints the table
+    python bench/cuda_instructions.py --write     puts it into docs/cuda.md
+
+A row block of 16 rows is multiplied by one row of x in fp16 (``mv``, 8 warps, one chunk) or 32 rows (``mm``), once with 2048 and once with 4096 columns;
+what the second run takes more, over the weights that it has more, is the cost of the inner loop with all that belongs to it: loads, addresses, group ends,
+sums of x. Lane instructions, so that a warp's counts 32. PTX is not machine code: the assembler merges some instructions and splits others. Needs nvcc and
+g++, no GPU.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "python_tests")]  # the executors are test tools
+
+import cuda_tools  # noqa: E402
+import ptxsim  # noqa: E402
+from cuda_budget import DOCUMENT, replace  # noqa: E402
+
+from mxq_ext.formats import Format  # noqa: E402
+from mxq_ext.testing import cases  # noqa: E402
+
+FORMATS = ("w1g128_fz", "w2g128", "w3g128", "w4g128", "w5g128", "w6g128", "w8g128", "lut2", "lut3", "lut4", "nf4g64", "fp16")
+COLUMNS = (2048, 4096)
+ROWS = 16
+#: name -> bytes/s of its memory, SMs, clock in Hz: data sheets. An SM starts 128 lane instructions a cycle.
+GPUS = {"A100": (2.0e12, 108, 1.41e9), "H100": (3.35e12, 132, 1.755e9), "H200": (4.8e12, 132, 1.83e9)}
+PATHS = {"mv": (2, 1, ()), "mm": (3, 32, ("mm_stage",))}  #: number of the path, rows of x, what is launched before
+
+
+def raw(t: torch.Tensor) -> np.ndarray:
+    """The bytes of a tensor."""
+    return t.contiguous().view(torch.uint8).reshape(-1).numpy().copy()
+
+
+def issued(module: ptxsim.Module, fmt: str, k: int, path: str) -> int:
+    """Warp instructions of the kernel itself for one product of [ROWS, k]."""
+    number, m, before = PATHS[path]
+    q = cases.random_qtensor(fmt, ROWS, k)
+    blob, x = raw(cuda_tools.bench("cpu").pack(q).blob), raw(cases.random_x(m, k, torch.float16))
+    y, workspace = np.zeros((m, ROWS), np.float32), np.zeros(1 << 20, np.uint8)
+    warps, chunk = (8, k) if path == "mv" else (0, 0)
+    call = ("flat_linear", blob, None, None, y, None, None, None, None, None, x, k, 2, 0, 0, m, workspace, workspace.size, number, warps, chunk, 1)
+    launches = cuda_tools.library().record(*call)
+    assert len(launches) == 1 + len(before)
+    start, launch = module.issued(), launches[-1]
+    module.launch(launch.kernel, launch.grid, launch.block, launch.args, launch.shared, [blob, x, y, workspace])
+    return module.issued() - start
+
+
+def instructions(fmt: str, path: str, arch: str = "sm_80") -> float:
+    """Lane instructions a weight."""
+    name = Format.parse(fmt)
+    kind = "nf4" if fmt.startswith("nf4") else fmt if not fmt.startswith("w") else f"w{name.bits}"
+    module = ptxsim.Module(ptxsim.compile_ptx(ROOT / "csrc" / "cuda" / f"{path}_{kind}.cu", arch))
+    short, long = (issued(module, fmt, k, path) for k in COLUMNS)
+    return 32 * (long - short) / (ROWS * (COLUMNS[1] - COLUMNS[0]))
+
+
+def affordable(fmt: str, gpu: str) -> float:
+    """Lane instructions that all SMs start in the time in which memory brings one weight, scales included."""
+    bandwidth, sms, clock = GPUS[gpu]
+    q = cases.random_qtensor(fmt, ROWS, COLUMNS[1])
+    return 128 * sms * clock / bandwidth * q.nbytes() / (ROWS * COLUMNS[1])
+
+
+def table() -> str:
+    """Markdown."""
+    lines = ["| format | `mv`, 1 row of x | `mm`, 32 rows of x | " + " | ".join(f"{g} affords" for g in GPUS) + " |", "| --- " * (3 + len(GPUS)) + "|"]
+    for fmt in FORMATS:
+        counts = [f"{instructions(fmt, path):.2f}" for path in PATHS]
+        lines.append(f"| `{fmt}` | {' | '.join(counts)} | " + " | ".join(f"{affordable(fmt, g):.2f}" for g in GPUS) + " |")
+        print(lines[-1], file=sys.stderr, flush=True)
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="update docs/cuda.md")
+    result = table()
+    print(result, end="")
+    if parser.parse_args().write:
+        DOCUMENT.write_text(replace(DOCUMENT.read_text(encoding="utf-8"), result, "instructions"), encoding="utf-8")
