@@ -112,7 +112,10 @@ class Format:
         if not m:
             raise FormatError(f"format {name!r}", "the name does not follow the grammar", fix)
         zero, scale, nested = "sym", "fp16", False
-        for s in filter(None, m["suffix"].split("_")):
+        suffixes = m["suffix"].split("_")[1:]
+        if len(suffixes) > 2 or len({s in ("bf16", "fp16") for s in suffixes}) < len(suffixes):
+            raise FormatError(f"format {name!r}", "it has one suffix for its zeros (sym, asym, fz, nest) and one for the type of its scales (bf16, fp16)", fix)
+        for s in suffixes:
             if s in ("sym", "asym", "fz", "nest"):
                 zero, nested = {"sym": "sym", "asym": "int", "fz": "float", "nest": "float"}[s], s == "nest"
             elif s in ("bf16", "fp16"):

@@ -81,7 +81,9 @@ def test_nf4_levels_agree_and_are_quantiles():
 @pytest.mark.parametrize("name,rule", [("w7g64", "bits must be one of"), ("w4g48", "group must be one of"), ("lut3g64", "lut formats have no groups"),
                                        ("nf4g64_asym", "only uniform"), ("lut4_bf16", "scales are fp16 or bf16"), ("w4g64_zz", "suffix _zz is unknown"),
                                        ("w1g64", "two levels need a float zero"), ("w5g32_nest", "uniform formats of 2, 3, 4 bits"), ("w3_nest", "with groups"),
-                                       ("w3g32_nest_bf16", "fp16 ranges"), ("nf4g32_nest", "only uniform"),
+                                       ("w4g64_nest_fz", "one suffix for its zeros"), ("w4g64_asym_nest", "one suffix for its zeros"),
+                                       ("w4g64_fp16_bf16", "one for the type of its scales"), ("w3g32_nest_bf16", "fp16 ranges"),
+                                       ("nf4g32_nest", "only uniform"),
                                        ("int4", "does not follow the grammar"), ("nf3", "bits must be one of"), ("", "does not follow the grammar")])
 def test_wrong_names_are_refused_with_the_rule(name, rule):
     with pytest.raises(FormatError, match=rule):
