@@ -232,8 +232,10 @@ def with_sparse(q: QTensor, target: torch.Tensor, exact: torch.Tensor | None) ->
     counts, places = exact.sum(1), exact.nonzero()
     rowptr = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)]).int()
     values = (target - q.dequantize())[exact]
-    if values.numel():
-        check_half(values, Format.parse("fp16"), "sparse value")
+    most = float(values.abs().nan_to_num(nan=math.inf, posinf=math.inf).max()) if values.numel() else 0.0  # NaN: feedback went on from an infinity
+    if most > FP16_MAX:
+        raise QuantizationError(f"quantizing to {q.format_name} with exact elements", f"a sparse value of {most:g} exceeds fp16's largest value {FP16_MAX:g}",
+                                "leave it out of the exact elements, or scale the weight down")
     out = QTensor(q.shape, q.rectangles, q.perm_rows, q.perm_cols, Sparse(rowptr, places[:, 1].int().contiguous(), values.half()), q.info)
     out.validate()
     return out

@@ -32,7 +32,7 @@ from ..qtensor import QTensor
 from .base import check_half, need, register, with_sparse
 from .grid import LEVELS, Grid, make_grid, nearest
 from .hessian import HessianFactor, prepare_hessian
-from .kmeans import kmeans_table, without
+from .kmeans import kmeans_table_without
 
 BLOCK = 128
 _ROWS = 4096  # rows at a time (they do not interact), so that the embedding of a large vocabulary needs little memory
@@ -121,7 +121,7 @@ def _grids(w, fmt: Format, options, factor, exact):
 
 def _lut(w, fmt: Format, options, factor, exact):
     """Codes and table (and the target of exact elements) of some rows: tables by weighted k-means, then error feedback with the tables fixed."""
-    table = kmeans_table(w, without(factor.importance(), w, exact), fmt.levels)
+    table = kmeans_table_without(w, factor.importance(), exact, fmt.levels)
     check_half(table, fmt, "table entry")
     table, free = table.half().float(), None if exact is None else _Exact(exact)
     codes, h = feedback_sweep(w, factor, _around(_TableRounder(table), free, factor.order)).to(torch.uint8), factor.damped()

@@ -195,26 +195,25 @@ def make_grid(w: torch.Tensor, fmt: Format, *, clip: str = "none", importance: t
         exact_constants: a group of one repeated value gets s = |value| (s = 1, zero = value in float-zero formats), exact if the value is
             a 16-bit number. Off for quantizers whose weights move away from the constant before they are coded. In nested formats, whose zeros
             are codes, no value is exact, and such groups take what the others of their range need.
-        exact: bool [N, K]: elements that are kept elsewhere. They count nothing, and the mean of their group's others stands for them.
+        exact: bool [N, K]: elements that are kept elsewhere. They count nothing: the mean of their group's others stands for them, or 0.
     """
     n, k = w.shape
     clip = "mse" if fmt.bits == 1 else clip
     h = importance if importance is None or importance.dim() == 2 else importance[None, :]
     if exact is not None:
-        w, h = _without(w, h, exact, fmt.group or k)
+        w, h = without(w, h, exact, fmt.group or k)
     parts = [_grid_of_groups(x, fmt, clip, hx, power, steps, exact_constants and not fmt.nested) for x, hx in _groups(w, h, fmt)]
     scales = torch.cat([p[0] for p in parts], 1)
     zeros = None if fmt.kind == "nf" else torch.cat([p[1] for p in parts], 1)
     return Grid(fmt, k, *_nest(w, h, fmt, scales, zeros, clip, power)) if fmt.nested else Grid(fmt, k, scales, zeros)
 
 
-def _without(w, h, exact, width):
-    """w [N, K] with the mean of its group's others in the place of each exact element (where there are others), and h [N, K] with 0 there."""
+def without(w: torch.Tensor, h: torch.Tensor | None, exact: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """w [N, K] with the mean of its group's others (0 where there are none) in the place of each exact element, and h [N, K], [K] or None with 0 there."""
     kept = (~exact).float()
-    count = group_sum(kept, width)
-    mean, others = (spread(t, width, w.shape[1]) for t in (group_sum(w * kept, width) / count.clamp(min=1), count > 0))
+    mean = group_sum(w * kept, width) / group_sum(kept, width).clamp(min=1)
     h = torch.ones_like(w) if h is None else h.expand(w.shape)
-    return torch.where(exact & others, mean, w), h.masked_fill(exact, 0.0)
+    return torch.where(exact, spread(mean, width, w.shape[1]), w), h.masked_fill(exact, 0.0)
 
 
 def _groups(w, h, fmt):

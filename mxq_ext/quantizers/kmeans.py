@@ -20,6 +20,7 @@ import torch
 from ..formats import Format
 from ..qtensor import QTensor
 from .base import check_half, register, with_sparse
+from .grid import without
 from .hessian import diagonal
 
 _CHUNK = 1 << 15  # weights per chunk of rows: the ragged arrays stay in the cache
@@ -45,17 +46,15 @@ def run(weight, fmt, options, *, hessian=None, fisher=None, exact=None):
         importance, by = diagonal(hessian), "hessian"
     else:
         importance, by = None, "none"
-    table = kmeans_table(weight, without(importance, weight, exact), fmt.levels)
+    table = kmeans_table_without(weight, importance, exact, fmt.levels)
     check_half(table, fmt, "table entry")
     table = table.half()
     return with_sparse(QTensor.from_codes(fmt, table_codes(weight, table.float()), table=table), weight, exact), {"weighted_by": by}
 
 
-def without(importance: torch.Tensor | None, weight: torch.Tensor, exact: torch.Tensor | None) -> torch.Tensor | None:
-    """``importance`` [N, K], [K] or None, with 0 for elements that a sparse part will hold: they pull no entry of a table."""
-    if exact is None:
-        return importance
-    return (torch.ones_like(weight) if importance is None else importance.expand(weight.shape)).masked_fill(exact, 0.0)
+def kmeans_table_without(w: torch.Tensor, importance: torch.Tensor | None, exact: torch.Tensor | None, levels: int) -> torch.Tensor:
+    """:func:`kmeans_table` of all but the elements that a sparse part will hold (bool [N, K], or None), which pull no entry however large they are."""
+    return kmeans_table(*((w, importance) if exact is None else without(w, importance, exact, w.shape[1])), levels)
 
 
 def table_codes(w: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
