@@ -17,6 +17,8 @@ from .pack import pack_codes, unpack_codes
 #: Types of activations and outputs, as native code counts them (csrc/cpu/linear.h and csrc/cuda/params.h, enum Type).
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
+_ROWS = 1024
+
 
 def nested_value(step: torch.Tensor, start: torch.Tensor, code: torch.Tensor) -> torch.Tensor:
     """The nested scale or zero of a code: float32 whose value is one of fp16. All float32 (the code too), of shapes that broadcast."""
@@ -28,6 +30,8 @@ def nested_codes(values: torch.Tensor, steps: torch.Tensor, starts: torch.Tensor
 
     By comparison with all of them: so a value that a code stands for gets a code of that value, however far fp16 spreads or merges them.
     """
+    if len(values) > _ROWS:  # by rows, since what is compared is eight times as large
+        return torch.cat([nested_codes(*part) for part in zip(*(t.split(_ROWS) for t in (values, steps, starts)), strict=True)])
     offered = nested_value(steps[..., None], starts[..., None], torch.arange(1 << NEST_BITS, dtype=torch.float32))  # [N, S, codes]
     offered = offered.repeat_interleave(NEST_GROUPS, dim=1)[:, : values.shape[1]]
     return (offered - values[..., None]).abs().argmin(-1).to(torch.uint8)

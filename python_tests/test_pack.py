@@ -128,6 +128,8 @@ def test_codes_of_nested_values_are_found_again_where_fp16_merges_them():
     values = nested_value(*wide, codes.float())
     found = nested_codes(values, steps, starts)
     assert torch.equal(nested_value(*wide, found.float()), values) and torch.equal(found[1, :16].long(), codes[1, :16])
+    many = [t.repeat(1500, 1) for t in (values, steps, starts)]
+    assert torch.equal(nested_codes(*many), found.repeat(1500, 1)), "many rows are taken in parts"
     assert nested_codes(torch.tensor([[0.0, 0.24, 0.26, 9.0]]), torch.tensor([[0.5]]), torch.zeros(1, 1)).tolist() == [[0, 0, 1, 7]]
 
 
