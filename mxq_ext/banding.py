@@ -3,9 +3,10 @@
     layouts, plan = choose_layouts(model, tokens, stats, preset, bits=3.5)        which lines of which weight get which format
     q = compose(weight, layouts[name], preset, hessian=..., fisher=...)           that weight, quantized so
 
-Lines (rows or columns) are sorted by what a wider format would save and taken by tiles, the least that a kernel reads in one format. Bytes of a tile are
-those that it adds to its band; what a weight pays once (permutation, tables of a band, starts of sparse rows) is counted exactly from the bands themselves,
-and the budget of the tiles is lowered until the whole fits. With the unit ``tiles`` both axes are sorted and a tile covers rows and columns.
+Lines (rows or columns) are sorted by what a wider format would save and taken by tiles, the least that a kernel reads in one format. Bytes of a tile are its
+share of those of a long band; what a weight pays once, and what is rounded up (permutation, tables of a band, starts of sparse rows, ranges of nested
+scales), is counted exactly from the bands themselves, and the budget of the tiles is lowered until the whole fits. With the unit ``tiles`` both axes are
+sorted and a tile covers rows and columns.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 from torch import nn
 
 from .errors import BudgetError, CheckpointError, PlanError
-from .formats import Format
+from .formats import NEST_GROUPS, Format
 from .plan.knapsack import Problem
 from .plan.language import Preset
 from .plan.rules import METHODS, double_pointer
@@ -38,6 +39,7 @@ LINE_METRICS = ("column_salience", "column_error", "column_norm", "row_error", "
 ELEMENT_METRICS = ("fisher_diag", "outlier_gain")  #: those that choose exact elements
 WINDOWS = 2  #: whose gradients ``row_taylor`` reads
 TOKENS = 128  #: whose outputs the double pointer compares
+SHARED = NEST_GROUPS  #: tiles side by side whose columns fill up what groups share: ranges of nested scales, and bytes of streams
 TILE = (512, 128)  #: rows and columns of a tile, unless the preset's solver says otherwise
 
 
@@ -152,8 +154,8 @@ def tile_shape(preset: Preset) -> tuple[int, int]:
 class _Grid:
     """Tiles of one unit, its rows and columns in order of salience: losses float64 [C, F] and bytes int64 [C, F], band of rows after band of rows.
 
-    ``nbytes`` leaves out what a rectangle rounds up (streams of zero points end with a whole byte), which depends on how many tiles it holds: no more than
-    what is stored, and in proportion to a tile's weights, so that gain per byte is mean salience also in ragged tiles.
+    ``nbytes`` leaves out what a rectangle rounds up (streams of zero points end with a whole byte, nested ranges are those of 16 groups), which depends on
+    how many tiles it holds: no more than what is stored, and in proportion to a tile's weights, so that gain per byte is mean salience also in ragged tiles.
     """
 
     unit: Unit
@@ -168,7 +170,7 @@ class _Grid:
         rows, cols, sums = lines.tile_sums(salience, tile)
         # An order, not a loss: fourfold per bit makes it one.
         loss = sums.reshape(-1, 1).numpy() * np.array([4.0**-f.bits for f in formats])
-        nbytes = [[f.nbytes(r, 8 * c) // 8 for f in formats] for r in _sizes(unit.shape[0], tile[0]) for c in _sizes(unit.shape[1], tile[1])]
+        nbytes = [[f.nbytes(r, SHARED * c) // SHARED for f in formats] for r in _sizes(unit.shape[0], tile[0]) for c in _sizes(unit.shape[1], tile[1])]
         return _Grid(unit, rows, cols, tile, loss, np.array(nbytes, dtype=np.int64))
 
     def layout(self, choice: np.ndarray, formats: Sequence[Format]) -> Layout:
@@ -208,7 +210,8 @@ def _tiles(unit: Unit, axis: str, loss: torch.Tensor, formats: Sequence[Format])
     if axis == "rows":
         nbytes = [[f.nbytes(len(p), k) for f in formats] for p in pieces]
     else:
-        nbytes = [[f.nbytes(n, len(p)) - f.nbytes(n, 0) for f in formats] for p in pieces]
+        # As a part of so many columns: alone it would pay for a range of nested scales that it shares in a band.
+        nbytes = [[(f.nbytes(n, SHARED * len(p)) - f.nbytes(n, 0)) // SHARED for f in formats] for p in pieces]
     return _Tiles(unit, axis, pieces, sums, np.array(nbytes, dtype=np.int64))
 
 

@@ -357,6 +357,16 @@ def test_squeezellm_keeps_sensitive_and_outlying_weights_exactly(setting):
     assert float((f * (got - few).square()).masked_fill(mask, 0).sum()) == pytest.approx(best, rel=1e-2)
 
 
+@pytest.mark.parametrize(("name", "changes"), [
+    ("owq", {"candidates": ["w3g32_nest", "fp16"], "scope": "model"}), ("owq", {"candidates": ["w2g32_nest", "w4g32_nest"], "scope": "model"}),
+    ("sfmp", {"candidates": ["w3g32_nest", "w4g32_nest"], "solver": (("tile_rows", 48), ("tile_cols", 32))})])
+def test_tiles_share_the_ranges_of_nested_scales(setting, name, changes):
+    """A tile of 32 columns that paid for a whole range would leave most of the budget unspent."""
+    model, tokens, stats = setting
+    _, plan = choose_layouts(model, tokens, stats, find_preset(name, **changes), bits=3.9)
+    assert 3.8 < plan.meta["stored_bits"] <= 3.9
+
+
 def plain_gain(row, price, top):
     """SpQR's leave-one-out gain of each element of one group of one row, as its code has it: the range fitted again without it. Python numbers."""
     def error(values, prices):
