@@ -29,7 +29,7 @@ from .plan.rules import METHODS, double_pointer
 from .plan.schema import COL_TILE, ROW_TILE, Bands, Cut, Plan, Tiles, entry_json, spans
 from .progress import SILENT, Progress
 from .qtensor import QTensor, Rectangle
-from .quantizers import prepare_hessian, quantize
+from .quantizers import find_method, prepare_hessian, quantize
 from .sensitivity import lines
 from .stats import Stats
 from .stats.walk import backward_walk
@@ -371,6 +371,8 @@ def check_elements(preset: Preset) -> None:
     if preset.metric not in ELEMENT_METRICS:
         raise PlanError(f"metric {preset.metric!r} of a preset by element", f"exact elements are chosen by {' or '.join(ELEMENT_METRICS)}",
                         "use one of them, or another unit")
+    if preset.method != "auto" and not find_method(preset.method).sparse:
+        raise PlanError(f"method {preset.method!r} of a preset by element", "it leaves no elements out of its fit", "use gptq, kmeans, rtn or auto")
     odd = next((c for c in preset.candidates if Format.parse(c).kind != "uniform"), None)
     if preset.metric == "outlier_gain" and odd is not None:
         raise PlanError(f"candidate {odd} of a preset by outlier_gain", "the gain is that of a range with even steps, which uniform formats have",

@@ -115,7 +115,7 @@ def check_request(units: list[Unit], preset: Preset, plan: Plan | None, *, bits:
     elif preset.unit != "linear":
         if preset.unit == "element":
             banding.check_elements(preset)
-        return  # bands are counted when they are made: their bytes depend on what is seen
+        # Bands are counted when they are made: their bytes depend on what is seen.
     else:
         find_metric(preset.metric)
         solve(_lossless(units, formats), bits=bits, nbytes=nbytes)

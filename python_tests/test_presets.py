@@ -113,6 +113,7 @@ def test_any_part_can_be_replaced():
     ({"unit": "cols", "metric": "column_error", "allocator": "double_pointer", "candidates": ["w3g64", "w8"]}, "equal steps of bits"),
     ({"unit": "element", "metric": "column_salience", "allocator": "share"}, "chosen by fisher_diag or outlier_gain"),
     ({"unit": "element", "metric": "outlier_gain", "allocator": "share", "candidates": ["w3g32_nest", "lut4"]}, "candidate lut4 .* a range with even steps"),
+    ({"unit": "element", "metric": "outlier_gain", "allocator": "share", "method": "hqq"}, "method 'hqq' .* leaves no elements out"),
     ({"unit": "cols", "metric": "outlier_gain"}, "no loss for each candidate"),
     ({"unit": "tiles", "metric": "column_error"}, "fisher_diag is the only one"), ({"unit": "tiles", "metric": "output"}, "metric output for the unit tiles"),
     ({"unit": "tiles", "metric": "fisher_diag", "allocator": "share"}, "share goes with elements"),
@@ -365,6 +366,15 @@ def test_tiles_share_the_ranges_of_nested_scales(setting, name, changes):
     model, tokens, stats = setting
     _, plan = choose_layouts(model, tokens, stats, find_preset(name, **changes), bits=3.9)
     assert 3.8 < plan.meta["stored_bits"] <= 3.9
+
+
+def test_a_method_that_cannot_fill_bands_is_refused_before_calibration(source, tmp_path):
+    for changes, match in (({"method": "kmeans", "options": ()}, "k-means makes tables, and w3 has none"),
+                           ({"method": "awq", "options": (), "candidates": ["w3g32_nest", "fp16"]}, "16 groups of w3g32_nest share a range")):
+        with pytest.raises(MxqError, match=match):
+            pipeline.quantize_checkpoint(source / "model", tmp_path / "q", bits=5, preset="owq", changes=changes, text=source / "calib.txt",
+                                         work=tmp_path / "work")
+    assert not list(tmp_path.iterdir())
 
 
 def plain_gain(row, price, top):
