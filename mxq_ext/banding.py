@@ -389,7 +389,7 @@ def _shares(model, units, stats, preset, formats, budget: int, progress) -> dict
         return budget - sum(f.nbytes(*u.shape) + 4 * (u.shape[0] + 1) for u in units)
 
     fits = [f for f in formats if room(f) >= 6 * least * numel]
-    fmt = max(fits or formats[:1], key=lambda f: f.bits)
+    fmt = min(fits, key=room) if fits else max(formats, key=room)
     share = min(most, max(least, room(fmt) / (6 * numel)))
     weights = {u.name: model.get_submodule(u.name).weight.detach() for u in units}
     if preset.metric == "outlier_gain":
@@ -428,11 +428,11 @@ def _gains(units, weights, stats, preset, fmt: Format, count: int, progress) -> 
         score = lines.outlier_gain(weight, price, fmt.bits, fmt.group or unit.shape[1]).flatten()
         if size > 0:
             score /= size
-        floor = float(best[-1]) if len(best) == count else 0.0
-        places[unit.name] = (score > floor).nonzero().flatten()
+        fresh = score[score > (float(best[-1]) if len(best) == count else 0.0)]
+        best = torch.cat([best, fresh]).topk(min(count, len(best) + len(fresh))).values
+        tau = float(best[-1]) if len(best) else 0.0
+        places[unit.name] = ((score >= tau) & (score > 0)).nonzero().flatten()
         found[unit.name] = score[places[unit.name]]
-        best = torch.cat([best, found[unit.name]]).topk(min(count, len(best) + len(found[unit.name]))).values
-    tau = float(best[-1]) if len(best) else 0.0
     spare = count - sum(int((s > tau).sum()) for s in found.values())  # for those of exactly tau
     out = {}
     for unit in units:
