@@ -17,6 +17,8 @@ def test_linear_speed():
     for row in result["linear"]:
         assert row["us"] > 0 and row["speedup"] == pytest.approx(base["us"] / row["us"])
         assert row["gb_per_s"] == pytest.approx(row["stored_bits"] / 8 * 96 * 128 / row["us"] / 1e3)
+    nested = bench.linear_speed(["w3g32_nest"], n=96, k=1024, rounds=1)["linear"][1]
+    assert nested["stored_bits"] == 3.3125 and nested["gb_per_s"] == pytest.approx(4 / 8 * 96 * 1024 / nested["us"] / 1e3)  # read as w3g32_fz
 
 
 def test_what_is_timed_is_the_linear(monkeypatch):
