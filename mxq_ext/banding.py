@@ -421,9 +421,10 @@ def _gains(units, weights, stats, preset, fmt: Format, count: int, progress) -> 
     if not count:
         return {unit.name: torch.zeros(unit.shape, dtype=torch.bool) for unit in units}
     best, places, found = torch.empty(0), {}, {}
+    factor = {n: v for n, v in preset.options if n in ("damp", "act_order") and v is not None}
     for unit in progress.track(units, "outliers"):
         weight = weights[unit.name].float()
-        price = prepare_hessian(stats.hessian(unit.name, preset.weighting)).importance() if unit.name in stats else torch.ones(unit.shape[1])
+        price = prepare_hessian(stats.hessian(unit.name, preset.weighting), **factor).importance() if unit.name in stats else torch.ones(unit.shape[1])
         size = lines.outlier_unit(weight, price)
         score = lines.outlier_gain(weight, price, fmt.bits, fmt.group or unit.shape[1]).flatten()
         if size > 0:

@@ -418,6 +418,17 @@ def test_spqr_keeps_the_elements_whose_gain_lies_above_one_relative_threshold(se
     assert {layout.decision.name for layout in choose_layouts(model, tokens, stats, none, bits=4.2)[0].values()} == {"w3g32_nest"}
 
 
+def test_spqr_takes_the_widest_candidate_and_the_factor_of_its_options(setting):
+    model, tokens, stats = setting
+    for candidates in (["w3g128_fz", "w3g32_nest"], ["w3g32_nest", "w3g128_fz"]):
+        layouts, _ = choose_layouts(model, tokens, stats, find_preset("spqr", candidates=candidates), bits=4.2)
+        assert {layout.decision.name for layout in layouts.values()} == {"w3g32_nest"}
+    name = "model.layers.0.mlp.down_proj"
+    plain, damped, still = (choose_layouts(model, tokens, stats, find_preset("spqr", options=o), bits=4.2)[0][name].exact
+                            for o in ((), (("damp", 10.0),), (("act_order", False),)))
+    assert not torch.equal(plain, damped) and not torch.equal(plain, still)
+
+
 def test_spqr_s_weights_are_the_codes_and_what_they_lack(setting):
     model, tokens, stats = setting
     preset = find_preset("spqr")
