@@ -115,7 +115,7 @@ def test_quantize_under_a_time_limit(cost, tmp_path):
     got = run("b", bits=4.6, max_ms_per_token=limit)
     assert got["predicted"]["decode_ms"] <= limit * (1 + 1e-9) and got["bytes_on_disk"] <= 4.6 * free["bytes_on_disk"] / free["stored_bits"]
     assert Plan.load(tmp_path / "b" / "plan.json").meta["predicted"] == got["predicted"]
-    for options in ({"uniform": "w8g32"}, {"bits": 4.6, "preset": "skim"}):
+    for options in ({"uniform": "w8g32"}, {"bits": 4.6, "preset": "mixllm"}):
         with pytest.raises(BudgetError, match="a search over whole linears"):
             run("c", max_ms_per_token=limit, **options)
 
