@@ -34,16 +34,11 @@ GPUS = {"A100": (2.0e12, 108, 1.41e9), "H100": (3.35e12, 132, 1.755e9), "H200": 
 PATHS = {"mv": (2, 1, ()), "mm": (3, 32, ("mm_stage",))}  #: number of the path, rows of x, what is launched before
 
 
-def raw(t: torch.Tensor) -> np.ndarray:
-    """The bytes of a tensor."""
-    return t.contiguous().view(torch.uint8).reshape(-1).numpy().copy()
-
-
 def issued(module: ptxsim.Module, fmt: str, k: int, path: str) -> int:
     """Warp instructions of the kernel itself for one product of [ROWS, k]."""
     number, m, before = PATHS[path]
     q = cases.random_qtensor(fmt, ROWS, k)
-    blob, x = raw(cuda_tools.bench("cpu").pack(q).blob), raw(cases.random_x(m, k, torch.float16))
+    blob, x = cuda_tools.raw(cuda_tools.bench("cpu").pack(q).blob), cuda_tools.raw(cases.random_x(m, k, torch.float16))
     y, workspace = np.zeros((m, ROWS), np.float32), np.zeros(1 << 20, np.uint8)
     warps, chunk = (8, k) if path == "mv" else (0, 0)
     call = ("flat_linear", blob, None, None, y, None, None, None, None, None, x, k, 2, 0, 0, m, workspace, workspace.size, number, warps, chunk, 1)

@@ -76,10 +76,6 @@ def weight(name: str, n: int, k: int) -> tuple[QTensor, torch.Tensor, np.ndarray
     return q, q.dequantize(), cuda_tools.bench("cpu").pack(q).blob.numpy()
 
 
-def raw(t: torch.Tensor) -> np.ndarray:
-    return t.contiguous().view(torch.uint8).reshape(-1).numpy().copy()
-
-
 def arguments(c: Case) -> tuple[list, np.ndarray, torch.Tensor]:
     """(arguments of the library's function, its output, full of 0xff, which is NaN; what that should become, in float64)."""
     _, dense, blob = weight(c.weight, c.n, c.k)
@@ -95,8 +91,8 @@ def arguments(c: Case) -> tuple[list, np.ndarray, torch.Tensor]:
     x, bias = cases.random_x(c.m, c.k, c.dtype, seed=c.m), torch.randn(c.n, generator=generator).half() if c.bias else None
     expected = x.double() @ dense.double().T + (bias.double() if c.bias else 0)
     chunk = 256 if c.splits > 1 and c.path == "mv" else 0
-    call = ["flat_linear", blob, None, None, out, None, None, raw(bias) if c.bias else None, None, None, raw(x), c.k, TYPES[c.dtype], TYPES[c.result],
-            TYPES[torch.float16], c.m, np.full(WORKSPACE, 255, np.uint8), WORKSPACE, cuda.PATHS[c.path], 0, chunk, c.splits]
+    call = ["flat_linear", blob, None, None, out, None, None, cuda_tools.raw(bias) if c.bias else None, None, None, cuda_tools.raw(x), c.k,
+            TYPES[c.dtype], TYPES[c.result], TYPES[torch.float16], c.m, np.full(WORKSPACE, 255, np.uint8), WORKSPACE, cuda.PATHS[c.path], 0, chunk, c.splits]
     return call, out, expected
 
 

@@ -7,6 +7,7 @@ import functools
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import simt
 import torch
@@ -153,6 +154,11 @@ def backends() -> list[str]:
 @functools.cache
 def bench(backend: str) -> Bench:
     return Bench(cuda.Runtime(Functions(library())), "cpu") if backend == "cpu" else Bench(cuda.runtime(torch.device("cuda")), "cuda")
+
+
+def raw(t: torch.Tensor) -> np.ndarray:
+    """A copy of the bytes of a tensor, as native code is given them; one that is empty has an address all the same."""
+    return t.contiguous().view(torch.uint8).reshape(-1).numpy().copy() if t.numel() else np.zeros(16, np.uint8)
 
 
 def error(y: torch.Tensor, reference: torch.Tensor) -> float:

@@ -43,25 +43,29 @@ class Clock:
         return len(replay.__self__.weights) * 1e-6
 
 
-@pytest.fixture
-def measure(bench, linear_cuda, monkeypatch, tmp_path):
-    """Runs on the pretended device; gives the JSON that is written."""
-    monkeypatch.setattr(linear_cuda, "check_device", lambda: None)
-    monkeypatch.setattr(linear_cuda, "where", lambda: {"card": "none"})
-    monkeypatch.setattr(linear_cuda, "Clock", Clock)
+def on_the_pretended_device(bench, module, op, tiny, monkeypatch, tmp_path):
+    """A function that runs ``--op`` with ``module``, small unless told otherwise, and gives the JSON that is written, which it keeps as ``kept``."""
+    monkeypatch.setattr(module, "check_device", lambda: None)
+    monkeypatch.setattr(module, "where", lambda: {"card": "none"})
+    monkeypatch.setattr(module, "Clock", Clock)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     out = tmp_path / "cuda.json"
 
     def run(*args):
-        tiny = ["--shapes", "40x128", "--m", "1", "--peers", "none", "--cycle", "1", "--rounds", "3", "--seconds", "2e-6", "--formats", "w4g64"]
+        few = ["--peers", "none", "--cycle", "1", "--rounds", "3", "--seconds", "2e-6"]
         with pretend_gpu.pretend_gpu(monkeypatch):
             try:
-                bench.main(["--op", "linear", "--device", "cuda", "--out", str(out), *tiny, *args])
+                bench.main(["--op", op, "--device", "cuda", "--out", str(out), *few, *tiny, *args])
             finally:
                 run.kept = json.loads(out.read_text()) if out.exists() else None
         return run.kept
 
     return run
+
+
+@pytest.fixture
+def measure(bench, linear_cuda, monkeypatch, tmp_path):
+    return on_the_pretended_device(bench, linear_cuda, "linear", ["--shapes", "40x128", "--m", "1", "--formats", "w4g64"], monkeypatch, tmp_path)
 
 
 def test_tables_and_json(measure, monkeypatch, capsys):
@@ -161,24 +165,8 @@ def test_clocks_as_nvidia_smi_tells_them(linear_cuda, monkeypatch):
 
 @pytest.fixture
 def attend(bench, attention_cuda, monkeypatch, tmp_path):
-    """The same for attention."""
-    monkeypatch.setattr(attention_cuda, "check_device", lambda: None)
-    monkeypatch.setattr(attention_cuda, "where", lambda: {"card": "none"})
-    monkeypatch.setattr(attention_cuda, "Clock", Clock)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    out = tmp_path / "cuda.json"
-
-    def run(*args):
-        tiny = ["--contexts", "70,200", "--pairs", "4/2,16/3", "--head-dim", "32", "--kv-heads", "3", "--heads", "6", "--peers", "none", "--cycle", "1",
-                "--rounds", "3", "--seconds", "2e-6"]
-        with pretend_gpu.pretend_gpu(monkeypatch):
-            try:
-                bench.main(["--op", "attention", "--device", "cuda", "--out", str(out), *tiny, *args])
-            finally:
-                run.kept = json.loads(out.read_text()) if out.exists() else None
-        return run.kept
-
-    return run
+    tiny = ["--contexts", "70,200", "--pairs", "4/2,16/3", "--head-dim", "32", "--kv-heads", "3", "--heads", "6"]
+    return on_the_pretended_device(bench, attention_cuda, "attention", tiny, monkeypatch, tmp_path)
 
 
 @pytest.fixture

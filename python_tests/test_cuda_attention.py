@@ -480,9 +480,7 @@ def flat(bits, d, q_heads, kv_heads, queries, sink, pages, tail, *, dtype=torch.
     mask = torch.rand(1, queries, k.shape[2], generator=torch.Generator().manual_seed(2)) < 0.8 if masked else None
     want = reference.attend(q.double().numpy(), k, v, scale=0.125, window=window, softcap=softcap, mask=None if mask is None else mask.numpy())
 
-    def raw(t):
-        return t.contiguous().view(torch.uint8).reshape(-1).numpy().copy() if t.numel() else np.zeros(16, np.uint8)
-
+    raw = cuda_tools.raw
     parts = [raw(torch.stack([args[0][i][j] for i in range(pages)])) for j in range(4)]
     out, workspace, table = raw(torch.full_like(q, float("nan"))), np.full(1 << 15, 255, np.uint8), np.zeros(4 * (pages + 2), np.int64)
     arrays = [raw(q), out, *(raw(t) for t in args[1:]), *parts, table, None if mask is None else raw(mask), counts, workspace]

@@ -15,10 +15,6 @@ if reason := simt.missing_tool("nvcc"):
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
-def raw(t: torch.Tensor) -> np.ndarray:
-    return t.contiguous().view(torch.uint8).reshape(-1).numpy().copy()
-
-
 @pytest.fixture(scope="module")
 def modules():
     """source name -> compiled module, made when first asked for."""
@@ -47,7 +43,7 @@ def linear(modules, arch, q, x, bias, sources, path, splits=1):
     chunk = 256 if path == 2 else 0
     out = []
     for run in ("ptx", "fibers"):
-        y, blob, xs, b = np.full((m, n), np.nan, np.float32), raw(p.blob), raw(x), raw(bias)
+        y, blob, xs, b = np.full((m, n), np.nan, np.float32), cuda_tools.raw(p.blob), cuda_tools.raw(x), cuda_tools.raw(bias)
         workspace = np.full(1 << 18, 255, np.uint8)
         call = ("flat_linear", blob, None, None, y, None, None, b, None, None, xs, x.shape[1], TYPES[x.dtype], 0, TYPES[bias.dtype], m,
                 workspace, workspace.size, path, 0, chunk, splits)
@@ -109,7 +105,7 @@ def test_dequant(modules, layout):
     q = cases.LAYOUTS[layout].make(2)
     p = cuda_tools.bench("cpu").pack(q)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        blob, out = raw(p.blob), raw(torch.full(q.shape, float("nan"), dtype=dtype))
+        blob, out = cuda_tools.raw(p.blob), cuda_tools.raw(torch.full(q.shape, float("nan"), dtype=dtype))
         sources = ["plain"] * (1 + (q.sparse is not None))
         execute(modules, "sm_80", sources, "flat_dequantize", blob, out, TYPES[dtype], 0, q.shape[0], memory=[blob, out])
         assert torch.equal(torch.from_numpy(out).view(dtype).reshape(q.shape), q.dequantize().to(dtype)), dtype
@@ -118,7 +114,7 @@ def test_dequant(modules, layout):
 def test_dequant_of_a_piece_of_the_rows(modules):
     """Stored rows 20 to 40 of a weight in two bands, whose rows are permuted: what the path "big" multiplies with."""
     q = cases.LAYOUTS[0].make(2)
-    blob, out = raw(cuda_tools.bench("cpu").pack(q).blob), raw(torch.full((20, 100), float("nan")))
+    blob, out = cuda_tools.raw(cuda_tools.bench("cpu").pack(q).blob), cuda_tools.raw(torch.full((20, 100), float("nan")))
     execute(modules, "sm_80", ["plain"], "flat_dequantize", blob, out, 0, 20, 20, memory=[blob, out])
     assert torch.equal(torch.from_numpy(out).view(torch.float32).reshape(20, 100), q.dequantize()[q.perm_rows[20:40].long()])
 
@@ -126,7 +122,7 @@ def test_dequant_of_a_piece_of_the_rows(modules):
 def test_rows_by_id(modules):
     q = cases.LAYOUTS[4].make(2)
     ids = torch.tensor([47, -1, 0, 48, 20])
-    blob, out, places = raw(cuda_tools.bench("cpu").pack(q).blob), raw(torch.zeros(5, 90)), ids.numpy()
+    blob, out, places = cuda_tools.raw(cuda_tools.bench("cpu").pack(q).blob), cuda_tools.raw(torch.zeros(5, 90)), ids.numpy()
     execute(modules, "sm_80", ["plain", "plain"], "flat_embedding", blob, places, 5, out, 0, memory=[blob, places, out])
     rows = torch.from_numpy(out).view(torch.float32).reshape(5, 90)
     assert torch.equal(rows[[0, 2, 4]], q.dequantize()[ids[[0, 2, 4]]]) and rows[[1, 3]].isnan().all()
