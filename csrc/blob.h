@@ -47,13 +47,17 @@ struct Slot8 {
 };
 
 // The sparse part for the kernels: one value of each of a tile's 16 rows, as many of these as its longest row has values (the shorter ones are
-// filled up with zeros at column 0). Columns of weights that are no wider than NARROW are uint16_t, which makes a step a line of cache, others uint32_t.
+// filled up with zeros at column 0). with_columns() says of which type its columns are.
 template <class Column>
 struct SparseStep {
   Column column[16];
   uint16_t value[16];  // fp16
 };
-static constexpr uint64_t NARROW = 65536;
+// f of a zero of the type of a sparse step's columns: uint16_t where those of a weight of k columns fit, which makes a step a line of cache, else uint32_t.
+template <class F>
+static inline auto with_columns(uint64_t k, F&& f) {
+  return k <= 65536 ? f(uint16_t{}) : f(uint32_t{});
+}
 
 struct Rect {
   uint32_t r0, r1, c0, c1;

@@ -160,7 +160,7 @@ static void add_sparse_of(const Job& j, int64_t tile, int64_t m0, int64_t mr, fl
     for (int r = 0; r < 16; r++) acc[m * lda + r] += sums[r][m];
 }
 static void add_sparse(const Job& j, int64_t tile, int64_t m0, int64_t mr, float* acc, int64_t lda) {
-  (header(j.blob).k <= NARROW ? add_sparse_of<uint16_t> : add_sparse_of<uint32_t>)(j, tile, m0, mr, acc, lda);
+  with_columns(header(j.blob).k, [&](auto c) MXQ_LAMBDA { add_sparse_of<decltype(c)>(j, tile, m0, mr, acc, lda); });
 }
 
 // Tiles whose sparse part is added up before their codes are read, for one row of x: a tile's codes drive x out of an L1 cache of 32 KB, and what is
@@ -174,7 +174,7 @@ MXQ_INLINE void fetch_sparse_of(const Job& j, int64_t tile) {
   for (const char* line = (const char*)t.step; line < (const char*)t.end; line += 64) __builtin_prefetch(line, 0, 2);
 }
 MXQ_INLINE void fetch_sparse(const Job& j, int64_t tile) {
-  header(j.blob).k <= NARROW ? fetch_sparse_of<uint16_t>(j, tile) : fetch_sparse_of<uint32_t>(j, tile);
+  with_columns(header(j.blob).k, [&](auto c) MXQ_LAMBDA { fetch_sparse_of<decltype(c)>(j, tile); });
 }
 
 // out[tile][16 rows] = the sparse part of `count` tiles from `tile` for the only row of x. `ahead()` is called before each step, to ask for codes: the
@@ -192,7 +192,7 @@ static void sum_sparse_of(const Job& j, int64_t tile, int64_t count, float* out,
 }
 template <class F>
 static void sum_sparse(const Job& j, int64_t tile, int64_t count, float* out, F&& ahead) {
-  header(j.blob).k <= NARROW ? sum_sparse_of<uint16_t>(j, tile, count, out, ahead) : sum_sparse_of<uint32_t>(j, tile, count, out, ahead);
+  with_columns(header(j.blob).k, [&](auto c) MXQ_LAMBDA { sum_sparse_of<decltype(c)>(j, tile, count, out, ahead); });
 }
 
 // y = acc + bias for `rows` rows of the weight from row0 (permuted) and mr rows of x from m0; acc[m * lda + row].

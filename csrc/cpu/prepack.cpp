@@ -169,7 +169,7 @@ Layout plan(const Weight& w) {
     h.off_rowptr = place(4 * (uint64_t(h.n) + 1)), h.off_cols = place(4 * h.nnz), h.off_values = place(2 * h.nnz);
     uint64_t steps = 0;
     for_sparse_tiles(w, l.bands, [&](uint32_t, uint32_t, uint32_t n) { steps += n; });
-    h.off_sparse_tiles = place(4 * (uint64_t(h.tiles) + 1)), h.off_sparse = place((h.k <= NARROW ? sizeof(SparseStep<uint16_t>) : sizeof(SparseStep<uint32_t>)) * steps);
+    h.off_sparse_tiles = place(4 * (uint64_t(h.tiles) + 1)), h.off_sparse = place(with_columns(h.k, [](auto c) { return sizeof(SparseStep<decltype(c)>); }) * steps);
   }
   for (const Band& b : l.bands)
     for (uint32_t i = 0; i < b.pieces; i++) {
@@ -326,7 +326,7 @@ void prepack(const Weight& w, uint8_t* blob, int threads) {
     put(h.off_rowptr, w.rowptr, 4 * size_t(w.n + 1));
     put(h.off_cols, w.cols, 4 * size_t(w.nnz));
     put(h.off_values, w.values, 2 * size_t(w.nnz));
-    l.header.k <= NARROW ? pack_sparse<uint16_t>(w, l, blob) : pack_sparse<uint32_t>(w, l, blob);
+    with_columns(l.header.k, [&](auto c) { pack_sparse<decltype(c)>(w, l, blob); });
   }
   for (const Band& b : l.bands)
     parallel_for(tiles(b.r1 - b.r0), threads, [&](int64_t tile, int) {
