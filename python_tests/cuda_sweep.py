@@ -3,6 +3,7 @@
     python python_tests/cuda_sweep.py schedules     every case in every schedule: right, and the same bits
     python python_tests/cuda_sweep.py asan          every kernel under AddressSanitizer and UndefinedBehaviorSanitizer
     python python_tests/cuda_sweep.py tsan          every kernel under ThreadSanitizer
+    python python_tests/cuda_sweep.py device        every case twice on this machine's GPU: right, and the same bits; a few for compute-sanitizer by --few
     ... --part 0/4                                  a quarter of the cases
 
 Ends with 0 if nothing was found, and says how many cases, calls, and pairs of a kernel and a case there were. Line coverage is measured by
@@ -70,15 +71,31 @@ LAYOUTS = {layout.name: layout for layout in cases.LAYOUTS}
 
 
 @functools.lru_cache(4)
-def weight(name: str, n: int, k: int) -> tuple[QTensor, torch.Tensor, np.ndarray]:
-    """(the weight, what it dequantizes to, its packed bytes)."""
+def weight(name: str, n: int, k: int) -> tuple[QTensor, torch.Tensor]:
+    """(the weight, what it dequantizes to)."""
     q = LAYOUTS[name].make(3) if name in LAYOUTS else cases.random_qtensor(name, n, k, n + k)
-    return q, q.dequantize(), cuda_tools.bench("cpu").pack(q).blob.numpy()
+    return q, q.dequantize()
+
+
+@functools.lru_cache(4)
+def packed(name: str, n: int, k: int, where: str) -> cuda.CudaPacked:
+    return cuda_tools.bench(where).pack(weight(name, n, k)[0])
+
+
+def product(c: Case) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """(x, bias or None, x W^T + bias in float64)."""
+    x = cases.random_x(c.m, c.k, c.dtype, seed=c.m)
+    bias = torch.randn(c.n, generator=torch.Generator().manual_seed(c.m)).half() if c.bias else None
+    return x, bias, x.double() @ weight(c.weight, c.n, c.k)[1].double().T + (bias.double() if c.bias else 0)
+
+
+def chunk(c: Case) -> int:
+    return 256 if c.splits > 1 and c.path == "mv" else 0
 
 
 def arguments(c: Case) -> tuple[list, np.ndarray, torch.Tensor]:
     """(arguments of the library's function, its output, full of 0xff, which is NaN; what that should become, in float64)."""
-    _, dense, blob = weight(c.weight, c.n, c.k)
+    dense, blob = weight(c.weight, c.n, c.k)[1], packed(c.weight, c.n, c.k, "cpu").blob.numpy()
     generator = torch.Generator().manual_seed(c.m)
     rows = {"dequant": c.n, "lookup": 5}.get(c.path, c.m)
     columns = c.k if c.path in ("dequant", "lookup") else c.n
@@ -88,11 +105,9 @@ def arguments(c: Case) -> tuple[list, np.ndarray, torch.Tensor]:
     if c.path == "lookup":
         ids = torch.randint(0, c.n, (rows,), generator=generator)
         return ["flat_embedding", blob, ids.numpy(), rows, out, TYPES[c.result]], out, dense[ids].double()
-    x, bias = cases.random_x(c.m, c.k, c.dtype, seed=c.m), torch.randn(c.n, generator=generator).half() if c.bias else None
-    expected = x.double() @ dense.double().T + (bias.double() if c.bias else 0)
-    chunk = 256 if c.splits > 1 and c.path == "mv" else 0
+    x, bias, expected = product(c)
     call = ["flat_linear", blob, None, None, out, None, None, cuda_tools.raw(bias) if c.bias else None, None, None, cuda_tools.raw(x), c.k,
-            TYPES[c.dtype], TYPES[c.result], TYPES[torch.float16], c.m, np.full(WORKSPACE, 255, np.uint8), WORKSPACE, cuda.PATHS[c.path], 0, chunk, c.splits]
+            TYPES[c.dtype], TYPES[c.result], TYPES[torch.float16], c.m, np.full(WORKSPACE, 255, np.uint8), WORKSPACE, cuda.PATHS[c.path], 0, chunk(c), c.splits]
     return call, out, expected
 
 
@@ -100,14 +115,18 @@ def run(library: simt.Library, c: Case, **schedule) -> bytes:
     """The result's bytes. AssertionError if it is wrong."""
     call, out, expected = arguments(c)
     library.configure(**schedule).call(*call)
-    y = torch.from_numpy(out).view(c.result).reshape(expected.shape)
+    check(c, torch.from_numpy(out).view(c.result).reshape(expected.shape), expected, str(schedule))
+    return out.tobytes()
+
+
+def check(c: Case, y: torch.Tensor, expected: torch.Tensor, where: str) -> None:
+    """AssertionError if ``y`` is not what a case should give."""
     if c.path in ("dequant", "lookup"):
-        assert torch.equal(y.double(), expected.to(torch.float32).to(c.result).double()), f"{c} {schedule}"
+        assert torch.equal(y.double(), expected.to(torch.float32).to(c.result).double()), f"{c} {where}"
     else:
         limit = max(LIMITS[c.result], NF_LIMIT if "nf4" in weight(c.weight, c.n, c.k)[0].format_name else 0)
         error = cuda_tools.error(y, expected)
-        assert error <= limit, f"{c} {schedule}: error {error:.1e}"
-    return out.tobytes()
+        assert error <= limit, f"{c} {where}: error {error:.1e}"
 
 
 def every_case() -> Iterator[Case]:
@@ -137,6 +156,31 @@ def one_of_each() -> Iterator[Case]:
         yield from (Case(name, n, k, "scalar", 2), Case(name, n, k, "dequant"), Case(name, n, k, "lookup"))
 
 
+def on_device(c: Case) -> torch.Tensor:
+    """The result of a case on the GPU, between NaN that must stay. AssertionError if it is wrong."""
+    gpu = cuda_tools.bench("cuda")
+    dense, p = weight(c.weight, c.n, c.k)[1], packed(c.weight, c.n, c.k, "cuda")
+    if c.path == "dequant":
+        y, expected = gpu.dequantize(p, c.result), dense.double()
+    elif c.path == "lookup":
+        ids = torch.randint(0, c.n, (5,), generator=torch.Generator().manual_seed(c.m))
+        y, expected = gpu.embedding(ids, p, c.result), dense[ids].double()
+    else:
+        x, bias, expected = product(c)
+        y = gpu.linear(x, [(p, bias)], c.result, c.path, chunk=chunk(c), splits=c.splits)[0]
+    check(c, y, expected, "on the device")
+    return y
+
+
+def sweep_device(chosen: list[Case]) -> str:
+    """Runs the cases twice on the GPU; says how many there were. AssertionError for a wrong result and for other bits."""
+    start = time.monotonic()
+    for c in chosen:
+        first, second = on_device(c), on_device(c)
+        assert first.view(torch.uint8).equal(second.view(torch.uint8)), f"{c}: other bits in a second call"
+    return f"{len(chosen)} cases, {2 * len(chosen)} calls on {torch.cuda.get_device_name()}, {time.monotonic() - start:.0f} s: nothing found"
+
+
 def kernels_of(c: Case) -> set[str]:
     """Mangled names of what a case launches."""
     return {launch.kernel for launch in cuda_tools.library().record(*arguments(c)[0])}
@@ -156,10 +200,14 @@ def sweep(library: simt.Library, chosen: list[Case], schedules: list[dict]) -> s
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["schedules", *SANITIZERS])
+    parser.add_argument("what", choices=["schedules", *SANITIZERS, "device"])
+    parser.add_argument("--few", action="store_true", help="device: the cases that the sanitizers of the CPU get")
     parser.add_argument("--part", default="0/1", help="i/n: every n-th case from the i-th on")
     options = parser.parse_args()
     part, parts = map(int, options.part.split("/"))
+    if options.what == "device":
+        chosen = list(one_of_each() if options.few else every_case())[part::parts]
+        return print(f"device {options.part}: {sweep_device(chosen)}")
     if options.what in SANITIZERS:
         chosen, schedules, library = one_of_each(), SANITIZED, cuda_tools.library(options.what)
     else:
