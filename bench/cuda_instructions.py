@@ -40,8 +40,7 @@ def issued(module: ptxsim.Module, fmt: str, k: int, path: str) -> int:
     q = cases.random_qtensor(fmt, ROWS, k)
     blob, x = cuda_tools.raw(cuda_tools.bench("cpu").pack(q).blob), cuda_tools.raw(cases.random_x(m, k, torch.float16))
     y, workspace = np.zeros((m, ROWS), np.float32), np.zeros(1 << 20, np.uint8)
-    warps, chunk = (8, k) if path == "mv" else (0, 0)
-    call = ("flat_linear", blob, None, None, y, None, None, None, None, None, x, k, 2, 0, 0, m, workspace, workspace.size, number, warps, chunk, 1)
+    call = ("flat_linear", blob, None, None, y, None, None, None, None, None, x, k, 2, 0, 0, m, workspace, workspace.size, number, 0, 0, 0, 1)
     launches = cuda_tools.library().record(*call)
     assert len(launches) == 1 + len(before)
     start, launch = module.issued(), launches[-1]

@@ -40,7 +40,7 @@ RectDesc = _struct("RectDesc", "r0", "r1", "c0", "c1", "kind", "bits", "zero", "
 WeightDesc = _struct("WeightDesc", "n", "k", "rect_count", "nnz", "rects", "perm_rows", "perm_cols", "rowptr", "cols", "values")
 Output = _struct("Output", "head", "blob", "y", "bias", "ldy", "bias_type")
 LinearCall = _struct("LinearCall", "x", "ldx", "x_type", "y_type", "m", "outputs", "output", "workspace", "stream", "path", "capability", "sms",
-                     "warps_k", "chunk", "splits")
+                     "warps", "blocks", "batch", "splits")
 
 
 def layout(struct: type[ctypes.Structure]) -> str:
@@ -185,7 +185,7 @@ class Runtime:
             outputs: y [m, n] of unit column stride for each weight, all of one dtype; or None to ask about the call alone.
             path: a key of ``PATHS``.
             stream: address of a CUDA stream.
-            forced: ``warps_k``, ``chunk``, ``splits`` in place of what the configuration has; the tests' way into every branch.
+            forced: ``warps``, ``blocks``, ``batch``, ``splits`` in place of what the configuration has; the tests' way into every branch.
         """
         array = (Output * len(weights))()
         for o, (p, bias), y in zip(array, weights, outputs, strict=True):

@@ -9,7 +9,7 @@ extern "C" {
 
 // Up to three weights that read the same x; those that are not there are null. y of each is [m, n], contiguous.
 int flat_linear(const uint8_t* blob0, const uint8_t* blob1, const uint8_t* blob2, void* y0, void* y1, void* y2, const void* bias0, const void* bias1, const void* bias2,
-                const void* x, int ldx, int x_type, int y_type, int bias_type, int m, void* workspace, int workspace_bytes, int path, int warps_k, int chunk, int splits) {
+                const void* x, int ldx, int x_type, int y_type, int bias_type, int m, void* workspace, int workspace_bytes, int path, int warps, int blocks, int batch, int splits) {
   const uint8_t* blobs[3] = {blob0, blob1, blob2};
   void* ys[3] = {y0, y1, y2};
   const void* biases[3] = {bias0, bias1, bias2};
@@ -17,7 +17,7 @@ int flat_linear(const uint8_t* blob0, const uint8_t* blob1, const uint8_t* blob2
   LinearCall c{};
   for (int i = 0; i < 3 && blobs[i]; i++) outputs[c.outputs++] = {blobs[i], blobs[i], ys[i], biases[i], head_of(blobs[i]).n, bias_type};
   c.x = x, c.ldx = ldx, c.x_type = x_type, c.y_type = y_type, c.m = m, c.output = outputs, c.workspace = workspace;
-  c.path = path, c.warps_k = warps_k, c.chunk = chunk, c.splits = splits;
+  c.path = path, c.warps = warps, c.blocks = blocks, c.batch = batch, c.splits = splits;
   if (workspace_nbytes(c) > workspace_bytes) return -2;
   return linear(c);
 }

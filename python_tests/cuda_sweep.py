@@ -89,8 +89,9 @@ def product(c: Case) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     return x, bias, x.double() @ weight(c.weight, c.n, c.k)[1].double().T + (bias.double() if c.bias else 0)
 
 
-def chunk(c: Case) -> int:
-    return 256 if c.splits > 1 and c.path == "mv" else 0
+def forced(c: Case) -> dict[str, int]:
+    """What a call asks for in place of the configuration: a block with all row blocks, one or several of them at a time, for some of the numbers of rows."""
+    return {"blocks": int(c.path == "mv" and c.m % 4 > 1), "batch": int(c.path == "mv" and c.m % 8 > 3), "splits": c.splits}
 
 
 def arguments(c: Case) -> tuple[list, np.ndarray, torch.Tensor]:
@@ -107,7 +108,7 @@ def arguments(c: Case) -> tuple[list, np.ndarray, torch.Tensor]:
         return ["flat_embedding", blob, ids.numpy(), rows, out, TYPES[c.result]], out, dense[ids].double()
     x, bias, expected = product(c)
     call = ["flat_linear", blob, None, None, out, None, None, cuda_tools.raw(bias) if c.bias else None, None, None, cuda_tools.raw(x), c.k,
-            TYPES[c.dtype], TYPES[c.result], TYPES[torch.float16], c.m, np.full(WORKSPACE, 255, np.uint8), WORKSPACE, cuda.PATHS[c.path], 0, chunk(c), c.splits]
+            TYPES[c.dtype], TYPES[c.result], TYPES[torch.float16], c.m, np.full(WORKSPACE, 255, np.uint8), WORKSPACE, cuda.PATHS[c.path], 0, *forced(c).values()]
     return call, out, expected
 
 
@@ -167,7 +168,7 @@ def on_device(c: Case) -> torch.Tensor:
         y, expected = gpu.embedding(ids, p, c.result), dense[ids].double()
     else:
         x, bias, expected = product(c)
-        y = gpu.linear(x, [(p, bias)], c.result, c.path, chunk=chunk(c), splits=c.splits)[0]
+        y = gpu.linear(x, [(p, bias)], c.result, c.path, **forced(c))[0]
     check(c, y, expected, "on the device")
     return y
 

@@ -245,7 +245,7 @@ def test_rows_by_id_of_every_format(bench, fmt):
 # ----------------------------------------------------------------------------------------------- layouts, parts and splits
 
 
-@pytest.mark.parametrize("forced", ({}, {"splits": 2, "chunk": 256, "warps_k": 2}, {"splits": 3, "chunk": 256, "warps_k": 8}, {"warps_k": 1}),
+@pytest.mark.parametrize("forced", ({}, {"splits": 2, "warps": 2, "blocks": 2, "batch": 1}, {"splits": 3, "warps": 8, "blocks": 1, "batch": 2}, {"warps": 1, "blocks": 1, "batch": 3}),
                          ids=lambda f: "-".join(f"{k}{v}" for k, v in f.items()) or "chosen")
 @pytest.mark.parametrize("layout", cases.LAYOUTS, ids=lambda layout: layout.name)
 def test_layouts_in_one_launch(bench, layout, forced):
@@ -359,7 +359,7 @@ def test_large_sums_need_float32(bench):
 def test_splits_and_runs_give_the_same_bits(bench):
     q = cases.random_qtensor("w3g64", 40, 1030)
     p, x = bench.pack(q), cases.random_x(4, 1030, torch.bfloat16)
-    for path, forced in (("mv", {}), ("mv", {"splits": 3, "chunk": 256}), ("mm", {"splits": 2})):
+    for path, forced in (("mv", {}), ("mv", {"splits": 3, "blocks": 1}), ("mm", {"splits": 2})):
         first, second = (bench.linear(x, [(p, None)], torch.float32, path, **forced)[0] for _ in range(2))
         assert torch.equal(first, second)
 

@@ -40,13 +40,12 @@ def linear(modules, arch, q, x, bias, sources, path, splits=1):
     """(what the interpreter computes, what the fibers compute) in float32."""
     p = cuda_tools.bench("cpu").pack(q)
     m, n = x.shape[0], q.shape[0]
-    chunk = 256 if path == 2 else 0
     out = []
     for run in ("ptx", "fibers"):
         y, blob, xs, b = np.full((m, n), np.nan, np.float32), cuda_tools.raw(p.blob), cuda_tools.raw(x), cuda_tools.raw(bias)
         workspace = np.full(1 << 18, 255, np.uint8)
         call = ("flat_linear", blob, None, None, y, None, None, b, None, None, xs, x.shape[1], TYPES[x.dtype], 0, TYPES[bias.dtype], m,
-                workspace, workspace.size, path, 0, chunk, splits)
+                workspace, workspace.size, path, 0, int(path == 2), int(path == 2), splits)
         if run == "ptx":
             execute(modules, arch, sources, *call, memory=[blob, y, xs, b, workspace])
         else:
@@ -64,11 +63,11 @@ MV = (("mv_w1", "w1g64_fz", "sm_80"), ("mv_w1", "w1g32_fz_bf16", "sm_75"), ("mv_
 
 @pytest.mark.parametrize("case", range(len(MV)), ids=["-".join(c) for c in MV])
 def test_mv(modules, case):
-    """A full super-tile and a tail; in turns one and two tiles of x rows, both types, whole and split columns."""
+    """A full super-tile and a tail, two row blocks in a block; in turns one and two tiles of x rows, both types, whole and split columns."""
     source, fmt, arch = MV[case]
     m, dtype, splits = ((2, torch.bfloat16, 2), (9, torch.float16, 1))[case % 2]
-    q = cases.random_qtensor(fmt, 11, 300, case)
-    x, bias = cases.random_x(m, 300, dtype), torch.randn(11, generator=torch.Generator().manual_seed(0)).half()
+    q = cases.random_qtensor(fmt, 19, 300, case)
+    x, bias = cases.random_x(m, 300, dtype), torch.randn(19, generator=torch.Generator().manual_seed(0)).half()
     mine, fibers = linear(modules, arch, q, x, bias, [source] + ["reduce"] * (splits > 1), 2, splits)
     assert cuda_tools.error(mine, fibers.double()) <= 1e-6
 

@@ -100,7 +100,7 @@ MXQ_API int64_t mxq_cuda_layouts(char* text, int64_t size) {
     using S = LinearCall;
     all += "; " + layout("LinearCall", sizeof(S),
                   {F(x), F(ldx), F(x_type), F(y_type), F(m), F(outputs), F(output), F(workspace), F(stream), F(path), F(capability), F(sms),
-                   F(warps_k), F(chunk), F(splits)});
+                   F(warps), F(blocks), F(batch), F(splits)});
   }
   {
     using S = PageDesc;

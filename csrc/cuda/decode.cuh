@@ -14,7 +14,7 @@ __device__ constexpr unsigned twice(unsigned half) { return half << 16 | half; }
 template <int BITS>
 struct Uniform {
   static constexpr int bits = BITS, tiles = super_tiles(BITS);
-  static constexpr bool scaled = true, zeroed = true;
+  static constexpr bool scaled = true, zeroed = true, tabled = false;
   static __device__ bool reads(const PieceView& p) { return p.kind == UNIFORM && p.bits == BITS; }
   unsigned low[2], high[2];  // -(1024 / 2^p + z), both halves alike, of rows g, g + 8; `high` for the fields with the larger p
 
@@ -41,6 +41,14 @@ struct Uniform {
       high[0] = ptx::hfma2(row_g, minus_one, minus_magic(shift(false, true)));
       high[1] = ptx::hfma2(row_g8, minus_one, minus_magic(shift(true, true)));
     }
+  }
+
+  // The same from the codes of the zero points: a code fits into the field, so it is the mantissa behind the magic number, and nothing is carried.
+  __device__ void set_zero_codes(unsigned row_g, unsigned row_g8) {
+    if (BITS == 1) return;
+    const auto constant = [](unsigned z, int p) { return z * twice(1u << p) + minus_magic(p); };
+    low[0] = constant(row_g, shift(false, false)), low[1] = constant(row_g8, shift(true, false));
+    if (BITS == 2 || BITS == 3 || BITS == 6) high[0] = constant(row_g, shift(false, true)), high[1] = constant(row_g8, shift(true, true));
   }
 
   // The field at bit P (of `w` after any shift) of row g (R = 0) or g + 8.
@@ -118,26 +126,34 @@ __device__ constexpr unsigned NF4_HALVES[8] = {0xb992bc00, 0xb652b833, 0xb1eab48
 template <int BITS, bool LEVELS>
 struct Table {
   static constexpr int bits = BITS, tiles = 4, words = (1 << BITS) / 2;
-  static constexpr bool scaled = LEVELS, zeroed = false;
+  static constexpr bool scaled = LEVELS, zeroed = false, tabled = !LEVELS;
   static __device__ bool reads(const PieceView& p) { return p.kind == (LEVELS ? NF : LUT) && p.bits == BITS; }
   unsigned t[2][words];  // rows g, g + 8. 2 bits: the halves; 3, 4 bits: low bytes of all halves, then high bytes
 
   __device__ void load(const PieceView& p, uint64_t block, int lane) {
-    for (int r = 0; r < 2; r++) {
-      unsigned h[words];
-      if constexpr (LEVELS) {
-        for (int i = 0; i < words; i++) h[i] = NF4_HALVES[i];
-      } else {
-        const uint32_t* table = reinterpret_cast<const uint32_t*>(p.scales + block * p.scale_step) + (lane / 4 + 8 * r) * words;
-        for (int i = 0; i < words; i++) h[i] = __ldg(table + i);
-      }
-      for (int i = 0; i < words; i++) {
-        if (BITS == 2) t[r][i] = h[i];
-        else t[r][i] = ptx::prmt(h[i % (words / 2) * 2], h[i % (words / 2) * 2 + 1], i < words / 2 ? 0x6420 : 0x7531);
-      }
+    if constexpr (LEVELS) {
+      for (int r = 0; r < 2; r++) set_row(r, [](int i) { return NF4_HALVES[i]; });
+    } else {
+      const uint32_t* table = reinterpret_cast<const uint32_t*>(p.scales + block * p.scale_step);
+      for (int r = 0; r < 2; r++) set_row(r, [&](int i) { return __ldg(table + (lane / 4 + 8 * r) * words + i); });
+    }
+  }
+  // From the tables of a row block in shared memory.
+  __device__ void set_tables(const uint32_t* tables, int lane) {
+    for (int r = 0; r < 2; r++) set_row(r, [&](int i) { return tables[(lane / 4 + 8 * r) * words + i]; });
+  }
+  // pair(i): halves 2i and 2i + 1 of a row's table.
+  template <class F>
+  __device__ void set_row(int r, F&& pair) {
+    unsigned h[words];
+    for (int i = 0; i < words; i++) h[i] = pair(i);
+    for (int i = 0; i < words; i++) {
+      if (BITS == 2) t[r][i] = h[i];
+      else t[r][i] = ptx::prmt(h[i % (words / 2) * 2], h[i % (words / 2) * 2 + 1], i < words / 2 ? 0x6420 : 0x7531);
     }
   }
   __device__ void set_zero(unsigned, unsigned) {}
+  __device__ void set_zero_codes(unsigned, unsigned) {}
 
   // Four table bytes of one plane, chosen by the nibbles of `sel`.
   static __device__ unsigned plane(const unsigned* bytes, unsigned sel, unsigned upper) {
@@ -175,10 +191,11 @@ struct Table {
 // fp16 values are stored as fragments.
 struct Half {
   static constexpr int bits = 16, tiles = 1;
-  static constexpr bool scaled = false, zeroed = false;
+  static constexpr bool scaled = false, zeroed = false, tabled = false;
   static __device__ bool reads(const PieceView& p) { return p.kind == FLOAT; }
   __device__ void load(const PieceView&, uint64_t, int) {}
   __device__ void set_zero(unsigned, unsigned) {}
+  __device__ void set_zero_codes(unsigned, unsigned) {}
   template <int S>
   __device__ void step(const unsigned* w, unsigned (&a)[4]) const {
     for (int i = 0; i < 4; i++) a[i] = w[4 * S + i];

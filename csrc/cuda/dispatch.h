@@ -25,7 +25,10 @@ struct Device {
 struct Desc {
   int64_t m, n, k;           // n: rows of all weights
   int64_t row_blocks;        // of 16 rows, over all bands
-  int64_t widest;            // columns of the widest piece
+  int64_t padded;            // columns of the widest band, each piece in whole super-tiles
+  int64_t cost;              // bytes of all row blocks
+  int32_t slot;              // of the largest super-tile (shape.h)
+  int32_t super_cols;        // of the widest super-tile
   int32_t x_type;
   int32_t decoder;           // the one of all pieces, or MIXED
   int32_t most_pieces;       // of a band
@@ -35,10 +38,10 @@ struct Desc {
 
 struct Config {
   Path path;
-  int32_t tiles;    // mv: 8 * tiles rows of x in a block; mm: likewise
-  int32_t warps_k;  // mv: warps that share the columns of a row block
-  int32_t chunk;    // columns of x in shared memory at once
+  int32_t tiles;    // 8 * tiles rows of x in a block
   int32_t splits;   // blocks that share the columns
+  int32_t blocks;   // mv: blocks for each split, which share the row blocks
+  int32_t warps, batch, depth, columns;  // mv: see MvShape in shape.h; `columns` for at most so many splits, mm: columns of a stage
   int32_t ok;       // 0: `reason` says why there is no kernel
   std::string reason;
 };

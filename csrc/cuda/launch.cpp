@@ -40,15 +40,22 @@ PartView part_of(const Output& o, const CudaHead& h, const CudaBand& b) {
   return v;
 }
 
-int64_t rows_of_block(const Config& c) { return c.path == MM ? MM_ROWS_W : 8 / c.warps_k * TILE_ROWS; }
+// Rows of what Params::ctas counts.
+int64_t rows_of_block(const Config& c) { return c.path == MM ? MM_ROWS_W : TILE_ROWS; }
 
-// Whether a band reads the columns of x in the order that the launch stages them in.
+uint32_t row_block_bytes(const PieceView& p) { return uint32_t(p.code_step + p.scale_step + p.zero_step); }
+int slot_of(const PieceView& p) { return slot_bytes(p.kind, p.bits, p.zero, p.group_shift); }
+int64_t super_tiles_of(const PieceView& p) { return ceil_div(p.tiles, super_tiles(p.bits)); }
+// Most columns of x that one of the splits brings into shared memory for a piece.
+int64_t staged_columns(const PieceView& p, int splits) { return ceil_div(super_tiles_of(p), splits) * super_cols(p.bits); }
+
+// Whether a band reads the columns of x in the order that the last part of the launch has them in; super-tiles included, which mv pads pieces to.
 bool same_columns(const Params& p, const PartView& v, const std::vector<PieceView>& pieces) {
-  const PartView& first = p.part[0];
+  const PartView& first = p.part[p.parts - 1];
   if (first.perm_cols != v.perm_cols || first.pieces != pieces.size()) return false;
   for (size_t i = 0; i < pieces.size(); i++) {
     const PieceView& other = p.piece[first.first_piece + i];
-    if (other.c0 != pieces[i].c0 || other.cols != pieces[i].cols) return false;
+    if (other.c0 != pieces[i].c0 || other.cols != pieces[i].cols || super_tiles(other.bits) != super_tiles(pieces[i].bits)) return false;
   }
   return true;
 }
@@ -65,18 +72,32 @@ std::vector<Params> launches(const LinearCall& c, const Config& config, const De
     if (out.empty() || out.back().parts == MAX_PARTS || used + b.pieces > MAX_PIECES || (config.path == MM && !same_columns(out.back(), v, pieces))) {
       Params p{};
       p.x = c.x, p.ldx = c.ldx, p.x_type = int32_t(c.x_type), p.y_type = int32_t(c.y_type), p.m = int32_t(c.m), p.k = int32_t(d.k);
-      p.warps_k = config.warps_k, p.chunk = config.chunk, p.splits = config.splits;
+      p.splits = config.splits, p.blocks = config.blocks, p.warps = config.warps, p.depth = config.depth, p.batch = config.batch;
       for (const PieceView& piece : pieces) p.ld_staged += int64_t(piece.tiles) * TILE_COLS;
       out.push_back(p);
       used = 0;
     }
     Params& p = out.back();
-    v.first_cta = uint32_t(p.ctas), v.first_piece = used;
+    v.first_cta = uint32_t(p.ctas), v.first_piece = used, v.restage = !p.parts || !same_columns(p, v, pieces);
+    int64_t columns = 0;
+    for (const PieceView& piece : pieces) {
+      v.cost += row_block_bytes(piece), columns += staged_columns(piece, p.splits);
+      p.slot = std::max(p.slot, slot_of(piece));
+    }
+    p.columns = std::max(p.columns, int32_t(columns));
     p.ctas += int32_t(ceil_div(b.r1 - b.r0, rows));
     p.sparse |= h.off_rowptr != 0;
     p.part[p.parts++] = v;
     for (const PieceView& piece : pieces) p.piece[used++] = piece;
   });
+  for (Params& p : out) {
+    p.blocks = std::min(p.blocks, p.ctas);
+    for (int i = 1; i < p.parts; i++)
+      if (p.part[i].cost != p.part[0].cost) p.cost = 1;
+    if (!p.cost) continue;
+    p.cost = 0;
+    for (int i = 0; i < p.parts; i++) p.cost += uint64_t(ceil_div(p.part[i].rows, TILE_ROWS)) * p.part[i].cost;
+  }
   return out;
 }
 
@@ -111,20 +132,27 @@ Desc desc_of(const LinearCall& c) {
     d.n += b.r1 - b.r0, d.k = h.k, d.row_blocks += row_blocks(b);
     d.most_pieces = std::max(d.most_pieces, int32_t(b.pieces));
     d.sparse |= h.off_rowptr != 0;
+    int64_t padded = 0;
     for (uint32_t i = 0; i < b.pieces; i++) {
       const CudaPiece& p = at<CudaPiece>(o.head, h.off_pieces)[b.first_piece + i];
-      d.widest = std::max<int64_t>(d.widest, p.c1 - p.c0);
+      const PieceView view = view_of(p, nullptr);
+      padded += super_tiles_of(view) * super_cols(view.bits);
+      d.super_cols = std::max(d.super_cols, int32_t(super_cols(view.bits)));
+      d.slot = std::max(d.slot, int32_t(slot_of(view)));
+      d.cost += row_blocks(b) * row_block_bytes(view);
       const int32_t one = decoder_of(p.format);
       d.decoder = d.decoder < 0 || d.decoder == one ? one : int32_t(MIXED);
     }
+    d.padded = std::max(d.padded, padded);
   });
   return d;
 }
 
 Config config_of(const LinearCall& c) {
   Config config = choose(desc_of(c), Path(c.path));
-  if (c.warps_k) config.warps_k = int32_t(c.warps_k);
-  if (c.chunk) config.chunk = int32_t(c.chunk);
+  if (c.warps) config.warps = int32_t(c.warps);
+  if (c.blocks) config.blocks = int32_t(c.blocks);
+  if (c.batch) config.batch = int32_t(c.batch);
   if (c.splits) config.splits = int32_t(c.splits);
   return config;
 }
@@ -147,15 +175,16 @@ int linear(const LinearCall& c) {
   }
   std::vector<Params> all = launches(c, config, d);
   place(all, config, c.workspace);
+  const bool early = c.capability >= 90 && config.path == MV;
   for (const Params& p : all) {
     int error = 0;
     if (config.path == MV) {
-      error = MV_LAUNCHES[d.decoder](p, config.tiles, unsigned(p.ctas), mv_smem(config.tiles, p.warps_k, p.m, p.chunk, p.sparse), c.stream);
+      error = MV_LAUNCHES[d.decoder](p, config.tiles, early, c.stream);
     } else {
       error = launch_stage(p, const_cast<uint16_t*>(p.staged), const_cast<float*>(p.unscale), c.stream);
       if (!error) error = MM_LAUNCHES[d.decoder](p, c.stream);
     }
-    if (!error && p.splits > 1) error = launch_reduce(p, int(rows_of_block(config)), c.stream);
+    if (!error && p.splits > 1) error = launch_reduce(p, int(rows_of_block(config)), early, c.stream);
     if (error) return error;
   }
   return 0;

@@ -20,7 +20,7 @@ struct LinearCall {
   void* workspace;       // device memory of workspace_nbytes()
   void* stream;
   int64_t path, capability, sms;
-  int64_t warps_k, chunk, splits;  // 0: as the configuration has it. Tests set them to reach every branch with small weights
+  int64_t warps, blocks, batch, splits;  // 0: as the configuration has it. Tests set them to reach every branch with small weights
 };
 
 // All return a cudaError_t, 0 for success, or NO_KERNEL. Nothing is allocated, nothing waits.
@@ -35,21 +35,21 @@ int dequantize(const uint8_t* head, const uint8_t* blob, void* out, int type, in
 // Rows ids[0..count) (int64, device memory) in original order, [count, k] of `type`; NaN for an id that is no row.
 int embedding(const uint8_t* head, const uint8_t* blob, const int64_t* ids, int64_t count, void* out, int type, void* stream);
 
-// mv_<format>.cu; grid: (blocks, splits).
-using MvLaunch = int (*)(const Params& p, int tiles, unsigned ctas, int smem, void* stream);
-int mv_w1(const Params&, int, unsigned, int, void*);
-int mv_w2(const Params&, int, unsigned, int, void*);
-int mv_w3(const Params&, int, unsigned, int, void*);
-int mv_w4(const Params&, int, unsigned, int, void*);
-int mv_w5(const Params&, int, unsigned, int, void*);
-int mv_w6(const Params&, int, unsigned, int, void*);
-int mv_w8(const Params&, int, unsigned, int, void*);
-int mv_lut2(const Params&, int, unsigned, int, void*);
-int mv_lut3(const Params&, int, unsigned, int, void*);
-int mv_lut4(const Params&, int, unsigned, int, void*);
-int mv_nf4(const Params&, int, unsigned, int, void*);
-int mv_fp16(const Params&, int, unsigned, int, void*);
-int mv_mixed(const Params&, int, unsigned, int, void*);
+// mv_<format>.cu. `early`: the kernel may start before the one ahead of it has ended (compute capability 9.0 and later).
+using MvLaunch = int (*)(const Params& p, int tiles, bool early, void* stream);
+int mv_w1(const Params&, int, bool, void*);
+int mv_w2(const Params&, int, bool, void*);
+int mv_w3(const Params&, int, bool, void*);
+int mv_w4(const Params&, int, bool, void*);
+int mv_w5(const Params&, int, bool, void*);
+int mv_w6(const Params&, int, bool, void*);
+int mv_w8(const Params&, int, bool, void*);
+int mv_lut2(const Params&, int, bool, void*);
+int mv_lut3(const Params&, int, bool, void*);
+int mv_lut4(const Params&, int, bool, void*);
+int mv_nf4(const Params&, int, bool, void*);
+int mv_fp16(const Params&, int, bool, void*);
+int mv_mixed(const Params&, int, bool, void*);
 
 // mm_<format>.cu
 using MmLaunch = int (*)(const Params& p, void* stream);
@@ -72,6 +72,6 @@ int launch_stage(const Params& p, uint16_t* staged, float* unscale, void* stream
 int launch_dequant(const CudaHead& head, int64_t first_block, int64_t blocks, int64_t begin, int64_t count, const uint8_t* blob, void* out, int type, void* stream);
 int launch_lookup(const CudaHead& head, const uint8_t* blob, const int64_t* ids, int64_t count, void* out, int type, void* stream);
 int launch_scalar(const CudaHead& head, const LinearCall& c, const Output& o, void* stream);
-int launch_reduce(const Params& p, int rows, void* stream);
+int launch_reduce(const Params& p, int rows, bool early, void* stream);
 
 }  // namespace mxq::cuda

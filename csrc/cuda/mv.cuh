@@ -1,44 +1,111 @@
 // mv: few rows of x (M <= 16). Weights are operand A of the tensor cores, x is operand B: 8 rows of x cost what one costs.
 //
-// A block of 8 warps finishes 8 / warps_k row blocks; `warps_k` warps share the columns of one. x is staged into shared memory, a chunk of columns at a
-// time; weights go from global memory straight to registers, one super-tile ahead. Sums are float32 in an order that the launch fixes: a warp's own
-// super-tiles, then the warps, then the splits (reduce.cu).
+// As many blocks as there are SMs share the row blocks of all weights evenly, by bytes, and the `splits` share their columns. A block brings its columns of
+// x into shared memory once. The super-tiles of all its row blocks are one list, of which warp w takes numbers w, w + warps, ...: no warp waits for another,
+// and the ring of each (ring.cuh) runs on from row block to row block. Sums are float32 and end up in shared memory, where each warp has its own for each row
+// block of a batch; behind a barrier they are added in the order of the warps, and by reduce.cu in the order of the splits. So the configuration fixes the
+// order of all sums.
 #pragma once
 
 #include "launch.h"
+#include "ring.cuh"
 #include "shape.h"
 #include "simt.hpp"
 #include "stage.cuh"
-#include "tile.cuh"
 
 namespace mxq::cuda {
 
-// Columns [c, c + count) of the piece for all rows of x, zeros behind its last column. `count` is a multiple of 64.
-__device__ __forceinline__ void stage_chunk(const Params& p, const PartView& part, const PieceView& piece, int c, int count, int stride, const float* factor, uint16_t* xs) {
-  const bool bf16 = p.x_type == BF16;
-  const int filled = min(int(piece.cols) - c, count);
+__device__ __forceinline__ int threads_of(const Params& p) { return p.warps * WARP; }
+
+// The super-tiles of each row block that a split multiplies.
+struct Share {
+  int first, count;
+};
+__device__ __forceinline__ int columns_of_super_tile(const PieceView& piece) { return super_tiles(piece.bits) * TILE_COLS; }
+__device__ __forceinline__ Share share_of(const PieceView& piece, int splits, int split) {
+  const int per = super_tiles(piece.bits), all = (int(piece.tiles) + per - 1) / per;
+  if (splits == 1) return {0, all};
+  const int first = int(int64_t(all) * split / splits);
+  return {first, int(int64_t(all) * (split + 1) / splits) - first};
+}
+
+// The row block with which block `index` of those that share them begins.
+__device__ __forceinline__ int first_row_block(const Params& p, unsigned index) {
+  if (p.cost == 0) return int(unsigned(p.ctas) * index / unsigned(p.blocks));  // all row blocks cost the same
+  uint64_t target = p.cost * index / unsigned(p.blocks);
+  int blocks = 0;
+  for (int i = 0; i < p.parts; i++) {
+    const PartView& part = p.part[i];
+    const unsigned count = (part.rows + TILE_ROWS - 1) / TILE_ROWS;
+    const uint64_t all = uint64_t(count) * part.cost;
+    if (target <= all) return blocks + int((target + part.cost - 1) / part.cost);
+    target -= all, blocks += int(count);
+  }
+  return blocks;
+}
+
+// Columns of x of a piece, `count` of them from `c` on, on their way to xs[m][stride], zeros behind the piece's last column; bfloat16 as they are.
+__device__ __forceinline__ void stage_piece(const Params& p, const PartView& part, const PieceView& piece, int c, int count, int stride, uint16_t* xs) {
+  const int filled = min(int(piece.cols) - c, count), vectors_of_row = count / 8;
   const int32_t* perm = part.perm_cols ? part.perm_cols + piece.c0 + c : nullptr;
   const uint16_t* x = static_cast<const uint16_t*>(p.x);
   const uint16_t* from = x + piece.c0 + c;
   const bool vectors = !perm && (reinterpret_cast<uintptr_t>(from) | uintptr_t(p.ldx * 2)) % 16 == 0;
-  for (int i = int(threadIdx.x); i < p.m * (count / 8); i += MV_THREADS) {
-    const int m = i / (count / 8), k = i % (count / 8) * 8;
-    unsigned v[4] = {};
-    if (vectors && k + 8 <= filled) {
-      load_16(v, from + m * p.ldx + k);
+  for (int i = int(threadIdx.x); i < p.m * vectors_of_row; i += threads_of(p)) {
+    const int m = p.m == 1 ? 0 : i / vectors_of_row, k = (i - m * vectors_of_row) * 8;
+    uint16_t* to = xs + m * stride + k;
+    if (vectors && (k + 8 <= filled || k >= filled)) {
+      ptx::cp_async_16(to, k < filled ? from + m * p.ldx + k : x, k < filled ? 16 : 0);
     } else {
-      for (int j = 0; j < 8 && k + j < filled; j++) v[j / 2] |= unsigned(__ldg(perm ? x + m * p.ldx + __ldg(perm + k + j) : from + m * p.ldx + k + j)) << 16 * (j % 2);
+      unsigned v[4] = {};
+#pragma unroll
+      for (int j = 0; j < 8; j++)
+        if (k + j < filled) v[j / 2] |= unsigned(__ldg(perm ? x + m * p.ldx + __ldg(perm + k + j) : from + m * p.ldx + k + j)) << 16 * (j % 2);
+      *reinterpret_cast<uint4*>(to) = make_uint4(v[0], v[1], v[2], v[3]);
     }
-    if (bf16)
-      for (int j = 0; j < 4; j++) v[j] = bf16_to_staged(v[j], factor[m]);
-    *reinterpret_cast<uint4*>(xs + m * stride + k) = make_uint4(v[0], v[1], v[2], v[3]);
   }
 }
 
-// The sparse part of the block's rows: 16 threads a row, each every 16th value; summed in a fixed order. extra[m][row].
+// bfloat16 in xs [m][columns] -> staged halves in place, by factors that are those of these columns alone. Called by all threads behind a barrier.
+__device__ __forceinline__ void convert_staged(const Params& p, int columns, int stride, uint16_t* xs, float* largest, float* factor, int warp, int lane) {
+  for (int m = 0; m < p.m; m++) {
+    float most = 0.0f;  // NaN does not count
+    for (int k = int(threadIdx.x) * 8; k < columns; k += threads_of(p) * 8) {
+      unsigned v[4];
+      load_shared_16(v, xs + m * stride + k);
+#pragma unroll
+      for (int j = 0; j < 8; j++) {
+        const float a = __uint_as_float((j % 2 ? v[j / 2] : v[j / 2] << 16) & 0x7fff0000u);
+        most = a > most ? a : most;
+      }
+    }
+#pragma unroll
+    for (int d = 16; d > 0; d /= 2) {
+      const float other = __shfl_xor_sync(~0u, most, d);
+      most = other > most ? other : most;
+    }
+    if (lane == 0) largest[warp * 16 + m] = most;
+  }
+  __syncthreads();
+  if (int(threadIdx.x) < p.m) {
+    float most = 0.0f;
+    for (int w = 0; w < p.warps; w++) most = largest[w * 16 + threadIdx.x] > most ? largest[w * 16 + threadIdx.x] : most;
+    factor[threadIdx.x] = row_factor(most);
+  }
+  __syncthreads();
+  for (int m = 0; m < p.m; m++)
+    for (int k = int(threadIdx.x) * 8; k < columns; k += threads_of(p) * 8) {
+      unsigned v[4];
+      load_shared_16(v, xs + m * stride + k);
+      for (int j = 0; j < 4; j++) v[j] = bf16_to_staged(v[j], factor[m]);
+      *reinterpret_cast<uint4*>(xs + m * stride + k) = make_uint4(v[0], v[1], v[2], v[3]);
+    }
+}
+
+// The sparse part of some rows: 16 threads a row, each every 16th value; summed in a fixed order. extra[m][row].
 __device__ __forceinline__ void add_sparse(const Params& p, const PartView& part, unsigned first_row, int rows, float* extra) {
   const int lane16 = int(threadIdx.x) % 16;
-  for (int r = int(threadIdx.x) / 16; r < rows; r += MV_THREADS / 16) {
+  for (int r = int(threadIdx.x) / 16; r < rows; r += threads_of(p) / 16) {
     const unsigned row = first_row + unsigned(r);
     int begin = 0, end = 0;
     if (row < part.rows && part.rowptr) {
@@ -56,87 +123,179 @@ __device__ __forceinline__ void add_sparse(const Params& p, const PartView& part
   }
 }
 
-template <class D, int NT>
-__device__ __forceinline__ void multiply_chunk(const PieceView& piece, uint64_t block, int c, int count, int first, int step, const uint16_t* xs, int stride, int m,
-                                               float (&acc)[NT][4], int lane) {
-  constexpr int cols = D::tiles * TILE_COLS;
-  const unsigned begin = unsigned(c / cols), end = unsigned((c + count + cols - 1) / cols);
-  D d;
-  begin_piece(d, piece, block, lane);
-  unsigned i = begin + unsigned(first);
-  if (i >= end) return;
-  Unit unit = load_unit<D>(piece, block, i, lane);
-  while (true) {
-    const unsigned next = i + unsigned(step);
-    Unit ahead = {};
-    if (next < end) ahead = load_unit<D>(piece, block, next, lane);
-    const int tiles = min(D::tiles, int(piece.tiles - i * D::tiles));
-    multiply<D, NT>(d, unit, piece, tiles, xs + (i - begin) * cols, stride, m, acc, lane);
-    if (next >= end) return;
-    unit = ahead, i = next;
+// A warp's way through the super-tiles of a piece: of the row blocks before `last`, `count` each, and where the copies ahead of it are.
+struct Cursor {
+  int block, i, ahead_block, ahead_i, last, first, count, slot, ahead_slot;
+  bool under_way = false;
+
+  __device__ __forceinline__ static void step(int& block, int& i, int count, int warps) {
+    i += warps;
+    if (i < count) return;
+    const int blocks = i / count;
+    block += blocks, i -= blocks * count;
   }
+};
+
+// The next copies of the cursor, as a group, which is empty behind the last super-tile.
+template <class D>
+__device__ __forceinline__ void fetch_ahead(const Params& p, const PieceView& piece, Cursor& c, uint8_t* ring, int lane) {
+  if (c.ahead_block < c.last) {
+    fetch<D>(piece, uint64_t(c.ahead_block), unsigned(c.first + c.ahead_i), ring + c.ahead_slot * p.slot, lane);
+    Cursor::step(c.ahead_block, c.ahead_i, c.count, p.warps);
+  }
+  ptx::cp_async_commit();
+  if (++c.ahead_slot == p.depth) c.ahead_slot = 0;
 }
 
-// Kernel for the formats of the decoders Ds. grid: (blocks of all parts, splits). 2 blocks to an SM, where the kernel with all decoders would spill.
-template <int NT, class... Ds>
-__global__ void __launch_bounds__(MV_THREADS, sizeof...(Ds) > 1 ? 1 : 2) mv(const __grid_constant__ Params p) {
-  MXQ_DYN_SMEM(float, smem);
-  const int lane = int(threadIdx.x) % WARP, warp = int(threadIdx.x) / WARP, blocks = MV_WARPS / p.warps_k, rows = blocks * TILE_ROWS;
-  const int part_index = find_part(p, blockIdx.x);
-  const PartView& part = p.part[part_index];
-  const unsigned first_row = (blockIdx.x - part.first_cta) * unsigned(rows);
-  const unsigned block = first_row / TILE_ROWS + unsigned(warp / p.warps_k);
-  float *sums = smem, *factor = smem + MV_WARPS * TILE_ROWS * 8 * NT, *extra = factor + 32;
-  uint16_t* xs = reinterpret_cast<uint16_t*>(smem + (mv_floats(NT, p.warps_k, p.m, p.sparse) + 3) / 4 * 4);
-  const int stride = p.chunk + STAGE_PAD;
+// Begins with the row blocks [begin, last) of a piece: fills all slots but one.
+template <class D>
+__device__ __forceinline__ void start(const Params& p, const PieceView& piece, Cursor& c, int begin, int last, uint8_t* ring, int warp, int lane) {
+  const Share share = share_of(piece, p.splits, int(blockIdx.y));
+  c.first = share.first, c.count = share.count, c.last = share.count ? last : begin;
+  c.block = begin, c.i = warp - p.warps, c.slot = c.ahead_slot = 0, c.under_way = true;
+  if (share.count) Cursor::step(c.block, c.i, c.count, p.warps);
+  c.ahead_block = c.block, c.ahead_i = c.i;
+  for (int i = 1; i < p.depth; i++) fetch_ahead<D>(p, piece, c, ring, lane);
+}
 
-  for (int m = warp; m < p.m; m += MV_WARPS) {
-    const float f = p.x_type == BF16 ? row_factor(largest_of_row(static_cast<const uint16_t*>(p.x) + m * p.ldx, p.k, lane, WARP)) : 1.0f;
-    if (lane == 0) factor[m] = f;
-  }
-
-  float acc[NT][4] = {};
-  int turn = 0;
-  for (unsigned i = 0; i < part.pieces; i++) {
-    const PieceView& piece = p.piece[part.first_piece + i];
-    for (int c = 0; c < int(piece.cols); c += p.chunk) {
-      if (turn++ % p.splits != int(blockIdx.y)) continue;
-      const int count = min(p.chunk, int(piece.tiles) * TILE_COLS - c);
-      __syncthreads();  // the chunk before has been read, the factors are written
-      stage_chunk(p, part, piece, c, count, stride, factor, xs);
-      __syncthreads();
-      if (block * TILE_ROWS < part.rows)
-        for_decoder<Ds...>(piece, [&](auto d) {
-          multiply_chunk<decltype(d), NT>(piece, block, c, count, warp % p.warps_k, p.warps_k, xs, stride, p.m, acc, lane);
-        });
-    }
-  }
-
+// Multiplies the super-tiles of the row blocks before `end`, and adds to this warp's sums of the batch, which begins with row block `batch`.
+template <class D, int NT, int ZERO>
+__device__ __forceinline__ void go_on(const Params& p, const PieceView& piece, Cursor& c, int batch, int end, const uint16_t* xs, int stride, float* sums, uint8_t* ring,
+                                      int warp, int lane) {
   const int g = lane / 4, t = lane % 4;
-  float* mine = sums + warp * (TILE_ROWS * 8 * NT);  // [m][16 rows]
+  D d;
+  if (!D::tabled) d.load(piece, 0, lane);
+  if (D::zeroed && ZERO != INT) d.set_zero_codes(ZERO == SYM ? 1u << (D::bits - 1) : 0, ZERO == SYM ? 1u << (D::bits - 1) : 0);
+  float acc[NT][4] = {};
+  while (c.block < end && c.block < c.last) {
+    wait_for_copies(p.depth - 2);
+    __syncwarp();  // other lanes copied scales for this one, and have read the slot that is filled next
+    fetch_ahead<D>(p, piece, c, ring, lane);
+    const uint16_t* rows[NT];
 #pragma unroll
-  for (int n = 0; n < NT; n++)
+    for (int n = 0; n < NT; n++) rows[n] = xs + min(8 * n + g, p.m - 1) * stride + c.i * (D::tiles * TILE_COLS) + 8 * t;  // absent rows: those of the last one
+    multiply_slot<D, NT, ZERO>(d, ring + c.slot * p.slot, piece, rows, acc, lane);
+    if (++c.slot == p.depth) c.slot = 0;
+    const int block = c.block;
+    Cursor::step(c.block, c.i, c.count, p.warps);
+    if (c.block == block) continue;
+    float* mine = sums + ((block - batch) * p.warps + warp) * p.m * TILE_ROWS;
 #pragma unroll
-    for (int e = 0; e < 4; e++) mine[(8 * n + 2 * t + e % 2) * TILE_ROWS + g + e / 2 * 8] = acc[n][e];
-  if (p.sparse && blockIdx.y == 0) add_sparse(p, part, first_row, rows, extra);
-  __syncthreads();
-  for (int i = int(threadIdx.x); i < p.m * rows; i += MV_THREADS) {
-    const int m = i / rows, r = i % rows;
-    float sum = 0.0f;
-    for (int w = 0; w < p.warps_k; w++) sum += sums[(r / TILE_ROWS * p.warps_k + w) * (TILE_ROWS * 8 * NT) + m * TILE_ROWS + r % TILE_ROWS];
-    sum *= row_unfactor(factor[m]);
-    if (p.sparse && blockIdx.y == 0) sum += extra[i];
-    if (p.splits == 1) finish(p, part, m, first_row + unsigned(r), sum);
-    else p.partial[(int64_t(blockIdx.y) * p.m + m) * p.ctas * rows + int64_t(blockIdx.x) * rows + r] = sum;
+    for (int n = 0; n < NT; n++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) {
+        const int m = 8 * n + 2 * t + e % 2;
+        if (m < p.m) mine[m * TILE_ROWS + g + e / 2 * 8] += acc[n][e];
+        acc[n][e] = 0.0f;
+      }
+  }
+  c.under_way = c.block < c.last;
+}
+
+template <class D, int NT>
+__device__ __forceinline__ void go_on(const Params& p, const PieceView& piece, Cursor& c, int batch, int end, const uint16_t* xs, int stride, float* sums, uint8_t* ring,
+                                      int warp, int lane) {
+  if (D::zeroed && piece.zero == INT) go_on<D, NT, D::zeroed ? INT : SYM>(p, piece, c, batch, end, xs, stride, sums, ring, warp, lane);
+  else if (D::zeroed && piece.zero == FLOATZERO) go_on<D, NT, D::zeroed ? FLOATZERO : SYM>(p, piece, c, batch, end, xs, stride, sums, ring, warp, lane);
+  else go_on<D, NT, SYM>(p, piece, c, batch, end, xs, stride, sums, ring, warp, lane);
+}
+
+// Kernel for the formats of the decoders Ds. grid: (blocks, splits).
+template <int NT, class... Ds>
+__global__ void __launch_bounds__((sizeof...(Ds) > 1 ? MV_MIXED_WARPS : MV_WARPS) * WARP, 1) mv(const __grid_constant__ Params p) {
+  MXQ_DYN_SMEM(float, smem);
+  const int lane = int(threadIdx.x) % WARP, warp = int(threadIdx.x) / WARP, stride = p.columns + STAGE_PAD;
+  const MvShape shape = {p.warps, p.batch, p.m, p.depth, p.slot, p.columns, p.sparse};
+  float *sums = smem, *factor = smem + shape.factors(), *largest = smem + shape.largest(), *extra = smem + shape.extra();
+  uint8_t* bytes = reinterpret_cast<uint8_t*>(smem);
+  uint8_t* ring = bytes + shape.ring() + warp * p.depth * p.slot;
+  uint16_t* xs = reinterpret_cast<uint16_t*>(bytes + shape.x());
+
+  int row_block = first_row_block(p, blockIdx.x);
+  const int end_block = first_row_block(p, blockIdx.x + 1);
+  if (row_block == end_block) return;
+  int part_index = find_part(p, unsigned(row_block));
+  {
+    // Weights do not depend on what ran before: they are asked for before the wait.
+    const PieceView& piece = p.piece[p.part[part_index].first_piece];
+    const Share share = share_of(piece, p.splits, int(blockIdx.y));
+    const int lines = slot_codes(piece.bits) / 128;
+    const uint8_t* codes = reinterpret_cast<const uint8_t*>(piece.codes) + uint64_t(row_block - int(p.part[part_index].first_cta)) * piece.code_step;
+    for (int i = warp; i < share.count && i < 2 * p.warps; i += p.warps)
+      if (lane < lines && uint64_t(share.first + i) * unsigned(slot_codes(piece.bits)) + unsigned(lane) * 128 < piece.code_step)
+        ptx::prefetch_l2(codes + uint64_t(share.first + i) * unsigned(slot_codes(piece.bits)) + lane * 128);
+  }
+  for (int i = int(threadIdx.x); i < shape.sums(); i += threads_of(p)) sums[i] = 0.0f;
+  if (threadIdx.x < 16) factor[threadIdx.x] = 1.0f;
+  ptx::grid_dependency_wait();
+  ptx::grid_dependency_launch();
+
+  for (bool first = true; row_block < end_block; part_index++, first = false) {
+    const PartView& part = p.part[part_index];
+    const PieceView* pieces = p.piece + part.first_piece;
+    const int begin = row_block - int(part.first_cta), last = min(end_block - int(part.first_cta), int((part.rows + TILE_ROWS - 1) / TILE_ROWS));
+    row_block += last - begin;
+    const bool stage = first || part.restage;
+    int columns = 0;  // of x in shared memory
+    if (!first) __syncthreads();  // x and the sums have been read
+    if (stage) {
+      for (unsigned i = 0; i < part.pieces; i++) {
+        const Share share = share_of(pieces[i], p.splits, int(blockIdx.y));
+        const int width = columns_of_super_tile(pieces[i]);
+        stage_piece(p, part, pieces[i], share.first * width, share.count * width, stride, xs + columns);
+        columns += share.count * width;
+      }
+      ptx::cp_async_commit();
+    }
+    Cursor cursor;
+    for_decoder<Ds...>(pieces[0], [&](auto d) { start<decltype(d)>(p, pieces[0], cursor, begin, part.pieces == 1 ? last : min(begin + p.batch, last), ring, warp, lane); });
+    if (stage) {
+      wait_for_copies(p.depth - 1);
+      __syncthreads();
+      if (p.x_type == BF16) {
+        convert_staged(p, columns, stride, xs, largest, factor, warp, lane);
+        __syncthreads();
+      }
+    }
+
+    for (int batch = begin; batch < last; batch += p.batch) {
+      const int end = min(batch + p.batch, last), rows = (end - batch) * TILE_ROWS;
+      const uint16_t* from = xs;
+      for (unsigned i = 0; i < part.pieces; i++) {
+        const PieceView& piece = pieces[i];
+        for_decoder<Ds...>(piece, [&](auto d) {
+          if (part.pieces > 1 && (i > 0 || batch > begin)) start<decltype(d)>(p, piece, cursor, batch, end, ring, warp, lane);
+          go_on<decltype(d), NT>(p, piece, cursor, batch, end, from, stride, sums, ring, warp, lane);
+        });
+        if (part.pieces > 1) __syncwarp();  // the ring is filled anew
+        from += share_of(piece, p.splits, int(blockIdx.y)).count * columns_of_super_tile(piece);
+      }
+      const bool sparse = p.sparse && blockIdx.y == 0;
+      if (sparse) add_sparse(p, part, unsigned(batch * TILE_ROWS), rows, extra);
+      __syncthreads();
+      for (int i = int(threadIdx.x); i < p.m * rows; i += threads_of(p)) {
+        const int m = p.m == 1 ? 0 : i / rows, r = i - m * rows;
+        float* place = sums + (r / TILE_ROWS * p.warps * p.m + m) * TILE_ROWS + r % TILE_ROWS;
+        float sum = 0.0f;
+        for (int w = 0; w < p.warps; w++) sum += place[w * p.m * TILE_ROWS], place[w * p.m * TILE_ROWS] = 0.0f;
+        sum *= row_unfactor(factor[m]);
+        if (sparse) sum += extra[i];
+        const unsigned row = unsigned(batch * TILE_ROWS + r);
+        if (p.splits == 1) finish(p, part, m, row, sum);
+        else p.partial[(int64_t(blockIdx.y) * p.m + m) * p.ctas * TILE_ROWS + int64_t(part.first_cta) * TILE_ROWS + row] = sum;
+      }
+      if (end < last) __syncthreads();  // the sums have been read
+    }
   }
 }
 
 // Defines the launcher of one translation unit.
-#define MXQ_MV(name, ...)                                                                                     \
-  int name(const Params& p, int tiles, unsigned ctas, int smem, void* stream) {                               \
-    const dim3 grid(ctas, unsigned(p.splits)), block(MV_THREADS);                                             \
-    return tiles == 1 ? MXQ_LAUNCH((mv<1, __VA_ARGS__>), grid, block, size_t(smem), stream, p)                \
-                      : MXQ_LAUNCH((mv<2, __VA_ARGS__>), grid, block, size_t(smem), stream, p);               \
+#define MXQ_MV(name, ...)                                                                                                        \
+  int name(const Params& p, int tiles, bool early, void* stream) {                                                               \
+    const dim3 grid(unsigned(p.blocks), unsigned(p.splits)), block(unsigned(p.warps) * WARP);                                    \
+    const MvShape shape = {p.warps, p.batch, p.m, p.depth, p.slot, p.columns, p.sparse};                                         \
+    return tiles == 1 ? MXQ_LAUNCH_EARLY(early, (mv<1, __VA_ARGS__>), grid, block, size_t(shape.nbytes()), stream, p)            \
+                      : MXQ_LAUNCH_EARLY(early, (mv<2, __VA_ARGS__>), grid, block, size_t(shape.nbytes()), stream, p);           \
   }
 
 }  // namespace mxq::cuda

@@ -27,7 +27,9 @@ struct PartView {
   const uint16_t* values;    // CSR of the sparse part; rowptr null: none
   int64_t ldy;               // elements between rows of y
   int32_t bias_type;
-  uint32_t row0, rows, first_cta, first_piece, pieces;
+  uint32_t row0, rows, first_cta, first_piece, pieces;  // first_cta: mv: the first row block
+  uint32_t cost;    // mv: bytes of a row block, what blocks share out evenly
+  int32_t restage;  // mv: whether the columns of x are others than those of the part before
 };
 
 constexpr int MAX_PARTS = 8, MAX_PIECES = 24;
@@ -35,11 +37,14 @@ constexpr int MAX_PARTS = 8, MAX_PIECES = 24;
 struct Params {
   const void* x;
   int64_t ldx;
-  float* partial;    // [splits][m][ctas * rows of a CTA], or null with one split
+  float* partial;    // [splits][m][ctas * rows of a CTA], or null with one split; mv: rows of all row blocks
   const uint16_t* staged;  // mm: x as fp16 in the order of the weight's columns (mm_stage.cu), `ld_staged` elements between rows
   const float* unscale;    // mm: [m], what a sum is multiplied with
   int64_t ld_staged;
-  int32_t x_type, y_type, m, k, parts, warps_k, chunk, splits, ctas, sparse;
+  int32_t x_type, y_type, m, k, parts, splits, sparse;
+  int32_t ctas;      // blocks; mv: row blocks of 16 rows
+  uint64_t cost;     // mv: bytes of all row blocks, 0 if each has as many
+  int32_t blocks, warps, depth, slot, batch, columns;  // mv: blocks for each split, and the sizes of MvShape
   PartView part[MAX_PARTS];
   PieceView piece[MAX_PIECES];
 };

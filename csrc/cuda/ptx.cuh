@@ -239,6 +239,15 @@ MXQ_PTX uint4 ld_global_nc_16(const void* p MXQ_SITE) {
 #endif
 }
 
+// Asks for the 128 bytes around an address to be brought to L2. Nothing is read, so it may be asked before what is there was written.
+MXQ_PTX void prefetch_l2(const void* p) {
+#if defined(MXQ_SIMT)
+  (void)p;
+#else
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+#endif
+}
+
 // ------------------------------------------------------------------------------------------------------------------ bits
 
 // The bitwise function of three words whose table is LUT: evaluate it with a = 0xf0, b = 0xcc, c = 0xaa. (a & b) | c has 0xea.
@@ -446,7 +455,7 @@ MXQ_PTX float exp2_approx(float x) {
 
 // ------------------------------------------------------------------------------------------------------------------ dependent launches
 
-// In a kernel launched by MXQ_LAUNCH_DEPENDENT: returns when the kernel ahead has ended and its writes are visible. Nothing below sm_90.
+// In a kernel launched early (MXQ_LAUNCH_EARLY): returns when the kernel ahead has ended and its writes are visible. Nothing below sm_90.
 MXQ_PTX void grid_dependency_wait() {
 #if !defined(MXQ_SIMT) && MXQ_SM90
   asm volatile("griddepcontrol.wait;" ::: "memory");

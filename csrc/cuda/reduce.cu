@@ -9,6 +9,8 @@ namespace {
 
 // grid: (rows of all parts / 256, m)
 __global__ void __launch_bounds__(256) reduce(const __grid_constant__ Params p, int rows) {
+  ptx::grid_dependency_wait();
+  ptx::grid_dependency_launch();
   const int64_t all = int64_t(p.ctas) * rows, i = int64_t(blockIdx.x) * 256 + threadIdx.x;
   const int m = int(blockIdx.y);
   if (i >= all) return;
@@ -20,8 +22,8 @@ __global__ void __launch_bounds__(256) reduce(const __grid_constant__ Params p, 
 
 }  // namespace
 
-int launch_reduce(const Params& p, int rows, void* stream) {
-  return MXQ_LAUNCH(reduce, dim3(unsigned((int64_t(p.ctas) * rows + 255) / 256), unsigned(p.m)), dim3(256), 0, stream, p, rows);
+int launch_reduce(const Params& p, int rows, bool early, void* stream) {
+  return MXQ_LAUNCH_EARLY(early, reduce, dim3(unsigned((int64_t(p.ctas) * rows + 255) / 256), unsigned(p.m)), dim3(256), 0, stream, p, rows);
 }
 
 }  // namespace mxq::cuda

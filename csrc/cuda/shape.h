@@ -5,16 +5,34 @@
 
 namespace mxq::cuda {
 
-constexpr int MV_WARPS = 8, MV_THREADS = MV_WARPS * WARP;
 constexpr int STAGE_PAD = 32;  // halves behind each staged row: rows begin 16 banks apart, so that 8 lanes (2 rows) read without conflict
 
-// Shared memory of an mv block, in the order: sums of all warps, factors of the rows of x, sums of the sparse part, staged x.
-static constexpr int mv_floats(int nt, int warps_k, int m, bool sparse) {  // before the staged rows
-  return MV_WARPS * TILE_ROWS * 8 * nt + 32 + (sparse ? MV_WARPS / warps_k * TILE_ROWS * m : 0);
+// An mv block has up to MV_WARPS warps, half as many where registers (all decoders in one kernel) or shared memory are short.
+constexpr int MV_WARPS = 16, MV_MIXED_WARPS = 8;
+
+// Bytes of a super-tile on its way: codes, then scales, then zeros, of all groups that it has columns of; lut: codes, then the tables of the 16 rows.
+static constexpr int slot_groups(int bits, uint32_t group_shift) { return ((2 * super_tiles(bits) - 1) >> group_shift) + 1; }
+static constexpr int slot_codes(int bits) { return super_tiles(bits) * bits * WARP * 4; }
+static constexpr int slot_bytes(int kind, int bits, int zero, uint32_t group_shift) {
+  const int groups = slot_groups(bits, group_shift), numbers = groups * TILE_ROWS * 2;
+  if (kind == LUT) return slot_codes(bits) + (TILE_ROWS * 2 << bits);
+  if (kind == NF) return slot_codes(bits) + numbers;
+  if (kind == UNIFORM) return slot_codes(bits) + numbers + (zero == FLOATZERO ? numbers : zero == INT ? groups * TILE_ROWS : 0);
+  return slot_codes(bits);
 }
-static constexpr int mv_smem(int nt, int warps_k, int m, int chunk, bool sparse) {
-  return (mv_floats(nt, warps_k, m, sparse) * 4 + 15) / 16 * 16 + m * (chunk + STAGE_PAD) * 2;
-}
+
+// Shared memory of an mv block, in this order: sums [row blocks of a batch][warps][m][16], factors of the rows of x [16], the largest numbers that each
+// warp found [16 warps][16], sums of the sparse part [m][rows of a batch], super-tiles on their way [warps][depth][slot], x [m][columns + STAGE_PAD].
+struct MvShape {
+  int warps, batch, m, depth, slot, columns, sparse;
+  constexpr int sums() const { return batch * warps * m * TILE_ROWS; }  // floats
+  constexpr int factors() const { return sums(); }
+  constexpr int largest() const { return factors() + 16; }
+  constexpr int extra() const { return largest() + 256; }
+  constexpr int ring() const { return (extra() + (sparse ? m * batch * TILE_ROWS : 0)) * 4; }  // bytes from here on, all multiples of 16
+  constexpr int x() const { return ring() + warps * depth * slot; }
+  constexpr int nbytes() const { return x() + m * (columns + STAGE_PAD) * 2; }
+};
 
 // An mm block: MM_ROWS_W rows of W by MM_TILE_M rows of x, MM_TILES tiles of columns in each of two buffers.
 constexpr int MM_WARPS = 4, MM_THREADS = MM_WARPS * WARP, MM_ROWS_W = MM_WARPS * TILE_ROWS, MM_TILE_M = 32, MM_TILES = 4;

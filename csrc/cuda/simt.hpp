@@ -6,8 +6,9 @@
 //   MXQ_SHARED(T, name, n);                                     T name[n] in shared memory, aligned to 16 bytes
 //   MXQ_DYN_SMEM(T, name);                                      T* name: the dynamic shared memory of the launch, aligned to 16 bytes
 //   MXQ_LAUNCH(kernel, grid, block, bytes, stream, args...)     int: a cudaError_t, 0 for success. The kernel runs on the caller's stream (void*)
-//   MXQ_LAUNCH_DEPENDENT(...)                                   the same; the kernel may start before the one ahead of it in the stream has
-//                                                               ended, and calls ptx::grid_dependency_wait() before it reads its results
+//   MXQ_LAUNCH_EARLY(early, kernel, ...)                        the same; if `early`, the kernel may start before the one ahead of it in the stream
+//                                                               has ended, and calls ptx::grid_dependency_wait() before it reads or writes what that
+//                                                               may write or read. For compute capability 9.0 and later
 // A kernel with several template arguments is put in parentheses: MXQ_LAUNCH((gemv<4, 128>), ...).
 #pragma once
 
@@ -23,13 +24,13 @@
   extern __shared__ __align__(16) unsigned char mxq_dynamic_smem[]; \
   T* const name = reinterpret_cast<T*>(mxq_dynamic_smem)
 #define MXQ_LAUNCH(kernel, grid, block, bytes, stream, ...) mxq::launch(false, kernel, grid, block, bytes, stream, __VA_ARGS__)
-#define MXQ_LAUNCH_DEPENDENT(kernel, grid, block, bytes, stream, ...) mxq::launch(true, kernel, grid, block, bytes, stream, __VA_ARGS__)
+#define MXQ_LAUNCH_EARLY(early, kernel, grid, block, bytes, stream, ...) mxq::launch(early, kernel, grid, block, bytes, stream, __VA_ARGS__)
 
 namespace mxq {
 
 // The error of this launch only: what an earlier call of the process left behind is not taken for it.
 template <class... P, class... A>
-inline int launch(bool dependent, void (*kernel)(P...), dim3 grid, dim3 block, size_t bytes, void* stream, const A&... args) {
+inline int launch(bool early, void (*kernel)(P...), dim3 grid, dim3 block, size_t bytes, void* stream, const A&... args) {
   if (bytes > 48 * 1024) {  // more has to be asked for, on each device anew
     const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
     if (error != cudaSuccess) {
@@ -46,7 +47,7 @@ inline int launch(bool dependent, void (*kernel)(P...), dim3 grid, dim3 block, s
   config.dynamicSmemBytes = bytes;
   config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = &attribute;
-  config.numAttrs = dependent ? 1 : 0;
+  config.numAttrs = early ? 1 : 0;
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, static_cast<P>(args)...);
   if (error != cudaSuccess) cudaGetLastError();  // handed over to the caller, so not left for the next one to find
   return error;
@@ -65,6 +66,6 @@ inline int launch(bool dependent, void (*kernel)(P...), dim3 grid, dim3 block, s
 #define MXQ_DYN_SMEM(T, name) T* const name = static_cast<T*>(simt::dynamic_shared())
 #define MXQ_LAUNCH(kernel, grid, block, bytes, stream, ...) \
   simt::launch(#kernel, MXQ_SITE_HERE, kernel, grid, block, bytes, stream, __VA_ARGS__)
-#define MXQ_LAUNCH_DEPENDENT MXQ_LAUNCH
+#define MXQ_LAUNCH_EARLY(early, ...) (static_cast<void>(early), MXQ_LAUNCH(__VA_ARGS__))
 
 #endif

@@ -174,7 +174,7 @@ __global__ void scale(const uint32_t* in, uint32_t* out, int n) {
 }  // namespace
 
 extern "C" int run_words(const uint32_t* a, const uint32_t* b, const uint32_t* c, uint32_t* out, int n) {
-  return MXQ_LAUNCH_DEPENDENT(words, (n + 63) / 64, 64, 0, nullptr, a, b, c, out, n);
+  return MXQ_LAUNCH_EARLY(true, words, (n + 63) / 64, 64, 0, nullptr, a, b, c, out, n);
 }
 extern "C" int run_bf16_words(const uint32_t* a, const uint32_t* b, const uint32_t* c, uint32_t* out, int n) {
   return MXQ_LAUNCH(bf16_words, (n + 63) / 64, 64, 0, nullptr, a, b, c, out, n);
