@@ -3,6 +3,7 @@
 import ctypes
 
 import cuda_tools
+import numpy as np
 import pytest
 import torch
 
@@ -45,18 +46,25 @@ def test_an_unknown_device_gets_what_a_known_one_of_middle_size_gets(layer):
 
 
 def test_configuration_in_words(layer):
-    """Few rows of W: warps share the columns, and so do blocks. The text is what people see under MXQ_PRINT_CONFIG."""
+    """The text is what people see under MXQ_PRINT_CONFIG."""
     _, text = runtime(80, 108).explain(x_of(1), [(layer, None)])
-    assert text == "M=1 N=128 K=4096 x=float16: 8 x 2 blocks of 16 rows by 8 rows of x, 2048 columns at a time, 8 warps to a row"
+    assert text == ("M=1 N=128 K=4096 x=float16: 8 x 1 blocks of 16 warps share 8 x 16 rows, 1 x 16 at a time, with 4 super-tiles of each warp under way")
     _, text = runtime(80, 108).explain(x_of(33), [(layer, None)])
-    assert text == "M=33 N=128 K=4096 x=float16: 4 x 4 blocks of 64 rows by 32 rows of x, 256 columns at a time, 1 warp to a row"
+    assert text == "M=33 N=128 K=4096 x=float16: 4 x 4 blocks of 64 rows by 32 rows of x, 256 columns at a time"
 
 
-def test_many_rows_leave_more_columns_to_each_warp():
-    """16 * 200 rows on a device with 4 SMs: one warp to a row block is enough to fill it."""
+def test_blocks_of_mv_are_as_many_as_sms():
+    """3200 rows on a device with 4 SMs, and on one with more SMs than row blocks."""
     p = runtime().pack(cases.random_qtensor("w2g64", 3200, 256))
-    _, text = runtime(89, 4).explain(x_of(1, k=256), [(p, None)])
-    assert "blocks of 128 rows" in text and "1 warp to a row" in text and " x 1 blocks" in text
+    assert " 4 x 1 blocks of 16 warps share 200 x 16 rows" in runtime(90, 4).explain(x_of(1, k=256), [(p, None)])[1]
+    assert " 200 x 1 blocks of 16 warps share 200 x 16 rows, 1 x 16 at a time" in runtime(90, 400).explain(x_of(1, k=256), [(p, None)])[1]
+
+
+def test_columns_are_split_where_x_does_not_fit():
+    """16 rows of 14336 columns are 448 KiB: no device has them in the shared memory of a block, and the smaller it is, the more blocks share them."""
+    p = runtime().pack(cases.random_qtensor("w4g128", 64, 14336))
+    splits = [int(runtime(capability, 132).explain(x_of(16, k=14336), [(p, None)])[1].split(" x ")[1].split()[0]) for capability in (90, 80, 86, 75)]
+    assert splits == sorted(splits) and 2 <= splits[0] < splits[-1] <= 32
 
 
 @pytest.mark.parametrize("capability, sms", DEVICES)
@@ -68,10 +76,23 @@ def test_a_chosen_configuration_fits_and_is_complete(layer, capability, sms, m):
     nbytes = r.library.workspace_nbytes(ctypes.addressof(call))
     _, text = r.explain(x_of(m), [(layer, None)])
     splits = int(text.split(" x ")[1].split()[0])
-    assert 1 <= splits <= 8 and nbytes % 256 == 0
+    assert 1 <= splits <= 16 and nbytes % 256 == 0
     if m <= 16:
         assert nbytes == (0 if splits == 1 else splits * m * 128 * 4)
     del keep
+
+
+@pytest.mark.parametrize("name", ("w2g128_asym", "w5g32_fz", "w8", "lut4", "nf4g32", "fp16", *(layout.name for layout in cases.LAYOUTS)))
+def test_shared_memory_of_an_unknown_device_is_enough(name):
+    """What a block asks for is at most what all but one of the capabilities from 7.5 on have."""
+    known = {layout.name: layout for layout in cases.LAYOUTS}
+    q = known[name].make() if name in known else cases.random_qtensor(name, 40, 5000)
+    blob, k = cuda_tools.raw(runtime().pack(q).blob), q.shape[1]
+    for m in (1, 8, 9, 16):
+        x, y, workspace = (np.zeros(n, np.uint8) for n in (m * k * 2, m * q.shape[0] * 4, 1 << 22))
+        launches = cuda_tools.library().record("flat_linear", blob, None, None, y, None, None, None, None, None, x, k, 2, 0, 0, m, workspace, workspace.size,
+                                               cuda.PATHS["mv"], 0, 0, 0, 0)
+        assert launches[0].shared <= 99 << 10 and launches[0].block[0] in (256, 512)
 
 
 def test_refusals_are_sentences_with_numbers(layer):

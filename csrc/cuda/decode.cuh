@@ -43,14 +43,6 @@ struct Uniform {
     }
   }
 
-  // The same from the codes of the zero points: a code fits into the field, so it is the mantissa behind the magic number, and nothing is carried.
-  __device__ void set_zero_codes(unsigned row_g, unsigned row_g8) {
-    if (BITS == 1) return;
-    const auto constant = [](unsigned z, int p) { return z * twice(1u << p) + minus_magic(p); };
-    low[0] = constant(row_g, shift(false, false)), low[1] = constant(row_g8, shift(true, false));
-    if (BITS == 2 || BITS == 3 || BITS == 6) high[0] = constant(row_g, shift(false, true)), high[1] = constant(row_g8, shift(true, true));
-  }
-
   // The field at bit P (of `w` after any shift) of row g (R = 0) or g + 8.
   template <int P>
   static __device__ unsigned field(unsigned w) {
@@ -66,6 +58,52 @@ struct Uniform {
   template <int I>
   static __device__ unsigned bit(unsigned w) {
     return ptx::hmul2(w & twice(1u << (10 + I)), inverse((1 << I) - 15));
+  }
+
+  // Codes without their zero point: a field at bit p and nothing else is the subnormal half q * 2^(p - 24), exact and without any arithmetic.
+  // What p is depends on the row, and for some widths on the step: those of `other` steps have their own sums.
+  static constexpr bool others = BITS == 2 || BITS == 3 || BITS == 6;
+  static constexpr bool other(int step) { return BITS == 2 ? step % 2 == 1 : others && step == 3; }
+  static constexpr int place(bool second_row, bool other) { return BITS == 1 ? int(second_row) : shift(second_row, other); }
+
+  template <int P>
+  static __device__ unsigned only(unsigned w) {
+    return w & twice(((1u << BITS) - 1) << P);
+  }
+  // Bits that the other words have left at their bit 15, brought to bit P and above.
+  static __device__ unsigned gathered(const unsigned* w, int p) {
+    unsigned last = 0;
+    for (int b = 0; b < BITS; b++) last |= w[b] >> (15 - p - b) & twice(1u << (p + b));
+    return last;
+  }
+
+  template <int S>
+  __device__ void raw_step(const unsigned* w, unsigned (&a)[4]) const {
+    if constexpr (BITS == 1) {
+      const unsigned v = w[0] >> 4 * S, u = v >> 2;
+      a[0] = only<0>(v), a[1] = only<1>(v), a[2] = only<0>(u), a[3] = only<1>(u);
+    } else if constexpr (BITS == 2) {
+      constexpr int p = S % 2 * 4;
+      const unsigned v = S < 2 ? w[0] : w[0] >> 8, u = S < 2 ? w[1] : w[1] >> 8;
+      a[0] = only<p>(v), a[1] = only<p + 2>(v), a[2] = only<p>(u), a[3] = only<p + 2>(u);
+    } else if constexpr (BITS == 3 && S == 3) {
+      a[0] = only<6>(w[0]), a[1] = only<6>(w[1]), a[2] = only<6>(w[2]), a[3] = gathered(w, 6);
+    } else if constexpr (BITS == 3 || BITS == 4) {
+      const unsigned v = w[S], u = v >> (BITS == 3 ? 9 : 8);
+      a[0] = only<0>(v), a[1] = only<BITS>(v), a[2] = only<0>(u), a[3] = only<BITS>(u);
+    } else if constexpr (BITS == 5) {
+      a[0] = only<0>(w[S]), a[1] = only<5>(w[S]), a[2] = only<0>(w[S] >> 10);
+      a[3] = S == 3 ? gathered(w, 5) : only<5>(S == 0 ? w[4] << 5 : S == 1 ? w[4] : w[4] >> 5);
+    } else if constexpr (BITS == 6 && S < 3) {
+      const unsigned v = w[2 * S], u = w[2 * S + 1];
+      a[0] = only<0>(v), a[1] = only<4>(v >> 6), a[2] = only<0>(u), a[3] = only<4>(u >> 6);
+    } else if constexpr (BITS == 6) {
+      const auto join = [](unsigned upper, unsigned lower) { return (upper & twice(15u << 6)) | (lower & twice(3u << 4)); };
+      a[0] = join(w[0], w[4] >> 2), a[1] = join(w[1], w[4] >> 4), a[2] = join(w[2], w[5] >> 2), a[3] = join(w[3], w[5] >> 4);
+    } else {
+      const unsigned v = w[2 * S], u = w[2 * S + 1];
+      a[0] = ptx::prmt(v, 0, 0x4240), a[1] = ptx::prmt(v, 0, 0x4341), a[2] = ptx::prmt(u, 0, 0x4240), a[3] = ptx::prmt(u, 0, 0x4341);
+    }
   }
 
   template <int S>
@@ -126,7 +164,8 @@ __device__ constexpr unsigned NF4_HALVES[8] = {0xb992bc00, 0xb652b833, 0xb1eab48
 template <int BITS, bool LEVELS>
 struct Table {
   static constexpr int bits = BITS, tiles = 4, words = (1 << BITS) / 2;
-  static constexpr bool scaled = LEVELS, zeroed = false, tabled = !LEVELS;
+  static constexpr bool scaled = LEVELS, zeroed = false, tabled = !LEVELS, others = false;
+  static constexpr bool other(int) { return false; }
   static __device__ bool reads(const PieceView& p) { return p.kind == (LEVELS ? NF : LUT) && p.bits == BITS; }
   unsigned t[2][words];  // rows g, g + 8. 2 bits: the halves; 3, 4 bits: low bytes of all halves, then high bytes
 
@@ -153,7 +192,6 @@ struct Table {
     }
   }
   __device__ void set_zero(unsigned, unsigned) {}
-  __device__ void set_zero_codes(unsigned, unsigned) {}
 
   // Four table bytes of one plane, chosen by the nibbles of `sel`.
   static __device__ unsigned plane(const unsigned* bytes, unsigned sel, unsigned upper) {
@@ -191,11 +229,11 @@ struct Table {
 // fp16 values are stored as fragments.
 struct Half {
   static constexpr int bits = 16, tiles = 1;
-  static constexpr bool scaled = false, zeroed = false, tabled = false;
+  static constexpr bool scaled = false, zeroed = false, tabled = false, others = false;
+  static constexpr bool other(int) { return false; }
   static __device__ bool reads(const PieceView& p) { return p.kind == FLOAT; }
   __device__ void load(const PieceView&, uint64_t, int) {}
   __device__ void set_zero(unsigned, unsigned) {}
-  __device__ void set_zero_codes(unsigned, unsigned) {}
   template <int S>
   __device__ void step(const unsigned* w, unsigned (&a)[4]) const {
     for (int i = 0; i < 4; i++) a[i] = w[4 * S + i];

@@ -102,6 +102,31 @@ __device__ __forceinline__ void convert_staged(const Params& p, int columns, int
     }
 }
 
+// Sums of x over half tiles, running on within each 256 columns of a piece, for its `columns` in xs: to[column / 32][8 * tiles]. Called by all threads.
+__device__ __forceinline__ void sum_staged(const Params& p, int columns, int stride, const uint16_t* xs, int tiles, float* to, int lane) {
+  const int halves = columns / 32, row = (halves + 7) / 8 * 8, all = p.m * row;
+  for (int i = int(threadIdx.x); i - lane < all; i += threads_of(p)) {
+    const int m = i / row, half = i - m * row;
+    float sum = 0.0f;
+    if (i < all && half < halves)
+#pragma unroll
+      for (int k = 0; k < 4; k++) {
+        unsigned v[4];
+        load_shared_16(v, xs + m * stride + half * 32 + 8 * k);
+        for (int j = 0; j < 4; j++) {
+          const float2 two = ptx::half2_to_floats(v[j]);
+          sum += two.x + two.y;
+        }
+      }
+#pragma unroll
+    for (int d = 1; d < 8; d *= 2) {
+      const float left = __shfl_up_sync(~0u, sum, d);
+      if (lane % 8 >= d) sum += left;
+    }
+    if (i < all && half < halves) to[half * 8 * tiles + m] = sum;
+  }
+}
+
 // The sparse part of some rows: 16 threads a row, each every 16th value; summed in a fixed order. extra[m][row].
 __device__ __forceinline__ void add_sparse(const Params& p, const PartView& part, unsigned first_row, int rows, float* extra) {
   const int lane16 = int(threadIdx.x) % 16;
@@ -125,14 +150,16 @@ __device__ __forceinline__ void add_sparse(const Params& p, const PartView& part
 
 // A warp's way through the super-tiles of a piece: of the row blocks before `last`, `count` each, and where the copies ahead of it are.
 struct Cursor {
-  int block, i, ahead_block, ahead_i, last, first, count, slot, ahead_slot;
-  bool under_way = false;
+  int block, i, ahead_block, ahead_i, last, first, count;
+  int slot, ahead_slot;  // bytes in the ring
+  int blocks, rest;      // the warps of a block are blocks * count + rest super-tiles
+  RowBlock ahead;        // `codes` of its super-tile
+  int64_t codes_step, codes_turn, scales_step, zeros_step;  // bytes for as many super-tiles, and what goes from the end of a row block to the next
 
-  __device__ __forceinline__ static void step(int& block, int& i, int count, int warps) {
-    i += warps;
-    if (i < count) return;
-    const int blocks = i / count;
-    block += blocks, i -= blocks * count;
+  // p.warps super-tiles on.
+  __device__ __forceinline__ void step(int& block, int& i) const {
+    block += blocks, i += rest;
+    if (i >= count) i -= count, block++;
   }
 };
 
@@ -140,44 +167,61 @@ struct Cursor {
 template <class D>
 __device__ __forceinline__ void fetch_ahead(const Params& p, const PieceView& piece, Cursor& c, uint8_t* ring, int lane) {
   if (c.ahead_block < c.last) {
-    fetch<D>(piece, uint64_t(c.ahead_block), unsigned(c.first + c.ahead_i), ring + c.ahead_slot * p.slot, lane);
-    Cursor::step(c.ahead_block, c.ahead_i, c.count, p.warps);
+    fetch<D>(piece, c.ahead, unsigned(c.first + c.ahead_i), ring + c.ahead_slot, lane);
+    c.ahead.codes += c.codes_step, c.ahead.scales += c.scales_step, c.ahead.zeros += c.zeros_step;
+    c.ahead_block += c.blocks, c.ahead_i += c.rest;
+    if (c.ahead_i >= c.count) {
+      c.ahead_i -= c.count, c.ahead_block++;
+      c.ahead.codes += c.codes_turn, c.ahead.scales += piece.scale_step, c.ahead.zeros += piece.zero_step;
+    }
   }
   ptx::cp_async_commit();
-  if (++c.ahead_slot == p.depth) c.ahead_slot = 0;
+  c.ahead_slot = c.ahead_slot + p.slot == p.depth * p.slot ? 0 : c.ahead_slot + p.slot;
 }
 
 // Begins with the row blocks [begin, last) of a piece: fills all slots but one.
 template <class D>
 __device__ __forceinline__ void start(const Params& p, const PieceView& piece, Cursor& c, int begin, int last, uint8_t* ring, int warp, int lane) {
+  constexpr int bytes = slot_codes(D::bits);
   const Share share = share_of(piece, p.splits, int(blockIdx.y));
   c.first = share.first, c.count = share.count, c.last = share.count ? last : begin;
-  c.block = begin, c.i = warp - p.warps, c.slot = c.ahead_slot = 0, c.under_way = true;
-  if (share.count) Cursor::step(c.block, c.i, c.count, p.warps);
+  const int count = max(share.count, 1);
+  c.blocks = p.warps / count, c.rest = p.warps - c.blocks * count;
+  c.block = begin + warp / count, c.i = warp % count, c.slot = c.ahead_slot = 0;
   c.ahead_block = c.block, c.ahead_i = c.i;
+  c.ahead.codes = reinterpret_cast<const uint8_t*>(piece.codes) + c.block * piece.code_step + int64_t(c.first + c.i) * bytes + lane * 16;
+  c.ahead.scales = piece.scales + c.block * piece.scale_step + lane * 16;
+  c.ahead.zeros = piece.zeros + c.block * piece.zero_step + lane * 16;
+  c.codes_step = c.blocks * int64_t(piece.code_step) + c.rest * bytes, c.codes_turn = int64_t(piece.code_step) - count * int64_t(bytes);
+  c.scales_step = c.blocks * int64_t(piece.scale_step), c.zeros_step = c.blocks * int64_t(piece.zero_step);
   for (int i = 1; i < p.depth; i++) fetch_ahead<D>(p, piece, c, ring, lane);
 }
 
 // Multiplies the super-tiles of the row blocks before `end`, and adds to this warp's sums of the batch, which begins with row block `batch`.
-template <class D, int NT, int ZERO>
-__device__ __forceinline__ void go_on(const Params& p, const PieceView& piece, Cursor& c, int batch, int end, const uint16_t* xs, int stride, float* sums, uint8_t* ring,
-                                      int warp, int lane) {
+template <class D, int NT>
+__device__ __forceinline__ void go_on(const Params& p, const PieceView& piece, Cursor& c, int batch, int end, const uint16_t* xs, int stride, const float* x_sums,
+                                      float* sums, uint8_t* ring, int warp, int lane) {
+  constexpr Places places = places_of<D>();
   const int g = lane / 4, t = lane % 4;
+  const uint16_t* rows[NT];
+#pragma unroll
+  for (int n = 0; n < NT; n++) rows[n] = xs + min(8 * n + g, p.m - 1) * stride + 8 * t;  // absent rows: those of the last one
   D d;
-  if (!D::tabled) d.load(piece, 0, lane);
-  if (D::zeroed && ZERO != INT) d.set_zero_codes(ZERO == SYM ? 1u << (D::bits - 1) : 0, ZERO == SYM ? 1u << (D::bits - 1) : 0);
+  if constexpr (D::scaled && !D::zeroed) d.load(piece, 0, lane);
   float acc[NT][4] = {};
   while (c.block < end && c.block < c.last) {
     wait_for_copies(p.depth - 2);
     __syncwarp();  // other lanes copied scales for this one, and have read the slot that is filled next
     fetch_ahead<D>(p, piece, c, ring, lane);
-    const uint16_t* rows[NT];
+    const uint8_t* slot = ring + c.slot;
+    if constexpr (D::tabled) d.set_tables(reinterpret_cast<const uint32_t*>(slot + slot_codes(D::bits)), lane);
+    const uint16_t* from[NT];
 #pragma unroll
-    for (int n = 0; n < NT; n++) rows[n] = xs + min(8 * n + g, p.m - 1) * stride + c.i * (D::tiles * TILE_COLS) + 8 * t;  // absent rows: those of the last one
-    multiply_slot<D, NT, ZERO>(d, ring + c.slot * p.slot, piece, rows, acc, lane);
-    if (++c.slot == p.depth) c.slot = 0;
+    for (int n = 0; n < NT; n++) from[n] = rows[n] + c.i * (D::tiles * TILE_COLS);
+    multiply_slot<D, NT>(d, slot, piece, from, {x_sums + c.i * (D::tiles * 16 * NT) + 2 * t, c.i * 2 * D::tiles % 8 != 0}, acc, lane);
+    c.slot = c.slot + p.slot == p.depth * p.slot ? 0 : c.slot + p.slot;
     const int block = c.block;
-    Cursor::step(c.block, c.i, c.count, p.warps);
+    c.step(c.block, c.i);
     if (c.block == block) continue;
     float* mine = sums + ((block - batch) * p.warps + warp) * p.m * TILE_ROWS;
 #pragma unroll
@@ -185,19 +229,10 @@ __device__ __forceinline__ void go_on(const Params& p, const PieceView& piece, C
 #pragma unroll
       for (int e = 0; e < 4; e++) {
         const int m = 8 * n + 2 * t + e % 2;
-        if (m < p.m) mine[m * TILE_ROWS + g + e / 2 * 8] += acc[n][e];
+        if (m < p.m) mine[m * TILE_ROWS + g + e / 2 * 8] += acc[n][e] * places.back[e / 2];
         acc[n][e] = 0.0f;
       }
   }
-  c.under_way = c.block < c.last;
-}
-
-template <class D, int NT>
-__device__ __forceinline__ void go_on(const Params& p, const PieceView& piece, Cursor& c, int batch, int end, const uint16_t* xs, int stride, float* sums, uint8_t* ring,
-                                      int warp, int lane) {
-  if (D::zeroed && piece.zero == INT) go_on<D, NT, D::zeroed ? INT : SYM>(p, piece, c, batch, end, xs, stride, sums, ring, warp, lane);
-  else if (D::zeroed && piece.zero == FLOATZERO) go_on<D, NT, D::zeroed ? FLOATZERO : SYM>(p, piece, c, batch, end, xs, stride, sums, ring, warp, lane);
-  else go_on<D, NT, SYM>(p, piece, c, batch, end, xs, stride, sums, ring, warp, lane);
 }
 
 // Kernel for the formats of the decoders Ds. grid: (blocks, splits).
@@ -210,6 +245,7 @@ __global__ void __launch_bounds__((sizeof...(Ds) > 1 ? MV_MIXED_WARPS : MV_WARPS
   uint8_t* bytes = reinterpret_cast<uint8_t*>(smem);
   uint8_t* ring = bytes + shape.ring() + warp * p.depth * p.slot;
   uint16_t* xs = reinterpret_cast<uint16_t*>(bytes + shape.x());
+  float* x_sums = reinterpret_cast<float*>(bytes + shape.x_sums());
 
   int row_block = first_row_block(p, blockIdx.x);
   const int end_block = first_row_block(p, blockIdx.x + 1);
@@ -256,16 +292,25 @@ __global__ void __launch_bounds__((sizeof...(Ds) > 1 ? MV_MIXED_WARPS : MV_WARPS
         convert_staged(p, columns, stride, xs, largest, factor, warp, lane);
         __syncthreads();
       }
+      if ((Ds::zeroed || ...)) {
+        int from = 0;
+        for (unsigned i = 0; i < part.pieces; i++) {
+          const int wide = share_of(pieces[i], p.splits, int(blockIdx.y)).count * columns_of_super_tile(pieces[i]);
+          sum_staged(p, wide, stride, xs + from, NT, x_sums + from / 32 * 8 * NT, lane);
+          from += wide;
+        }
+        __syncthreads();
+      }
     }
 
     for (int batch = begin; batch < last; batch += p.batch) {
       const int end = min(batch + p.batch, last), rows = (end - batch) * TILE_ROWS;
-      const uint16_t* from = xs;
+      int from = 0;
       for (unsigned i = 0; i < part.pieces; i++) {
         const PieceView& piece = pieces[i];
         for_decoder<Ds...>(piece, [&](auto d) {
           if (part.pieces > 1 && (i > 0 || batch > begin)) start<decltype(d)>(p, piece, cursor, batch, end, ring, warp, lane);
-          go_on<decltype(d), NT>(p, piece, cursor, batch, end, from, stride, sums, ring, warp, lane);
+          go_on<decltype(d), NT>(p, piece, cursor, batch, end, xs + from, stride, x_sums + from / 32 * 8 * NT, sums, ring, warp, lane);
         });
         if (part.pieces > 1) __syncwarp();  // the ring is filled anew
         from += share_of(piece, p.splits, int(blockIdx.y)).count * columns_of_super_tile(piece);

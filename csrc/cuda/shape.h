@@ -22,16 +22,19 @@ static constexpr int slot_bytes(int kind, int bits, int zero, uint32_t group_shi
 }
 
 // Shared memory of an mv block, in this order: sums [row blocks of a batch][warps][m][16], factors of the rows of x [16], the largest numbers that each
-// warp found [16 warps][16], sums of the sparse part [m][rows of a batch], super-tiles on their way [warps][depth][slot], x [m][columns + STAGE_PAD].
+// warp found [16 warps][16], sums of the sparse part [m][rows of a batch], super-tiles on their way [warps][depth][slot], x [m][columns + STAGE_PAD],
+// its running sums [columns / 32][8 * tiles].
 struct MvShape {
   int warps, batch, m, depth, slot, columns, sparse;
+  constexpr int tiles() const { return m <= 8 ? 1 : 2; }
   constexpr int sums() const { return batch * warps * m * TILE_ROWS; }  // floats
   constexpr int factors() const { return sums(); }
   constexpr int largest() const { return factors() + 16; }
   constexpr int extra() const { return largest() + 256; }
   constexpr int ring() const { return (extra() + (sparse ? m * batch * TILE_ROWS : 0)) * 4; }  // bytes from here on, all multiples of 16
   constexpr int x() const { return ring() + warps * depth * slot; }
-  constexpr int nbytes() const { return x() + m * (columns + STAGE_PAD) * 2; }
+  constexpr int x_sums() const { return x() + m * (columns + STAGE_PAD) * 2; }
+  constexpr int nbytes() const { return x_sums() + columns * tiles(); }
 };
 
 // An mm block: MM_ROWS_W rows of W by MM_TILE_M rows of x, MM_TILES tiles of columns in each of two buffers.
