@@ -55,6 +55,13 @@ def kernel_name(mangled: str, source: str) -> str:
     return name[: int(length)]
 
 
+def threads_of(source: str, kernel: str) -> int:
+    """Most threads of a block, as csrc/cuda/shape.h and attention.h have them."""
+    if source.startswith("mv_"):
+        return 256 if "mixed" in source else 384 if kernel.endswith("<2>") else 512
+    return 128 if source == "attention" or (source.startswith("mm_") and source != "mm_stage") else 256
+
+
 def compile_one(source: Path) -> list[Usage]:
     """Raises RuntimeError with the compiler's words; a warning is an error."""
     codes = [f"-gencode=arch=compute_{a[3:]},code={a}" for a in ARCHS]
@@ -68,8 +75,8 @@ def compile_one(source: Path) -> list[Usage]:
         mangled, arch = re.match(r"(\S+)' for '(sm_\d+)'", part).groups()
         stores, loads = map(int, re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", part).groups())
         shared = re.search(r"(\d+) bytes smem", part)
-        threads = 128 if source.stem == "attention" or (source.stem.startswith("mm_") and source.stem != "mm_stage") else 256
-        out.append(Usage(source.stem, kernel_name(mangled, source.stem), threads, arch, int(re.search(r"Used (\d+) registers", part)[1]), stores + loads,
+        name = kernel_name(mangled, source.stem)
+        out.append(Usage(source.stem, name, threads_of(source.stem, name), arch, int(re.search(r"Used (\d+) registers", part)[1]), stores + loads,
                          int(shared[1]) if shared else 0))
     return out
 

@@ -92,7 +92,7 @@ def test_shared_memory_of_an_unknown_device_is_enough(name):
         x, y, workspace = (np.zeros(n, np.uint8) for n in (m * k * 2, m * q.shape[0] * 4, 1 << 22))
         launches = cuda_tools.library().record("flat_linear", blob, None, None, y, None, None, None, None, None, x, k, 2, 0, 0, m, workspace, workspace.size,
                                                cuda.PATHS["mv"], 0, 0, 0, 0)
-        assert launches[0].shared <= 99 << 10 and launches[0].block[0] in (256, 512)
+        assert launches[0].shared <= 99 << 10 and launches[0].block[0] in (256, 384, 512)
 
 
 def test_refusals_are_sentences_with_numbers(layer):

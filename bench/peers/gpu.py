@@ -51,6 +51,24 @@ def torchao(case: Case, dtype: torch.dtype, device: torch.device, bound) -> Iter
         yield Candidate(f"torchao {name}", bits, nbytes, LIMIT, dense, bound(lambda layer=layer: copy.deepcopy(layer), lambda x, w: w(x)), dtype)
 
 
+def marlin(case: Case, dtype: torch.dtype, device: torch.device, bound) -> Iterator[Candidate]:
+    """The kernel of the paper, by the package of its authors (github.com/IST-DASLab/marlin): symmetric 4 bits with a scale for 128 columns, fp16."""
+    import marlin as package
+
+    if case.k % 128 or case.n % 256 or dtype != torch.float16:
+        return
+    g = torch.Generator().manual_seed(1)
+    codes = torch.randint(0, 16, (case.n, case.k), generator=g, dtype=torch.uint8)
+    scales = (torch.rand(case.n, case.k // 128, generator=g) * 0.01 + 0.001).half()
+    linear = torch.nn.Linear(case.k, case.n, bias=False, dtype=dtype, device=device)
+    dense = (codes.to(device).half() - 8) * scales.to(device).repeat_interleave(128, 1)
+    linear.weight = torch.nn.Parameter(dense, requires_grad=False)
+    layer = package.Layer(case.k, case.n, 128).to(device)
+    layer.pack(linear, scales.to(device))
+    yield Candidate("marlin w4 g128", 4, layer.B.nbytes + layer.s.nbytes, LIMIT, dense[case.sample.to(device)].float().cpu(),
+                    bound(lambda: copy.deepcopy(layer), lambda x, w: w(x)), dtype)
+
+
 def vllm(case: Case, dtype: torch.dtype, device: torch.device, bound) -> Iterator[Candidate]:
     """Marlin: symmetric 4 and 8 bits with a scale for 128 columns."""
     from vllm.model_executor.layers.quantization.utils.marlin_utils import apply_gptq_marlin_linear, marlin_make_empty_g_idx, marlin_make_workspace_new
@@ -110,7 +128,7 @@ def gemlite(case: Case, dtype: torch.dtype, device: torch.device, bound) -> Iter
 
 
 #: Library, which is also its module's name, -> its candidates.
-LIBRARIES: dict[str, Callable] = {f.__name__: f for f in (bitsandbytes, torchao, vllm, gptqmodel, gemlite)}
+LIBRARIES: dict[str, Callable] = {f.__name__: f for f in (bitsandbytes, torchao, marlin, vllm, gptqmodel, gemlite)}
 
 
 #: Library -> the distribution that has it, where the names differ.

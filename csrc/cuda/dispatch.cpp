@@ -25,48 +25,55 @@ int64_t shared_bytes(int32_t capability) {
   return 99 << 10;  // 8.6, 8.9, 12.x, and what is not known
 }
 
-// Model of an mv launch, in microseconds: what an SM takes in at most, what all of them do, and a launch that adds partial sums.
-constexpr double SM_BYTES_US = 40e3, ALL_BYTES_US = 3e6, REDUCE_US = 1.5;
+// Model of an mv launch, in microseconds, as measured on an H100: bytes that an SM takes in at most, and all of them; what a super-tile costs a scheduler of
+// an SM, for each 8 rows of x; the time from its words to its sums; a barrier with the sums of a batch; a launch that adds partial sums.
+constexpr double SM_BYTES = 40e3, ALL_BYTES = 3e6, SUPER_TILE = 0.25, LATENCY = 0.8, BATCH = 0.25, REDUCE = 1.5;
 
-// Fills a device with one block an SM; false if shared memory is too small.
-bool fit_mv(const Desc& d, int64_t splits, Config& c) {
-  const int64_t sms = d.device.sms > 0 ? d.device.sms : DEFAULT_SMS, room = shared_bytes(d.device.capability), most = ceil_div(d.padded, d.super_cols);
-  c.splits = int32_t(splits);
-  c.blocks = int32_t(std::clamp<int64_t>(sms / splits, 1, std::max<int64_t>(d.row_blocks, 1)));
-  c.columns = int32_t(std::min(ceil_div(most, splits) * d.super_cols + (d.most_pieces > 1 ? d.most_pieces * d.super_cols : 0), most * d.super_cols));
-  for (const int warps : {MV_WARPS, MV_MIXED_WARPS}) {
-    if (d.decoder == MIXED && warps > MV_MIXED_WARPS) continue;
-    for (int depth = 4; depth >= 2; depth--) {
-      const int64_t share = ceil_div(d.row_blocks, c.blocks), one = int64_t(warps) * d.m * TILE_ROWS * 4;
-      for (int64_t batch = std::clamp<int64_t>((32 << 10) / one, 1, std::max<int64_t>(share, 1)); batch; batch /= 2) {
-        const MvShape shape = {warps, int(batch), int(d.m), depth, d.slot, c.columns, d.sparse};
-        if (shape.nbytes() > room) continue;
-        c.warps = warps, c.depth = depth, c.batch = int32_t(batch);
-        return true;
+// A configuration and how long it takes by the model.
+struct Timed {
+  Config config;
+  double time;
+};
+
+// The best numbers of warps and row blocks of a batch for so many splits; config.ok is 0 if x and the smallest of them do not fit into shared memory.
+Timed fit_mv(const Desc& d, int64_t splits) {
+  const int64_t sms = d.device.sms > 0 ? d.device.sms : DEFAULT_SMS, units = ceil_div(d.padded, d.super_cols), each = ceil_div(units, splits);
+  const int64_t blocks = std::clamp<int64_t>(sms / splits, 1, std::max<int64_t>(d.row_blocks, 1)), share = ceil_div(d.row_blocks, blocks);
+  const int64_t columns = std::min(each * d.super_cols + (d.most_pieces > 1 ? d.most_pieces * d.super_cols : 0), std::max<int64_t>(units, 1) * d.super_cols);
+  const int tiles = d.m <= 8 ? 1 : 2;
+  const double bytes = double(d.cost) / double(std::max<int64_t>(d.row_blocks * units, 1));  // of a super-tile with its scales
+  const double rate = std::min(SM_BYTES, ALL_BYTES / double(blocks * splits));
+  Timed best{};
+  for (const int warps : {mv_warps(tiles, d.decoder == MIXED), MV_MIXED_WARPS})
+    for (const int64_t batch : {1, 2, 3, 4, 6, 8, 12, 16, 32}) {
+      if (batch > 1 && batch >= 2 * share) break;
+      // The super-tiles of a batch are dealt to the warps in rounds.
+      const int64_t batches = ceil_div(share, batch), rounds = share / batch * ceil_div(batch * each, warps) + ceil_div(share % batch * each, warps);
+      const double round = std::max({warps * bytes / rate, SUPER_TILE * tiles * warps / 4, LATENCY}), time = double(rounds) * round + double(batches) * BATCH;
+      if (best.config.ok && time >= best.time) continue;
+      for (int depth = 4; depth >= 2; depth--) {
+        const MvShape shape = {warps, int(batch), int(d.m), depth, d.slot, int(columns), d.sparse};
+        if (shape.nbytes() > shared_bytes(d.device.capability)) continue;
+        best.config = Config{MV, tiles, int32_t(splits), int32_t(blocks), warps, int32_t(batch), depth, int32_t(columns), 1, ""};
+        best.time = time;
+        break;
       }
     }
-  }
-  return false;
+  if (splits > 1) best.time += REDUCE + double(2 * 4 * splits * d.m * d.n) / ALL_BYTES;
+  return best;
 }
 
 Config choose_mv(const Desc& d) {
-  Config best{};
-  double least = 0;
-  const int64_t units = std::max<int64_t>(ceil_div(d.padded, d.super_cols), 1);
-  for (int64_t splits = 1; splits <= std::min<int64_t>(units, 32); splits++) {
-    Config c{};
-    if (!fit_mv(d, splits, c)) continue;
-    // The super-tiles of a batch are dealt to the warps in rounds.
-    const int64_t share = ceil_div(d.row_blocks, c.blocks), batches = ceil_div(share, c.batch), each = ceil_div(units, splits);
-    const int64_t rounds = d.most_pieces > 1 ? batches * ceil_div(std::min<int64_t>(c.batch, share) * each, c.warps) : ceil_div(share * each, c.warps);
-    const double bytes = double(d.cost) / double(std::max<int64_t>(d.row_blocks * units, 1));  // of a super-tile with its scales
-    const double rate = std::min(SM_BYTES_US, ALL_BYTES_US / double(c.blocks * splits));
-    const double time = double(rounds * c.warps) * bytes / rate + (splits > 1 ? REDUCE_US + double(2 * 4 * splits * d.m * d.n) / ALL_BYTES_US : 0);
-    if (best.ok && time >= least) continue;
-    best = c, least = time;
-    best.path = MV, best.ok = 1, best.tiles = d.m <= 8 ? 1 : 2;
+  Timed best{};
+  const int64_t most = std::min<int64_t>(std::max<int64_t>(ceil_div(d.padded, d.super_cols), 1), 32);
+  int worse = 0;
+  for (int64_t splits = 1; splits <= most && worse < 4; splits++) {
+    const Timed one = fit_mv(d, splits);
+    if (!one.config.ok) continue;
+    if (best.config.ok && one.time >= best.time) worse++;
+    else best = one, worse = 0;
   }
-  return best;
+  return best.config;
 }
 
 Config choose_mm(const Desc& d) {

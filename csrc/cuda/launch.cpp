@@ -25,7 +25,7 @@ PieceView view_of(const CudaPiece& p, const uint8_t* blob) {
   if (f.group) shift = 0;
   while (f.group > 32u << shift && shift < 31) shift++;
   return {reinterpret_cast<const uint32_t*>(blob + p.codes), blob + p.scales, blob + p.zeros, p.code_step, p.scale_step, p.zero_step, p.c0, p.c1 - p.c0, p.tiles,
-          p.groups, shift, f.kind, f.bits, f.zero, f.bf16};
+          p.groups, shift, uint32_t(ceil_div(p.tiles, super_tiles(f.bits))), f.kind, f.bits, f.zero, f.bf16};
 }
 
 PartView part_of(const Output& o, const CudaHead& h, const CudaBand& b) {
@@ -45,9 +45,8 @@ int64_t rows_of_block(const Config& c) { return c.path == MM ? MM_ROWS_W : TILE_
 
 uint32_t row_block_bytes(const PieceView& p) { return uint32_t(p.code_step + p.scale_step + p.zero_step); }
 int slot_of(const PieceView& p) { return slot_bytes(p.kind, p.bits, p.zero, p.group_shift); }
-int64_t super_tiles_of(const PieceView& p) { return ceil_div(p.tiles, super_tiles(p.bits)); }
 // Most columns of x that one of the splits brings into shared memory for a piece.
-int64_t staged_columns(const PieceView& p, int splits) { return ceil_div(super_tiles_of(p), splits) * super_cols(p.bits); }
+int64_t staged_columns(const PieceView& p, int splits) { return ceil_div(p.units, splits) * super_cols(p.bits); }
 
 // Whether a band reads the columns of x in the order that the last part of the launch has them in; super-tiles included, which mv pads pieces to.
 bool same_columns(const Params& p, const PartView& v, const std::vector<PieceView>& pieces) {
@@ -92,6 +91,7 @@ std::vector<Params> launches(const LinearCall& c, const Config& config, const De
   });
   for (Params& p : out) {
     p.blocks = std::min(p.blocks, p.ctas);
+    if (p.blocks > 0) p.each = uint32_t(p.ctas / p.blocks), p.more = uint32_t(p.ctas % p.blocks);
     for (int i = 1; i < p.parts; i++)
       if (p.part[i].cost != p.part[0].cost) p.cost = 1;
     if (!p.cost) continue;
@@ -136,7 +136,7 @@ Desc desc_of(const LinearCall& c) {
     for (uint32_t i = 0; i < b.pieces; i++) {
       const CudaPiece& p = at<CudaPiece>(o.head, h.off_pieces)[b.first_piece + i];
       const PieceView view = view_of(p, nullptr);
-      padded += super_tiles_of(view) * super_cols(view.bits);
+      padded += int64_t(view.units) * super_cols(view.bits);
       d.super_cols = std::max(d.super_cols, int32_t(super_cols(view.bits)));
       d.slot = std::max(d.slot, int32_t(slot_of(view)));
       d.cost += row_blocks(b) * row_block_bytes(view);

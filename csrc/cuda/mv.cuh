@@ -15,6 +15,11 @@
 
 namespace mxq::cuda {
 
+template <int N>
+struct Number {
+  static constexpr int value = N;
+};
+
 __device__ __forceinline__ int threads_of(const Params& p) { return p.warps * WARP; }
 
 // The super-tiles of each row block that a split multiplies.
@@ -23,15 +28,14 @@ struct Share {
 };
 __device__ __forceinline__ int columns_of_super_tile(const PieceView& piece) { return super_tiles(piece.bits) * TILE_COLS; }
 __device__ __forceinline__ Share share_of(const PieceView& piece, int splits, int split) {
-  const int per = super_tiles(piece.bits), all = (int(piece.tiles) + per - 1) / per;
-  if (splits == 1) return {0, all};
-  const int first = int(int64_t(all) * split / splits);
-  return {first, int(int64_t(all) * (split + 1) / splits) - first};
+  if (splits == 1) return {0, int(piece.units)};
+  const unsigned first = piece.units * unsigned(split) / unsigned(splits), end = piece.units * unsigned(split + 1) / unsigned(splits);
+  return {int(first), int(end - first)};
 }
 
 // The row block with which block `index` of those that share them begins.
 __device__ __forceinline__ int first_row_block(const Params& p, unsigned index) {
-  if (p.cost == 0) return int(unsigned(p.ctas) * index / unsigned(p.blocks));  // all row blocks cost the same
+  if (p.cost == 0) return int(index * p.each + min(index, p.more));  // all row blocks cost the same
   uint64_t target = p.cost * index / unsigned(p.blocks);
   int blocks = 0;
   for (int i = 0; i < p.parts; i++) {
@@ -46,22 +50,24 @@ __device__ __forceinline__ int first_row_block(const Params& p, unsigned index) 
 
 // Columns of x of a piece, `count` of them from `c` on, on their way to xs[m][stride], zeros behind the piece's last column; bfloat16 as they are.
 __device__ __forceinline__ void stage_piece(const Params& p, const PartView& part, const PieceView& piece, int c, int count, int stride, uint16_t* xs) {
-  const int filled = min(int(piece.cols) - c, count), vectors_of_row = count / 8;
+  const int filled = min(int(piece.cols) - c, count);
   const int32_t* perm = part.perm_cols ? part.perm_cols + piece.c0 + c : nullptr;
   const uint16_t* x = static_cast<const uint16_t*>(p.x);
   const uint16_t* from = x + piece.c0 + c;
   const bool vectors = !perm && (reinterpret_cast<uintptr_t>(from) | uintptr_t(p.ldx * 2)) % 16 == 0;
-  for (int i = int(threadIdx.x); i < p.m * vectors_of_row; i += threads_of(p)) {
-    const int m = p.m == 1 ? 0 : i / vectors_of_row, k = (i - m * vectors_of_row) * 8;
-    uint16_t* to = xs + m * stride + k;
+  for (int k = int(threadIdx.x) * 8; k < count; k += threads_of(p) * 8) {
     if (vectors && (k + 8 <= filled || k >= filled)) {
-      ptx::cp_async_16(to, k < filled ? from + m * p.ldx + k : x, k < filled ? 16 : 0);
-    } else {
+#pragma unroll 4
+      for (int m = 0; m < p.m; m++) ptx::cp_async_16(xs + m * stride + k, k < filled ? from + m * p.ldx + k : x, k < filled ? 16 : 0);
+      continue;
+    }
+#pragma unroll 1
+    for (int m = 0; m < p.m; m++) {
       unsigned v[4] = {};
 #pragma unroll
       for (int j = 0; j < 8; j++)
         if (k + j < filled) v[j / 2] |= unsigned(__ldg(perm ? x + m * p.ldx + __ldg(perm + k + j) : from + m * p.ldx + k + j)) << 16 * (j % 2);
-      *reinterpret_cast<uint4*>(to) = make_uint4(v[0], v[1], v[2], v[3]);
+      *reinterpret_cast<uint4*>(xs + m * stride + k) = make_uint4(v[0], v[1], v[2], v[3]);
     }
   }
 }
@@ -104,26 +110,34 @@ __device__ __forceinline__ void convert_staged(const Params& p, int columns, int
 
 // Sums of x over half tiles, running on within each 256 columns of a piece, for its `columns` in xs: to[column / 32][8 * tiles]. Called by all threads.
 __device__ __forceinline__ void sum_staged(const Params& p, int columns, int stride, const uint16_t* xs, int tiles, float* to, int lane) {
-  const int halves = columns / 32, row = (halves + 7) / 8 * 8, all = p.m * row;
-  for (int i = int(threadIdx.x); i - lane < all; i += threads_of(p)) {
-    const int m = i / row, half = i - m * row;
-    float sum = 0.0f;
-    if (i < all && half < halves)
+  if (columns == 0) return;  // more splits than super-tiles
+  const int blocks = (columns / 32 + 7) / 8;  // a lane has one half tile, 8 lanes 256 columns
+  const int first = int(threadIdx.x) / 8, warps_of_rows = threads_of(p) / 8;
+  int m = p.m == 1 ? 0 : first / blocks, block = first - m * blocks;
+  for (;; block += warps_of_rows) {
+    while (p.m > 1 && block >= blocks && m < p.m) block -= blocks, m++;
+    const bool there = m < p.m && block < blocks;
+    if (!__any_sync(~0u, there)) return;
+    const int half = block * 8 + lane % 8;
+    float sum[2] = {0.0f, 0.0f};
+    if (there && half * 32 < columns)
 #pragma unroll
       for (int k = 0; k < 4; k++) {
         unsigned v[4];
         load_shared_16(v, xs + m * stride + half * 32 + 8 * k);
+#pragma unroll
         for (int j = 0; j < 4; j++) {
           const float2 two = ptx::half2_to_floats(v[j]);
-          sum += two.x + two.y;
+          sum[0] += two.x, sum[1] += two.y;
         }
       }
+    float all = sum[0] + sum[1];
 #pragma unroll
     for (int d = 1; d < 8; d *= 2) {
-      const float left = __shfl_up_sync(~0u, sum, d);
-      if (lane % 8 >= d) sum += left;
+      const float left = __shfl_up_sync(~0u, all, d);
+      if (lane % 8 >= d) all += left;
     }
-    if (i < all && half < halves) to[half * 8 * tiles + m] = sum;
+    if (there && half * 32 < columns) to[half * 8 * tiles + m] = all;
   }
 }
 
@@ -154,7 +168,6 @@ struct Cursor {
   int slot, ahead_slot;  // bytes in the ring
   int blocks, rest;      // the warps of a block are blocks * count + rest super-tiles
   RowBlock ahead;        // `codes` of its super-tile
-  int64_t codes_step, codes_turn, scales_step, zeros_step;  // bytes for as many super-tiles, and what goes from the end of a row block to the next
 
   // p.warps super-tiles on.
   __device__ __forceinline__ void step(int& block, int& i) const {
@@ -168,12 +181,13 @@ template <class D>
 __device__ __forceinline__ void fetch_ahead(const Params& p, const PieceView& piece, Cursor& c, uint8_t* ring, int lane) {
   if (c.ahead_block < c.last) {
     fetch<D>(piece, c.ahead, unsigned(c.first + c.ahead_i), ring + c.ahead_slot, lane);
-    c.ahead.codes += c.codes_step, c.ahead.scales += c.scales_step, c.ahead.zeros += c.zeros_step;
-    c.ahead_block += c.blocks, c.ahead_i += c.rest;
-    if (c.ahead_i >= c.count) {
-      c.ahead_i -= c.count, c.ahead_block++;
-      c.ahead.codes += c.codes_turn, c.ahead.scales += piece.scale_step, c.ahead.zeros += piece.zero_step;
-    }
+    const int block = c.ahead_block, i = c.ahead_i;
+    c.step(c.ahead_block, c.ahead_i);
+    // Steps from row block to row block are below 2^32 bytes (K below 2^27): one multiplication with 64-bit sum each.
+    const unsigned blocks = unsigned(c.ahead_block - block);
+    c.ahead.codes += uint64_t(blocks) * uint32_t(piece.code_step) + int64_t(c.ahead_i - i) * slot_codes(D::bits);
+    if (D::scaled || D::tabled) c.ahead.scales += uint64_t(blocks) * uint32_t(piece.scale_step);
+    if (D::zeroed) c.ahead.zeros += uint64_t(blocks) * uint32_t(piece.zero_step);
   }
   ptx::cp_async_commit();
   c.ahead_slot = c.ahead_slot + p.slot == p.depth * p.slot ? 0 : c.ahead_slot + p.slot;
@@ -182,23 +196,23 @@ __device__ __forceinline__ void fetch_ahead(const Params& p, const PieceView& pi
 // Begins with the row blocks [begin, last) of a piece: fills all slots but one.
 template <class D>
 __device__ __forceinline__ void start(const Params& p, const PieceView& piece, Cursor& c, int begin, int last, uint8_t* ring, int warp, int lane) {
-  constexpr int bytes = slot_codes(D::bits);
   const Share share = share_of(piece, p.splits, int(blockIdx.y));
   c.first = share.first, c.count = share.count, c.last = share.count ? last : begin;
   const int count = max(share.count, 1);
-  c.blocks = p.warps / count, c.rest = p.warps - c.blocks * count;
-  c.block = begin + warp / count, c.i = warp % count, c.slot = c.ahead_slot = 0;
+  c.block = begin, c.i = warp, c.blocks = 0, c.rest = p.warps, c.slot = c.ahead_slot = 0;
+  if (count <= p.warps) {  // rather than divide where there is nothing to divide
+    c.blocks = p.warps / count, c.rest = p.warps - c.blocks * count;
+    c.block += warp / count, c.i = warp % count;
+  }
   c.ahead_block = c.block, c.ahead_i = c.i;
-  c.ahead.codes = reinterpret_cast<const uint8_t*>(piece.codes) + c.block * piece.code_step + int64_t(c.first + c.i) * bytes + lane * 16;
+  c.ahead.codes = reinterpret_cast<const uint8_t*>(piece.codes) + c.block * piece.code_step + int64_t(c.first + c.i) * slot_codes(D::bits) + lane * 16;
   c.ahead.scales = piece.scales + c.block * piece.scale_step + lane * 16;
   c.ahead.zeros = piece.zeros + c.block * piece.zero_step + lane * 16;
-  c.codes_step = c.blocks * int64_t(piece.code_step) + c.rest * bytes, c.codes_turn = int64_t(piece.code_step) - count * int64_t(bytes);
-  c.scales_step = c.blocks * int64_t(piece.scale_step), c.zeros_step = c.blocks * int64_t(piece.zero_step);
   for (int i = 1; i < p.depth; i++) fetch_ahead<D>(p, piece, c, ring, lane);
 }
 
 // Multiplies the super-tiles of the row blocks before `end`, and adds to this warp's sums of the batch, which begins with row block `batch`.
-template <class D, int NT>
+template <class D, int NT, int FOLD, int ZERO>
 __device__ __forceinline__ void go_on(const Params& p, const PieceView& piece, Cursor& c, int batch, int end, const uint16_t* xs, int stride, const float* x_sums,
                                       float* sums, uint8_t* ring, int warp, int lane) {
   constexpr Places places = places_of<D>();
@@ -218,7 +232,7 @@ __device__ __forceinline__ void go_on(const Params& p, const PieceView& piece, C
     const uint16_t* from[NT];
 #pragma unroll
     for (int n = 0; n < NT; n++) from[n] = rows[n] + c.i * (D::tiles * TILE_COLS);
-    multiply_slot<D, NT>(d, slot, piece, from, {x_sums + c.i * (D::tiles * 16 * NT) + 2 * t, c.i * 2 * D::tiles % 8 != 0}, acc, lane);
+    multiply_slot<D, NT, FOLD, ZERO>(d, slot, piece, from, {x_sums + c.i * (D::tiles * 16 * NT) + 2 * t, c.i * 2 * D::tiles % 8 != 0}, acc, lane);
     c.slot = c.slot + p.slot == p.depth * p.slot ? 0 : c.slot + p.slot;
     const int block = c.block;
     c.step(c.block, c.i);
@@ -235,23 +249,53 @@ __device__ __forceinline__ void go_on(const Params& p, const PieceView& piece, C
   }
 }
 
+// The same with the groups and zeros of a piece known to the compiler: a branch in the middle of a super-tile keeps loads and products
+// from overlapping. Not in the kernel with all decoders, which would be 12 times as large.
+template <class D, int NT, bool KNOWN>
+__device__ __forceinline__ void go_on(const Params& p, const PieceView& piece, Cursor& c, int batch, int end, const uint16_t* xs, int stride, const float* x_sums,
+                                      float* sums, uint8_t* ring, int warp, int lane) {
+  constexpr int halves = 2 * D::tiles;
+  const auto with = [&](auto fold, auto zero) {
+    go_on<D, NT, decltype(fold)::value, decltype(zero)::value>(p, piece, c, batch, end, xs, stride, x_sums, sums, ring, warp, lane);
+  };
+  if constexpr (KNOWN && D::scaled) {
+    const auto with_zeros = [&](auto fold) {
+      constexpr bool only_floats = D::zeroed && D::bits == 1;
+      if (only_floats || (D::zeroed && piece.zero == FLOATZERO)) return with(fold, Number<D::zeroed ? FLOATZERO : SYM>{});
+      if constexpr (!only_floats) {
+        if (D::zeroed && piece.zero == INT) return with(fold, Number<D::zeroed ? INT : SYM>{});
+        with(fold, Number<SYM>{});
+      }
+    };
+    const int fold = 1 << min(int(piece.group_shift), 3);
+    if (fold >= halves) return with_zeros(Number<halves>{});
+    if (halves > 4 && fold == 4) return with_zeros(Number<(halves < 4 ? halves : 4)>{});
+    if (fold == 2) return with_zeros(Number<2>{});
+    with_zeros(Number<1>{});
+  } else {
+    with(Number<0>{}, Number<SYM>{});
+  }
+}
+
 // Kernel for the formats of the decoders Ds. grid: (blocks, splits).
 template <int NT, class... Ds>
-__global__ void __launch_bounds__((sizeof...(Ds) > 1 ? MV_MIXED_WARPS : MV_WARPS) * WARP, 1) mv(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(mv_warps(NT, sizeof...(Ds) > 1) * WARP, 1) mv(const __grid_constant__ Params p) {
   MXQ_DYN_SMEM(float, smem);
   const int lane = int(threadIdx.x) % WARP, warp = int(threadIdx.x) / WARP, stride = p.columns + STAGE_PAD;
   const MvShape shape = {p.warps, p.batch, p.m, p.depth, p.slot, p.columns, p.sparse};
   float *sums = smem, *factor = smem + shape.factors(), *largest = smem + shape.largest(), *extra = smem + shape.extra();
+  int* range = reinterpret_cast<int*>(smem + shape.range());  // the first row block and the one behind the last: in shared memory, as registers are short
   uint8_t* bytes = reinterpret_cast<uint8_t*>(smem);
   uint8_t* ring = bytes + shape.ring() + warp * p.depth * p.slot;
   uint16_t* xs = reinterpret_cast<uint16_t*>(bytes + shape.x());
   float* x_sums = reinterpret_cast<float*>(bytes + shape.x_sums());
 
-  int row_block = first_row_block(p, blockIdx.x);
-  const int end_block = first_row_block(p, blockIdx.x + 1);
-  if (row_block == end_block) return;
-  int part_index = find_part(p, unsigned(row_block));
+  int part_index;
   {
+    const int row_block = first_row_block(p, blockIdx.x), end_block = first_row_block(p, blockIdx.x + 1);
+    if (row_block == end_block) return;
+    if (threadIdx.x == 0) range[0] = row_block, range[1] = end_block;
+    part_index = find_part(p, unsigned(row_block));
     // Weights do not depend on what ran before: they are asked for before the wait.
     const PieceView& piece = p.piece[p.part[part_index].first_piece];
     const Share share = share_of(piece, p.splits, int(blockIdx.y));
@@ -266,11 +310,11 @@ __global__ void __launch_bounds__((sizeof...(Ds) > 1 ? MV_MIXED_WARPS : MV_WARPS
   ptx::grid_dependency_wait();
   ptx::grid_dependency_launch();
 
-  for (bool first = true; row_block < end_block; part_index++, first = false) {
+  __syncthreads();
+  for (bool first = true; part_index < p.parts && int(p.part[part_index].first_cta) < range[1]; part_index++, first = false) {
     const PartView& part = p.part[part_index];
     const PieceView* pieces = p.piece + part.first_piece;
-    const int begin = row_block - int(part.first_cta), last = min(end_block - int(part.first_cta), int((part.rows + TILE_ROWS - 1) / TILE_ROWS));
-    row_block += last - begin;
+    const int begin = max(range[0] - int(part.first_cta), 0), last = min(range[1] - int(part.first_cta), int((part.rows + TILE_ROWS - 1) / TILE_ROWS));
     const bool stage = first || part.restage;
     int columns = 0;  // of x in shared memory
     if (!first) __syncthreads();  // x and the sums have been read
@@ -310,7 +354,7 @@ __global__ void __launch_bounds__((sizeof...(Ds) > 1 ? MV_MIXED_WARPS : MV_WARPS
         const PieceView& piece = pieces[i];
         for_decoder<Ds...>(piece, [&](auto d) {
           if (part.pieces > 1 && (i > 0 || batch > begin)) start<decltype(d)>(p, piece, cursor, batch, end, ring, warp, lane);
-          go_on<decltype(d), NT>(p, piece, cursor, batch, end, xs + from, stride, x_sums + from / 32 * 8 * NT, sums, ring, warp, lane);
+          go_on<decltype(d), NT, sizeof...(Ds) == 1>(p, piece, cursor, batch, end, xs + from, stride, x_sums + from / 32 * 8 * NT, sums, ring, warp, lane);
         });
         if (part.pieces > 1) __syncwarp();  // the ring is filled anew
         from += share_of(piece, p.splits, int(blockIdx.y)).count * columns_of_super_tile(piece);
@@ -318,13 +362,15 @@ __global__ void __launch_bounds__((sizeof...(Ds) > 1 ? MV_MIXED_WARPS : MV_WARPS
       const bool sparse = p.sparse && blockIdx.y == 0;
       if (sparse) add_sparse(p, part, unsigned(batch * TILE_ROWS), rows, extra);
       __syncthreads();
-      for (int i = int(threadIdx.x); i < p.m * rows; i += threads_of(p)) {
-        const int m = p.m == 1 ? 0 : i / rows, r = i - m * rows;
+      const int shift = p.m == 1 ? 0 : p.m == 2 ? 1 : p.m <= 4 ? 2 : p.m <= 8 ? 3 : 4;
+      for (int i = int(threadIdx.x); i < rows << shift; i += threads_of(p)) {
+        const int m = i / TILE_ROWS & ((1 << shift) - 1), r = (i / TILE_ROWS >> shift) * TILE_ROWS + i % TILE_ROWS;
+        if (m >= p.m) continue;
         float* place = sums + (r / TILE_ROWS * p.warps * p.m + m) * TILE_ROWS + r % TILE_ROWS;
         float sum = 0.0f;
         for (int w = 0; w < p.warps; w++) sum += place[w * p.m * TILE_ROWS], place[w * p.m * TILE_ROWS] = 0.0f;
         sum *= row_unfactor(factor[m]);
-        if (sparse) sum += extra[i];
+        if (sparse) sum += extra[m * rows + r];
         const unsigned row = unsigned(batch * TILE_ROWS + r);
         if (p.splits == 1) finish(p, part, m, row, sum);
         else p.partial[(int64_t(blockIdx.y) * p.m + m) * p.ctas * TILE_ROWS + int64_t(part.first_cta) * TILE_ROWS + row] = sum;

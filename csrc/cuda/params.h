@@ -14,6 +14,7 @@ struct PieceView {
   uint64_t code_step, scale_step, zero_step;  // bytes per row block
   uint32_t c0, cols, tiles, groups;
   uint32_t group_shift;  // half tile `i` belongs to group i >> group_shift; 31 where the row is one group
+  uint32_t units;        // super-tiles of a row block
   uint8_t kind, bits, zero, bf16;
 };
 
@@ -44,6 +45,7 @@ struct Params {
   int32_t x_type, y_type, m, k, parts, splits, sparse;
   int32_t ctas;      // blocks; mv: row blocks of 16 rows
   uint64_t cost;     // mv: bytes of all row blocks, 0 if each has as many
+  uint32_t each, more;  // mv: row blocks of each block, and how many blocks have one more, if all row blocks cost the same
   int32_t blocks, warps, depth, slot, batch, columns;  // mv: blocks for each split, and the sizes of MvShape
   PartView part[MAX_PARTS];
   PieceView piece[MAX_PIECES];

@@ -83,8 +83,8 @@ struct RunningSums {
 
 // acc[n] += W X^T for a super-tile in a slot: 16 rows, all its columns, and 8 * NT rows of x; fragments as `multiply` in tile.cuh has them.
 // xs[n] points to the lane's row of x and its first 8 columns of the super-tile. For uniform formats acc is in units of 2^(24 - place) of each row's
-// codes, see Places.
-template <class D, int NT>
+// codes, see Places. FOLD: half tiles to a group, or to the super-tile if its group is larger; 0: see piece. ZERO: kind of zeros, where FOLD is not 0.
+template <class D, int NT, int FOLD, int ZERO>
 __device__ __forceinline__ void multiply_slot(const D& d, const uint8_t* slot, const PieceView& p, const uint16_t* const (&xs)[NT], const RunningSums& x_sums,
                                               float (&acc)[NT][4], int lane) {
   constexpr int words = D::bits * D::tiles, halves = 2 * D::tiles;
@@ -124,8 +124,9 @@ __device__ __forceinline__ void multiply_slot(const D& d, const uint8_t* slot, c
         ptx::mma_m16n8k16_f16(to, a[s], bs, to);
       }
     if constexpr (D::scaled) {
-      if (half != halves - 1 && ((half + 1) & mask) != 0) continue;  // the group goes on
-      const int group = half >> shift;
+      if (half != halves - 1 && (FOLD ? (half + 1) % (FOLD ? FOLD : 1) != 0 : ((half + 1) & mask) != 0)) continue;  // the group goes on
+      const int group = FOLD ? half / (FOLD ? FOLD : 1) : half >> shift;
+      const int kind = FOLD ? ZERO : int(p.zero);
       const unsigned pair = *reinterpret_cast<const uint32_t*>(scales + group * 32);
       const float scale[2] = {scale_value(pair & 0xffff, p.bf16), scale_value(pair >> 16, p.bf16)};
 #pragma unroll
@@ -136,12 +137,12 @@ __device__ __forceinline__ void multiply_slot(const D& d, const uint8_t* slot, c
           acc[n][i] = fmaf(scale[i / 2], part[n][i], acc[n][i]), part[n][i] = 0.0f;
         }
       if constexpr (D::zeroed) {
-        const uint8_t* zeros = slot + slot_codes(D::bits) + slot_groups(D::bits, p.group_shift) * 32;
+        const uint8_t* zeros = slot + slot_codes(D::bits) + (FOLD ? halves / (FOLD ? FOLD : 1) : slot_groups(D::bits, p.group_shift)) * 32;
         float zero[2];  // what a sum of x is multiplied by
-        if (p.zero == FLOATZERO) {
+        if (kind == FLOATZERO) {
           const unsigned z = *reinterpret_cast<const uint32_t*>(zeros + group * 32 + g * 4);
           zero[0] = scale_value(z & 0xffff, p.bf16) * places.unit[0], zero[1] = scale_value(z >> 16, p.bf16) * places.unit[1];
-        } else if (p.zero == INT) {
+        } else if (kind == INT) {
           const unsigned z = *reinterpret_cast<const uint16_t*>(zeros + group * 16 + g * 2);
           zero[0] = scale[0] * (float(z & 0xff) * -places.unit[0]), zero[1] = scale[1] * (float(z >> 8) * -places.unit[1]);
         } else {

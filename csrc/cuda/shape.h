@@ -7,8 +7,9 @@ namespace mxq::cuda {
 
 constexpr int STAGE_PAD = 32;  // halves behind each staged row: rows begin 16 banks apart, so that 8 lanes (2 rows) read without conflict
 
-// An mv block has up to MV_WARPS warps, half as many where registers (all decoders in one kernel) or shared memory are short.
-constexpr int MV_WARPS = 16, MV_MIXED_WARPS = 8;
+// An mv block has up to MV_WARPS warps, fewer where registers (16 rows of x; all decoders in one kernel) or shared memory are short.
+constexpr int MV_WARPS = 16, MV_WIDE_WARPS = 12, MV_MIXED_WARPS = 8;
+constexpr int mv_warps(int tiles, bool mixed) { return mixed ? MV_MIXED_WARPS : tiles > 1 ? MV_WIDE_WARPS : MV_WARPS; }
 
 // Bytes of a super-tile on its way: codes, then scales, then zeros, of all groups that it has columns of; lut: codes, then the tables of the 16 rows.
 static constexpr int slot_groups(int bits, uint32_t group_shift) { return ((2 * super_tiles(bits) - 1) >> group_shift) + 1; }
@@ -21,7 +22,7 @@ static constexpr int slot_bytes(int kind, int bits, int zero, uint32_t group_shi
   return slot_codes(bits);
 }
 
-// Shared memory of an mv block, in this order: sums [row blocks of a batch][warps][m][16], factors of the rows of x [16], the largest numbers that each
+// Shared memory of an mv block, in this order: sums [row blocks of a batch][warps][m][16], factors of the rows of x [16], two ints [4], the largest numbers that each
 // warp found [16 warps][16], sums of the sparse part [m][rows of a batch], super-tiles on their way [warps][depth][slot], x [m][columns + STAGE_PAD],
 // its running sums [columns / 32][8 * tiles].
 struct MvShape {
@@ -29,7 +30,8 @@ struct MvShape {
   constexpr int tiles() const { return m <= 8 ? 1 : 2; }
   constexpr int sums() const { return batch * warps * m * TILE_ROWS; }  // floats
   constexpr int factors() const { return sums(); }
-  constexpr int largest() const { return factors() + 16; }
+  constexpr int range() const { return factors() + 16; }
+  constexpr int largest() const { return range() + 4; }
   constexpr int extra() const { return largest() + 256; }
   constexpr int ring() const { return (extra() + (sparse ? m * batch * TILE_ROWS : 0)) * 4; }  // bytes from here on, all multiples of 16
   constexpr int x() const { return ring() + warps * depth * slot; }
