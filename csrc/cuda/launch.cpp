@@ -44,7 +44,7 @@ PartView part_of(const Output& o, const CudaHead& h, const CudaBand& b) {
 int64_t rows_of_block(const Config& c) { return c.path == MM ? MM_ROWS_W : TILE_ROWS; }
 
 uint32_t row_block_bytes(const PieceView& p) { return uint32_t(p.code_step + p.scale_step + p.zero_step); }
-int slot_of(const PieceView& p) { return slot_bytes(p.kind, p.bits, p.zero, p.group_shift); }
+int slot_of(const PieceView& p) { return int(round_up(slot_bytes(p.kind, p.bits, p.zero, p.group_shift), 128)); }
 // Most columns of x that one of the splits brings into shared memory for a piece.
 int64_t staged_columns(const PieceView& p, int splits) { return ceil_div(p.units, splits) * super_cols(p.bits); }
 

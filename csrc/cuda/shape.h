@@ -14,7 +14,7 @@ constexpr int mv_warps(int tiles, bool mixed) { return mixed ? MV_MIXED_WARPS : 
 // Bytes of a super-tile on its way: codes, then scales, then zeros, of all groups that it has columns of; lut: codes, then the tables of the 16 rows.
 static constexpr int slot_groups(int bits, uint32_t group_shift) { return ((2 * super_tiles(bits) - 1) >> group_shift) + 1; }
 static constexpr int slot_codes(int bits) { return super_tiles(bits) * bits * WARP * 4; }
-static constexpr int slot_bytes(int kind, int bits, int zero, uint32_t group_shift) {
+static constexpr int slot_bytes(int kind, int bits, int zero, uint32_t group_shift) {  // before it is rounded up to whole lines of 128
   const int groups = slot_groups(bits, group_shift), numbers = groups * TILE_ROWS * 2;
   if (kind == LUT) return slot_codes(bits) + (TILE_ROWS * 2 << bits);
   if (kind == NF) return slot_codes(bits) + numbers;
@@ -33,7 +33,9 @@ struct MvShape {
   constexpr int range() const { return factors() + 16; }
   constexpr int largest() const { return range() + 4; }
   constexpr int extra() const { return largest() + 256; }
-  constexpr int ring() const { return (extra() + (sparse ? m * batch * TILE_ROWS : 0)) * 4; }  // bytes from here on, all multiples of 16
+  // Bytes from here on. The ring and its slots begin at multiples of 128: cp.async whose destination lies otherwise in a line than its source takes each
+  // sector of the source twice (measured on an H100: half of all sectors were read again when the ring lay 16 bytes off).
+  constexpr int ring() const { return ((extra() + (sparse ? m * batch * TILE_ROWS : 0)) * 4 + 127) / 128 * 128; }
   constexpr int x() const { return ring() + warps * depth * slot; }
   constexpr int x_sums() const { return x() + m * (columns + STAGE_PAD) * 2; }
   constexpr int nbytes() const { return x_sums() + columns * tiles(); }
