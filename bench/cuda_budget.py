@@ -59,7 +59,7 @@ def threads_of(source: str, kernel: str) -> int:
     """Most threads of a block, as csrc/cuda/shape.h and attention.h have them."""
     if source.startswith("mv_"):
         return 256 if "mixed" in source else 384 if kernel.endswith("<2>") else 512
-    return 128 if source == "attention" or (source.startswith("mm_") and source != "mm_stage") else 256
+    return 128 if source in ("attention", "dequant") or (source.startswith("mm_") and source != "mm_stage") else 256
 
 
 def compile_one(source: Path) -> list[Usage]:

@@ -74,6 +74,12 @@ static constexpr int64_t cuda_tiles(int64_t cols) { return ceil_div(cols, TILE_C
 static constexpr int64_t cuda_groups(Format f, int64_t cols) {
   return !has_scales(f) ? 0 : f.group ? ceil_div(cuda_tiles(cols) * TILE_COLS, f.group) : 1;
 }
+// Half tile `i` belongs to group i >> group_shift; 31 where the row is one group.
+static constexpr uint32_t group_shift(Format f) {
+  uint32_t shift = f.group ? 0 : 31;
+  while (f.group > 32u << shift && shift < 31) shift++;
+  return shift;
+}
 // Bytes of one row block.
 static constexpr int64_t cuda_code_bytes(Format f, int64_t cols) { return cuda_tiles(cols) * f.bits * WARP * 4; }
 static constexpr int64_t cuda_scale_bytes(Format f, int64_t cols) {

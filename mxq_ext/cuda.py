@@ -24,8 +24,8 @@ from .errors import NativeError, ShapeError
 from .formats import Format, kernel_format
 from .qtensor import TYPES, QTensor, Rectangle, Sparse
 
-#: Most bytes of the dequantized piece of a weight on the path ``big``: enough for torch's product to fill a device, little beside a model.
-BIG_BYTES = 64 << 20
+#: Most bytes of the dequantized piece of a weight on the path ``big``: most layers are one piece, which is little beside a model.
+BIG_BYTES = 128 << 20
 
 #: Ways to compute (csrc/cuda/dispatch.h, enum Path). ``big`` is dequant and a matrix product of torch; ``auto`` chooses by the number of rows.
 PATHS = {"auto": 0, "scalar": 1, "mv": 2, "mm": 3, "big": 4}
@@ -243,7 +243,14 @@ class Runtime:
             w = room[: min(rows, n - begin)]
             self._dequantize(p, w, begin, stream)
             place = slice(begin, begin + w.shape[0]) if order is None else order[begin : begin + w.shape[0]]
-            y[:, place] = torch.nn.functional.linear(x, w, None if bias is None else bias[place].to(x.dtype)).to(y.dtype)
+            with torch.no_grad():
+                b = None if bias is None else bias[place].to(x.dtype)
+                if order is not None or y.dtype != x.dtype:
+                    y[:, place] = torch.nn.functional.linear(x, w, b).to(y.dtype)
+                elif b is None:  # where it belongs at once
+                    torch.mm(x, w.T, out=y[:, place])
+                else:
+                    torch.addmm(b, x, w.T, out=y[:, place])
 
     def explain(self, x: torch.Tensor, weights: list, path: str = "auto") -> tuple[str, str]:
         """(name of the kernel of the first weight, all decisions in a line); the name is empty where there is no kernel, and the line says why."""

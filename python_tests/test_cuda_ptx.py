@@ -105,16 +105,28 @@ def test_dequant(modules, layout):
     p = cuda_tools.bench("cpu").pack(q)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         blob, out = cuda_tools.raw(p.blob), cuda_tools.raw(torch.full(q.shape, float("nan"), dtype=dtype))
-        sources = ["plain"] * (1 + (q.sparse is not None))
+        sources = ["dequant"] + ["plain"] * (q.sparse is not None)
         execute(modules, "sm_80", sources, "flat_dequantize", blob, out, TYPES[dtype], 0, q.shape[0], memory=[blob, out])
         assert torch.equal(torch.from_numpy(out).view(dtype).reshape(q.shape), q.dequantize().to(dtype)), dtype
+
+
+@pytest.mark.parametrize("fmt, arch", (("w1g64_fz", "sm_80"), ("w2g32_asym", "sm_90"), ("w3g128", "sm_80"), ("w4g64_asym", "sm_75"), ("w4g32_fz_bf16", "sm_90"),
+                                       ("w5g64_asym", "sm_80"), ("w6g128_fz", "sm_80"), ("w8g64_asym", "sm_75"), ("lut2", "sm_80"), ("lut3", "sm_75"),
+                                       ("lut4", "sm_80"), ("nf4g64", "sm_80"), ("fp16", "sm_75")))
+def test_dequant_of_every_decoder(modules, fmt, arch):
+    """A full super-tile and a tail, runs of 16 bytes (304 columns) and single numbers (301)."""
+    for k in (304, 301):
+        q = cases.random_qtensor(fmt, 18, k, 1)
+        blob, out = cuda_tools.raw(cuda_tools.bench("cpu").pack(q).blob), cuda_tools.raw(torch.full(q.shape, float("nan"), dtype=torch.float16))
+        execute(modules, arch, ["dequant"], "flat_dequantize", blob, out, TYPES[torch.float16], 0, 18, memory=[blob, out])
+        assert torch.equal(torch.from_numpy(out).view(torch.float16).reshape(q.shape), q.dequantize().half()), k
 
 
 def test_dequant_of_a_piece_of_the_rows(modules):
     """Stored rows 20 to 40 of a weight in two bands, whose rows are permuted: what the path "big" multiplies with."""
     q = cases.LAYOUTS[0].make(2)
     blob, out = cuda_tools.raw(cuda_tools.bench("cpu").pack(q).blob), cuda_tools.raw(torch.full((20, 100), float("nan")))
-    execute(modules, "sm_80", ["plain"], "flat_dequantize", blob, out, 0, 20, 20, memory=[blob, out])
+    execute(modules, "sm_80", ["dequant"], "flat_dequantize", blob, out, 0, 20, 20, memory=[blob, out])
     assert torch.equal(torch.from_numpy(out).view(torch.float32).reshape(20, 100), q.dequantize()[q.perm_rows[20:40].long()])
 
 

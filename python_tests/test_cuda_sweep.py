@@ -10,7 +10,7 @@ pytestmark = pytest.mark.skipif(simt.missing_tool("g++") is not None, reason=str
 #: Every 47th case: in turns all paths, types and numbers of rows.
 PART = list(cuda_sweep.every_case())[::47]
 #: Compiled for the sanitizers, which takes a while: both matrix kernels of one format, and all that is common to formats.
-SANITIZED = ("mv_w3", "mm_w3", "mm_stage", "plain", "reduce")
+SANITIZED = ("mv_w3", "mm_w3", "mm_stage", "dequant", "plain", "reduce")
 
 
 def test_schedules_give_the_same_right_bits():

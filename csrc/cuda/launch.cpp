@@ -21,11 +21,8 @@ void for_bands(const LinearCall& c, F&& f) {
 
 PieceView view_of(const CudaPiece& p, const uint8_t* blob) {
   const Format f = p.format;
-  uint32_t shift = 31;
-  if (f.group) shift = 0;
-  while (f.group > 32u << shift && shift < 31) shift++;
   return {reinterpret_cast<const uint32_t*>(blob + p.codes), blob + p.scales, blob + p.zeros, p.code_step, p.scale_step, p.zero_step, p.c0, p.c1 - p.c0, p.tiles,
-          p.groups, shift, uint32_t(ceil_div(p.tiles, super_tiles(f.bits))), f.kind, f.bits, f.zero, f.bf16};
+          p.groups, group_shift(f), uint32_t(ceil_div(p.tiles, super_tiles(f.bits))), f.kind, f.bits, f.zero, f.bf16};
 }
 
 PartView part_of(const Output& o, const CudaHead& h, const CudaBand& b) {
@@ -192,15 +189,21 @@ int linear(const LinearCall& c) {
 
 int dequantize(const uint8_t* head, const uint8_t* blob, void* out, int type, int64_t begin, int64_t count, void* stream) {
   const CudaHead& h = head_of(head);
-  int64_t blocks = 0, first = -1, last = 0;  // row blocks so far, that of row `begin`, the one behind the last row
+  int64_t blocks = 0, first = -1, last = 0, most = 0;  // row blocks so far, that of row `begin`, the one behind the last row; super-tiles of a row block
   for (uint32_t b = 0; b < h.bands; b++) {
     const CudaBand& band = at<CudaBand>(head, h.off_bands)[b];
     const auto block_of = [&](int64_t row) { return blocks + (row - band.r0) / TILE_ROWS; };
     if (begin >= band.r0 && begin < band.r1) first = block_of(begin);
     if (begin + count > band.r0 && begin + count <= band.r1) last = block_of(begin + count - 1) + 1;
     blocks += row_blocks(band);
+    int64_t units = 0;
+    for (uint32_t i = 0; i < band.pieces; i++) {
+      const CudaPiece& p = at<CudaPiece>(head, h.off_pieces)[band.first_piece + i];
+      units += ceil_div(p.tiles, super_tiles(p.format.bits));
+    }
+    most = std::max(most, units);
   }
-  return launch_dequant(h, first, last - first, begin, count, blob, out, type, stream);
+  return launch_dequant(h, first, last - first, most, begin, count, blob, out, type, stream);
 }
 
 int embedding(const uint8_t* head, const uint8_t* blob, const int64_t* ids, int64_t count, void* out, int type, void* stream) {

@@ -35,6 +35,12 @@ int dequantize(const uint8_t* head, const uint8_t* blob, void* out, int type, in
 // Rows ids[0..count) (int64, device memory) in original order, [count, k] of `type`; NaN for an id that is no row.
 int embedding(const uint8_t* head, const uint8_t* blob, const int64_t* ids, int64_t count, void* out, int type, void* stream);
 
+// Rows of a weight that are wanted: all of them in original order, or a piece of `count` stored rows from `begin` on, in stored order (a product with them
+// is put into the original order by its caller).
+struct WeightRows {
+  int begin, count, original;
+};
+
 // mv_<format>.cu. `early`: the kernel may start before the one ahead of it has ended (compute capability 9.0 and later).
 using MvLaunch = int (*)(const Params& p, int tiles, bool early, void* stream);
 int mv_w1(const Params&, int, bool, void*);
@@ -68,8 +74,10 @@ int mm_fp16(const Params&, void*);
 int mm_mixed(const Params&, void*);
 int launch_stage(const Params& p, uint16_t* staged, float* unscale, void* stream);
 
-// plain.cu and reduce.cu
-int launch_dequant(const CudaHead& head, int64_t first_block, int64_t blocks, int64_t begin, int64_t count, const uint8_t* blob, void* out, int type, void* stream);
+// dequant.cu, plain.cu and reduce.cu. `units`: super-tiles of the band that has most of them.
+int launch_dequant(const CudaHead& head, int64_t first_block, int64_t blocks, int64_t units, int64_t begin, int64_t count, const uint8_t* blob, void* out,
+                   int type, void* stream);
+int launch_add_values(const CudaHead& head, const WeightRows& of, const uint8_t* blob, void* out, int type, void* stream);
 int launch_lookup(const CudaHead& head, const uint8_t* blob, const int64_t* ids, int64_t count, void* out, int type, void* stream);
 int launch_scalar(const CudaHead& head, const LinearCall& c, const Output& o, void* stream);
 int launch_reduce(const Params& p, int rows, bool early, void* stream);

@@ -1,5 +1,5 @@
-// The kernels for any shape and type: dequant (the weight itself, for large M and as an oracle), lookup (single rows of it) and scalar (one thread per
-// output).
+// The kernels that read one weight at a time: lookup (single rows of the weight), scalar (one thread per output), and what adds the values of the sparse
+// part to a weight.
 #include <math.h>
 
 #include "launch.h"
@@ -8,83 +8,6 @@
 
 namespace mxq::cuda {
 namespace {
-
-constexpr int DEQUANT_WARPS = 8;
-
-template <int N>
-struct Constant {
-  static constexpr int value = N;
-};
-
-// One tile: each lane decodes its 32 codes, whose places are constants here, and stores runs of 8 columns.
-template <int BITS, bool QUADS>
-__device__ __forceinline__ void dequant_tile(const uint8_t* blob, const CudaPiece& p, uint64_t block, unsigned tile, int rows, const int32_t* row_map, int row0,
-                                             int count, const int32_t* perm_cols, void* out, int64_t k, int type) {
-  const int lane = int(threadIdx.x) % WARP, g = lane / 4, t = lane % 4;
-  const uint32_t* words = blob_at<uint32_t>(blob, p.codes + block * p.code_step);
-  uint32_t w[BITS];
-#pragma unroll
-  for (int i = 0; i < BITS; i++) w[i] = __ldg(words + word_index(BITS, tile, p.tiles, i, lane));
-  const int cols = int(p.c1 - p.c0);
-#pragma unroll
-  for (int second = 0; second < 2; second++) {
-    const int r = g + 8 * second;
-    if (r >= rows || unsigned(row0 + r) >= unsigned(count)) continue;
-    const int64_t to = int64_t(row_map ? __ldg(row_map + r) : row0 + r) * k;
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-      const int first = int(tile) * TILE_COLS + 32 * half + 8 * t;
-      const RowGroup group = row_group(blob, p, block, r, unsigned(first));
-#pragma unroll
-      for (int j = 0; j < 8; j++) {
-        const CodePlace place = code_place(BITS, QUADS, 8 * second, 32 * half + j);  // as lane 0 has it: all lanes are alike
-        unsigned code = place.low ? w[place.word] >> place.bit & ((1u << place.low) - 1) : 0;
-        int word = place.high_word, bit = place.high_bit;
-        for (int b = place.low; b < BITS; b++, word += place.high_step, bit += place.bit_step) code |= (w[word] >> bit & 1) << b;
-        if (first + j >= cols) continue;
-        const int64_t at = int(p.c0) + first + j;
-        store_number(out, to + (perm_cols ? __ldg(perm_cols + at) : at), type, weight_of(p.format, group, code));
-      }
-    }
-  }
-}
-
-// Rows of the weight: all of them in original order, or a piece of `count` stored rows from `begin` on, in stored order (a product with them is put into
-// the original order by its caller).
-struct Rows {
-  int begin, count, original;
-};
-
-// grid: row blocks of all bands from `first_block` on. out[rows.count, K]. 3 blocks to an SM: for 4 of them the assembler spills on sm_80 and sm_90.
-__global__ void __launch_bounds__(DEQUANT_WARPS* WARP, 3) dequant(const uint8_t* blob, void* out, int type, unsigned first_block, Rows of) {
-  const CudaHead& h = blob_head(blob);
-  const CudaBand* band = blob_at<CudaBand>(blob, h.off_bands);
-  unsigned first = 0, blocks;
-  while (first_block + blockIdx.x >= first + (blocks = (band->r1 - band->r0 + TILE_ROWS - 1) / TILE_ROWS)) first += blocks, band++;
-  const unsigned block = first_block + blockIdx.x - first, stored = band->r0 + block * TILE_ROWS;
-  const int rows = min(int(band->r1 - stored), TILE_ROWS), row0 = int(stored) - of.begin;
-  const int32_t* row_map = of.original && h.off_perm_rows ? blob_at<int32_t>(blob, h.off_perm_rows) + stored : nullptr;
-  const int32_t* perm_cols = h.off_perm_cols ? blob_at<int32_t>(blob, h.off_perm_cols) : nullptr;
-  for (unsigned i = 0; i < band->pieces; i++) {
-    const CudaPiece& p = blob_at<CudaPiece>(blob, h.off_pieces)[band->first_piece + i];
-    const bool quads = quad_order(p.format);
-    for (unsigned tile = threadIdx.x / WARP; tile < p.tiles; tile += DEQUANT_WARPS) {
-      const auto go = [&](auto bits, auto order) {
-        dequant_tile<decltype(bits)::value, decltype(order)::value>(blob, p, block, tile, rows, row_map, row0, of.count, perm_cols, out, h.k, type);
-      };
-      switch (p.format.bits) {
-        case 1: go(Constant<1>(), Constant<0>()); break;
-        case 2: quads ? go(Constant<2>(), Constant<1>()) : go(Constant<2>(), Constant<0>()); break;
-        case 3: quads ? go(Constant<3>(), Constant<1>()) : go(Constant<3>(), Constant<0>()); break;
-        case 4: quads ? go(Constant<4>(), Constant<1>()) : go(Constant<4>(), Constant<0>()); break;
-        case 5: go(Constant<5>(), Constant<0>()); break;
-        case 6: go(Constant<6>(), Constant<0>()); break;
-        case 8: go(Constant<8>(), Constant<0>()); break;
-        default: go(Constant<16>(), Constant<0>());
-      }
-    }
-  }
-}
 
 // Value `e` of the sparse part, in original column `col` of the row that `band`, `block` and `r` say, plus the weight that it is added to, anew in float32.
 __device__ __forceinline__ float with_value(const uint8_t* blob, const CudaBand& band, uint64_t block, int r, int col, int64_t e) {
@@ -96,7 +19,7 @@ __device__ __forceinline__ float with_value(const uint8_t* blob, const CudaBand&
 }
 
 // One thread per value of the sparse part. Runs behind dequant.
-__global__ void __launch_bounds__(256) add_values(const uint8_t* blob, void* out, int type, Rows of) {
+__global__ void __launch_bounds__(256) add_values(const uint8_t* blob, void* out, int type, WeightRows of) {
   const CudaHead& h = blob_head(blob);
   const int64_t e = int64_t(blockIdx.x) * 256 + threadIdx.x;
   if (e >= int64_t(h.nnz)) return;
@@ -179,10 +102,8 @@ __global__ void __launch_bounds__(256) scalar(const uint8_t* blob, const void* x
 
 }  // namespace
 
-int launch_dequant(const CudaHead& head, int64_t first_block, int64_t blocks, int64_t begin, int64_t count, const uint8_t* blob, void* out, int type, void* stream) {
-  const Rows of{int(begin), int(count), count == int64_t(head.n)};
-  if (const int error = MXQ_LAUNCH(dequant, dim3(unsigned(blocks)), dim3(DEQUANT_WARPS * WARP), 0, stream, blob, out, type, unsigned(first_block), of)) return error;
-  return head.nnz ? MXQ_LAUNCH(add_values, dim3(unsigned((head.nnz + 255) / 256)), dim3(256), 0, stream, blob, out, type, of) : 0;
+int launch_add_values(const CudaHead& head, const WeightRows& of, const uint8_t* blob, void* out, int type, void* stream) {
+  return MXQ_LAUNCH(add_values, dim3(unsigned((head.nnz + 255) / 256)), dim3(256), 0, stream, blob, out, type, of);
 }
 
 int launch_lookup(const CudaHead& head, const uint8_t* blob, const int64_t* ids, int64_t count, void* out, int type, void* stream) {

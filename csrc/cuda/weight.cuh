@@ -1,4 +1,4 @@
-// A blob read one weight at a time, by the formulas of formats.h in float32: what the dequant and scalar kernels share. Slow, exact, for any format.
+// A blob read one weight at a time, by the formulas of formats.h in float32: what the kernels of plain.cu share. Slow, exact, for any format.
 #pragma once
 
 #include "numbers.cuh"
@@ -10,6 +10,12 @@ template <class T>
 __device__ __forceinline__ const T* blob_at(const uint8_t* blob, uint64_t offset) {
   return reinterpret_cast<const T*>(blob + offset);
 }
+
+// A number as a type.
+template <int N>
+struct Constant {
+  static constexpr int value = N;
+};
 
 // The levels of formats.h where a thread can pick one of them.
 static __constant__ float nf4_levels[16] = {NF4_LEVELS[0], NF4_LEVELS[1], NF4_LEVELS[2],  NF4_LEVELS[3],  NF4_LEVELS[4],  NF4_LEVELS[5],  NF4_LEVELS[6],  NF4_LEVELS[7],
