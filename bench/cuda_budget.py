@@ -46,11 +46,9 @@ class Usage:
 
 
 def kernel_name(mangled: str, source: str) -> str:
-    """``mv_w4<1>`` of a mangled template, the plain name of other kernels."""
-    if m := re.search(r"cuda2mvILi(\d)E", mangled):
+    """``mv_w4<1>`` or ``mm_w4<8>`` of a mangled template, the plain name of other kernels."""
+    if m := re.search(r"cuda2m[vm]ILi(\d)E", mangled):
         return f"{source}<{m[1]}>"
-    if "cuda2mmI" in mangled:
-        return source
     length, name = re.search(r"_cu_[0-9a-f]{8}(\d+)([a-z_]+)", mangled).groups()
     return name[: int(length)]
 

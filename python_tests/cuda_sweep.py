@@ -148,12 +148,12 @@ def every_case() -> Iterator[Case]:
 def one_of_each() -> Iterator[Case]:
     """Few cases that run every kernel: for the sanitizers, which are slow."""
     for i, name in enumerate(DECODERS):
-        for path, m in (("mv", 1 + i % 8), ("mv", 9 + i % 8), ("mm", 17 + i)):
+        for path, m in (("mv", 1 + i % 8), ("mv", 9 + i % 8), ("mm", 17 + i), ("mm", 33 + i)):
             yield Case(name, 18, 330, path, m, HALVES[i % 2], torch.float32, (0, 2)[i % 2], True)
     for name in LAYOUTS:
         n, k = LAYOUTS[name].shape
         yield from (Case(name, n, k, "mv", m, torch.float16) for m in (3, 11))
-        yield Case(name, n, k, "mm", 18, torch.bfloat16)
+        yield from (Case(name, n, k, "mm", m, torch.bfloat16) for m in (18, 34))
         yield from (Case(name, n, k, "scalar", 2), Case(name, n, k, "dequant"), Case(name, n, k, "lookup"))
 
 

@@ -42,13 +42,14 @@ def test_registers_and_spills_of_all_kernels():
 def test_every_source_is_in_the_table():
     for path in cuda_budget.SOURCES:
         kernels = re.findall(r"^__global__ void (?:__launch_bounds__\([^)]*\) )?(\w+)\(", path.read_text(encoding="utf-8"), re.M)
-        names = kernels or ([f"{path.stem}<1>", f"{path.stem}<2>"] if path.stem.startswith("mv_") else [path.stem])
+        names = kernels or [f"{path.stem}<{tiles}>" for tiles in ((1, 2) if path.stem.startswith("mv_") else (4, 8)[: 1 + (path.stem != "mm_mixed")])]
         assert set(names) <= set(ROWS), path.name
 
 
 def test_kernel_names_of_mangled_ones():
     name = cuda_budget.kernel_name
     assert name("_ZN3mxq4cuda2mvILi2EJNS0_7UniformILi4EEEEEEvNS0_6ParamsE", "mv_w4") == "mv_w4<2>"
+    assert name("_ZN3mxq4cuda2mmILi8EJNS0_7UniformILi4EEEEEEvNS0_6ParamsE", "mm_w4") == "mm_w4<8>"
     assert name("_ZN3mxq4cuda40_GLOBAL__N__ad8a0774_8_plain_cu_f343b4a010add_valuesEPKhPvi", "plain") == "add_values"
 
 

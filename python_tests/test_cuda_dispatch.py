@@ -30,7 +30,7 @@ def x_of(m, dtype=torch.float16, k=4096):
 
 
 @pytest.mark.parametrize("m, dtype, path", (
-    (1, torch.float16, "mv"), (16, torch.bfloat16, "mv"), (17, torch.float16, "mm"), (256, torch.bfloat16, "mm"), (257, torch.float16, "big"),
+    (1, torch.float16, "mv"), (16, torch.bfloat16, "mv"), (17, torch.float16, "mm"), (128, torch.bfloat16, "mm"), (129, torch.float16, "big"),
     (4, torch.float32, "scalar"), (16, torch.float32, "scalar"), (17, torch.float32, "big"),
 ))
 def test_path_and_name(layer, m, dtype, path):
@@ -50,7 +50,7 @@ def test_configuration_in_words(layer):
     _, text = runtime(80, 108).explain(x_of(1), [(layer, None)])
     assert text == ("M=1 N=128 K=4096 x=float16: 8 x 1 blocks of 16 warps share 8 x 16 rows, 1 x 16 at a time, with 4 super-tiles of each warp under way")
     _, text = runtime(80, 108).explain(x_of(33), [(layer, None)])
-    assert text == "M=33 N=128 K=4096 x=float16: 4 x 4 blocks of 64 rows by 32 rows of x, 256 columns at a time"
+    assert text == "M=33 N=128 K=4096 x=float16: 2 x 4 blocks of 64 rows by 64 rows of x, 128 columns at a time"
 
 
 def test_blocks_of_mv_are_as_many_as_sms():
@@ -68,7 +68,7 @@ def test_columns_are_split_where_x_does_not_fit():
 
 
 @pytest.mark.parametrize("capability, sms", DEVICES)
-@pytest.mark.parametrize("m", (1, 5, 16, 17, 100, 256))
+@pytest.mark.parametrize("m", (1, 5, 16, 17, 100, 128))
 def test_a_chosen_configuration_fits_and_is_complete(layer, capability, sms, m):
     """Splits do not exceed the columns, and the workspace is a whole number of partial sums."""
     r = runtime(capability, sms)

@@ -182,7 +182,7 @@ def test_mm_every_format(bench, fmt):
     n, k = ((17, 33), (70, 330), (33, 580))[index % 3]
     q = cases.random_qtensor(fmt, n, k, index)
     p, w = bench.pack(q), as_multiplied(q)
-    for m, dtype, y_dtype in ((17 + index % 17, torch.float16, torch.float16), (33, torch.bfloat16, torch.float32)):
+    for m, dtype, y_dtype in ((17 + index % 16, torch.float16, torch.float16), (33 + index % 37, torch.bfloat16, torch.float32)):  # 32, 64 and more in a block
         x, bias = cases.random_x(m, k, dtype, seed=m), torch.randn(n, generator=torch.Generator().manual_seed(m))
         (y,) = bench.linear(x, [(p, bias)], y_dtype, "mm")
         assert error(y, x.double() @ w.T + bias.double()) <= sums_bound(q, y_dtype), (n, k, m, dtype)
@@ -302,6 +302,20 @@ def test_more_pieces_than_a_launch_holds_are_left_to_scalar(bench):
         bench.linear(x, [(p, None)], path="mv")
     (y,) = bench.linear(x, [(p, None)], torch.float32)
     assert error(y, x.double() @ q.dequantize().double().T) <= 1e-5 and bench.runtime.explain(x, [(p, None)])[0].startswith("scalar_")
+
+
+def test_mm_reads_x_itself_where_it_can(bench):
+    """fp16 in the order of the weight and in rows of whole 16 bytes is not staged: the same bits as from rows that are not aligned, which are."""
+    grid = cases.Layout("grid", (40, 448), ((0, 40, 0, 64, "w4g64"), (0, 40, 64, 256, "w8"), (0, 40, 256, 448, "lut3")))
+    for q in (cases.random_qtensor("w4g64_asym", 70, 576), grid.make()):
+        p, (n, k) = bench.pack(q), q.shape
+        wide = cases.random_x(40, k + 16, torch.float16)
+        aligned, shifted = torch.zeros(40, k + 64, dtype=torch.float16), torch.zeros(40, k + 67, dtype=torch.float16)
+        aligned[:, 8 : 8 + k], shifted[:, 3 : 3 + k] = wide[:, :k], wide[:, :k]
+        for m in (19, 40):
+            views = aligned[:m, 8 : 8 + k], shifted[:m, 3 : 3 + k]
+            ys = [bench.linear(x, [(p, None)], torch.float32, "mm")[0] for x in views]
+            assert torch.equal(*ys) and error(ys[0], views[0].double() @ as_multiplied(q).T) <= 1e-5
 
 
 def test_strides_offsets_and_empty_inputs(bench):

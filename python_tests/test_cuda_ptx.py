@@ -78,8 +78,15 @@ def test_mv(modules, case):
     ("mm_lut2", "lut2", "sm_80"), ("mm_lut4", "lut4", "sm_75"), ("mm_nf4", "nf4g64", "sm_80"), ("mm_fp16", "fp16", "sm_80")))
 def test_mm(modules, source, fmt, arch):
     q = cases.random_qtensor(fmt, 18, 300, 1)
-    x, bias = cases.random_x(18, 300, torch.bfloat16), torch.zeros(18)
-    mine, fibers = linear(modules, arch, q, x, bias, ["mm_stage", source], 3)
+    for m in (18, 34):  # blocks of 32 and of 64 rows of x
+        x, bias = cases.random_x(m, 300, torch.bfloat16), torch.zeros(18)
+        mine, fibers = linear(modules, arch, q, x, bias, ["mm_stage", source], 3)
+        assert cuda_tools.error(mine, fibers.double()) <= 1e-6, m
+
+
+def test_mm_of_x_itself(modules):
+    q = cases.random_qtensor("w4g64", 18, 320, 1)
+    mine, fibers = linear(modules, "sm_80", q, cases.random_x(18, 320, torch.float16), torch.zeros(18), ["mm_w4"], 3)
     assert cuda_tools.error(mine, fibers.double()) <= 1e-6
 
 

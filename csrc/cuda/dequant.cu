@@ -147,7 +147,8 @@ int launch_dequant(const CudaHead& head, int64_t first_block, int64_t blocks, in
                    int type, void* stream) {
   const WeightRows of{int(begin), int(count), count == int64_t(head.n)};
   const unsigned shares = unsigned(ceil_div(units, DEQUANT_WARPS)), grid = unsigned(blocks) * shares;
-  if (const int error = MXQ_LAUNCH(dequant, dim3(grid), dim3(DEQUANT_WARPS * WARP), 0, stream, blob, out, type, unsigned(first_block), shares, of)) return error;
+  const int error = MXQ_LAUNCH(dequant, dim3(grid), dim3(DEQUANT_WARPS * WARP), 0, stream, blob, out, type, unsigned(first_block), shares, of);
+  if (error) return error;
   return head.nnz ? launch_add_values(head, of, blob, out, type, stream) : 0;
 }
 

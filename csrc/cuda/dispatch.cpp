@@ -80,9 +80,9 @@ Config choose_mm(const Desc& d) {
   Config c{};
   const int64_t sms = d.device.sms > 0 ? d.device.sms : DEFAULT_SMS;
   c.path = MM, c.ok = 1;
-  c.tiles = MM_TILE_M / 8, c.columns = MM_TILES * TILE_COLS;
-  const int64_t blocks = ceil_div(d.row_blocks, MM_WARPS) * ceil_div(d.m, MM_TILE_M);
-  c.splits = int32_t(std::clamp<int64_t>(2 * sms / std::max<int64_t>(blocks, 1), 1, std::clamp<int64_t>(d.k / (4 * c.columns), 1, 8)));
+  c.tiles = mm_tiles(d.m, d.decoder == MIXED), c.columns = MM_TILES * TILE_COLS;
+  const int64_t blocks = ceil_div(d.row_blocks, MM_WARPS) * ceil_div(d.m, 8 * c.tiles);
+  c.splits = int32_t(std::clamp<int64_t>(2 * sms / std::max<int64_t>(blocks, 1), 1, std::clamp<int64_t>(d.k / (4 * MM_SPLIT * TILE_COLS), 1, 8)));
   return c;
 }
 
@@ -100,7 +100,7 @@ Config choose(const Desc& d, Path forced) {
   if (cc && cc < 75) return refuse("there are kernels for compute capability 7.5 and later, this device has " + std::to_string(cc / 10) + "." + std::to_string(cc % 10));
   Path path = forced;
   const bool half = d.x_type != F32, fits = d.most_pieces <= MAX_PIECES;
-  if (path == AUTO) path = d.m > MM_ROWS ? BIG : !fits || !half ? (d.m > MV_ROWS ? BIG : SCALAR) : d.m > MV_ROWS ? MM : MV;
+  if (path == AUTO) path = d.m > MM_BEST ? BIG : !fits || !half ? (d.m > MV_ROWS ? BIG : SCALAR) : d.m > MV_ROWS ? MM : MV;
   if (path == MV || path == MM) {
     const std::string name = path == MV ? "mv" : "mm";
     if (!half) return refuse(name + " multiplies float16 or bfloat16 inputs (" + at + ")");

@@ -15,6 +15,8 @@ enum Path : int32_t { AUTO = 0, SCALAR = 1, MV = 2, MM = 3, BIG = 4 };
 
 // The most rows of x that each path takes.
 constexpr int MV_ROWS = 16, MM_ROWS = 256;
+// Up to that many, mm takes less time than dequant (as long as about 64 rows take in mm) and a product of torch.
+constexpr int MM_BEST = 128;
 
 struct Device {
   int32_t capability;  // 10 * major + minor, for example 86; 0: unknown

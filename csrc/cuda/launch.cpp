@@ -98,6 +98,19 @@ std::vector<Params> launches(const LinearCall& c, const Config& config, const De
   return out;
 }
 
+// Whether x is what mm wants of the stage kernel: fp16 in the order of the weight's columns, without padding between pieces, in rows of whole 16 bytes.
+bool is_staged(const Params& p) {
+  const PartView& part = p.part[0];
+  if (p.x_type != F16 || part.perm_cols || p.ldx % 8 || reinterpret_cast<uintptr_t>(p.x) % 16) return false;
+  uint32_t column = 0;
+  for (uint32_t i = 0; i < part.pieces; i++) {
+    const PieceView& piece = p.piece[part.first_piece + i];
+    if (piece.c0 != column || piece.cols % TILE_COLS) return false;
+    column += piece.cols;
+  }
+  return true;
+}
+
 // Gives each launch its share of the workspace; returns the bytes of all.
 int64_t place(std::vector<Params>& launches, const Config& config, void* workspace) {
   int64_t end = 0;
@@ -107,7 +120,9 @@ int64_t place(std::vector<Params>& launches, const Config& config, void* workspa
     return static_cast<void*>(start);
   };
   for (Params& p : launches) {
-    if (config.path == MM) {
+    if (config.path == MM && is_staged(p)) {
+      p.staged = static_cast<const uint16_t*>(p.x), p.ld_staged = p.ldx;
+    } else if (config.path == MM) {
       p.staged = static_cast<uint16_t*>(take(p.m * p.ld_staged * 2));
       p.unscale = static_cast<float*>(take(p.m * 4));
     }
@@ -178,7 +193,7 @@ int linear(const LinearCall& c) {
     if (config.path == MV) {
       error = MV_LAUNCHES[d.decoder](p, config.tiles, early, c.stream);
     } else {
-      error = launch_stage(p, const_cast<uint16_t*>(p.staged), const_cast<float*>(p.unscale), c.stream);
+      if (p.unscale) error = launch_stage(p, const_cast<uint16_t*>(p.staged), const_cast<float*>(p.unscale), c.stream);
       if (!error) error = MM_LAUNCHES[d.decoder](p, c.stream);
     }
     if (!error && p.splits > 1) error = launch_reduce(p, int(rows_of_block(config)), early, c.stream);

@@ -1,4 +1,4 @@
-// The inputs of an mm launch: fp16, columns in stored order, each piece padded to whole tiles with zeros.
+// The inputs of an mm launch: fp16, columns in stored order, each piece padded to whole tiles with zeros. Not launched where x is that already.
 #include "launch.h"
 #include "simt.hpp"
 #include "stage.cuh"

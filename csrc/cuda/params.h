@@ -40,7 +40,7 @@ struct Params {
   int64_t ldx;
   float* partial;    // [splits][m][ctas * rows of a CTA], or null with one split; mv: rows of all row blocks
   const uint16_t* staged;  // mm: x as fp16 in the order of the weight's columns (mm_stage.cu), `ld_staged` elements between rows
-  const float* unscale;    // mm: [m], what a sum is multiplied with
+  const float* unscale;    // mm: [m], what a sum is multiplied with; null: 1, and staged is x itself
   int64_t ld_staged;
   int32_t x_type, y_type, m, k, parts, splits, sparse;
   int32_t ctas;      // blocks; mv: row blocks of 16 rows

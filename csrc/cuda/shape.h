@@ -41,9 +41,11 @@ struct MvShape {
   constexpr int nbytes() const { return x_sums() + columns * tiles(); }
 };
 
-// An mm block: MM_ROWS_W rows of W by MM_TILE_M rows of x, MM_TILES tiles of columns in each of two buffers.
-constexpr int MM_WARPS = 4, MM_THREADS = MM_WARPS * WARP, MM_ROWS_W = MM_WARPS * TILE_ROWS, MM_TILE_M = 32, MM_TILES = 4;
-constexpr int MM_STRIDE = MM_TILES * TILE_COLS + STAGE_PAD, MM_SMEM = 2 * MM_TILE_M * MM_STRIDE * 2;
-static_assert(MM_SMEM <= 48 * 1024 && MM_SMEM >= MM_TILE_M * MM_ROWS_W * 4, "fits every device, and the sums fit where x was");
+// An mm block: MM_ROWS_W rows of W by 8 * mm_tiles() rows of x, MM_TILES tiles of columns in each of two buffers. Splits begin at super-tiles, MM_SPLIT tiles.
+constexpr int MM_WARPS = 4, MM_THREADS = MM_WARPS * WARP, MM_ROWS_W = MM_WARPS * TILE_ROWS, MM_TILES = 2, MM_SPLIT = 4;
+constexpr int MM_STRIDE = MM_TILES * TILE_COLS + STAGE_PAD;
+static constexpr int mm_tiles(int64_t m, bool mixed) { return m <= 32 || mixed ? 4 : 8; }  // with all decoders and 8 of them the assembler spills
+static constexpr int mm_smem(int nt) { return 2 * 8 * nt * MM_STRIDE * 2; }
+static_assert(mm_smem(8) <= 48 * 1024 && mm_smem(4) >= 32 * MM_ROWS_W * 4, "fits every device, and the sums fit where x was");
 
 }  // namespace mxq::cuda
