@@ -42,9 +42,9 @@ PYBIND11_MODULE(_cuda, m) {
     py::gil_scoped_release release;
     return mxq_cuda_linear(ptr<LinearCall>(call));
   });
-  m.def("dequantize", [](uintptr_t head, uintptr_t blob, uintptr_t out, int64_t type, int64_t begin, int64_t count, uintptr_t stream) {
+  m.def("dequantize", [](uintptr_t head, uintptr_t blob, uintptr_t out, int64_t type, int64_t begin, int64_t count, int64_t stored_cols, uintptr_t stream) {
     py::gil_scoped_release release;
-    return mxq_cuda_dequantize(ptr<uint8_t>(head), ptr<uint8_t>(blob), ptr<void>(out), type, begin, count, ptr<void>(stream));
+    return mxq_cuda_dequantize(ptr<uint8_t>(head), ptr<uint8_t>(blob), ptr<void>(out), type, begin, count, stored_cols, ptr<void>(stream));
   });
   m.def("embedding", [](uintptr_t head, uintptr_t blob, uintptr_t ids, int64_t count, uintptr_t out, int64_t type, uintptr_t stream) {
     py::gil_scoped_release release;

@@ -236,12 +236,15 @@ class Runtime:
         """y = x W^T + bias by torch's matrix product with one piece of W after the other, so that no weight is whole in the type of x."""
         n, k = p.shape
         rows = min(n, max(16, BIG_BYTES // max(1, k * x.element_size()) // 16 * 16))
-        at = _head_offsets(p.head)["perm_rows"]
+        head = _head_offsets(p.head)
+        at, columns = head["perm_rows"], head["perm_cols"]
         order = p.blob[at : at + 4 * n].view(torch.int32).long() if at and rows < n else None  # of stored rows; all at once come in original order
+        if columns:  # x has fewer numbers to reorder than W, whose columns then are neighbours
+            x = x.index_select(1, p.blob[columns : columns + 4 * k].view(torch.int32))
         room = torch.empty(rows, k, dtype=x.dtype, device=x.device)
         for begin in range(0, n, rows):
             w = room[: min(rows, n - begin)]
-            self._dequantize(p, w, begin, stream)
+            self._dequantize(p, w, begin, stream, stored_columns=True)
             place = slice(begin, begin + w.shape[0]) if order is None else order[begin : begin + w.shape[0]]
             with torch.no_grad():
                 b = None if bias is None else bias[place].to(x.dtype)
@@ -271,11 +274,11 @@ class Runtime:
         self._dequantize(p, out, 0, stream)
         return out
 
-    def _dequantize(self, p: CudaPacked, out: torch.Tensor, begin: int, stream: int) -> None:
-        """Stored rows from ``begin`` on into out [rows, K], which are in stored order, or in original order if they are all."""
+    def _dequantize(self, p: CudaPacked, out: torch.Tensor, begin: int, stream: int, stored_columns: bool = False) -> None:
+        """Stored rows from ``begin`` on into out [rows, K], which are in stored order, or in original order if they are all. Columns are in original order."""
         if out.numel():
-            self.run(self.library.dequantize(p.head.data_ptr(), p.blob.data_ptr(), out.data_ptr(), TYPES[out.dtype], begin, out.shape[0], stream),
-                     f"dequantizing {p}")
+            self.run(self.library.dequantize(p.head.data_ptr(), p.blob.data_ptr(), out.data_ptr(), TYPES[out.dtype], begin, out.shape[0], int(stored_columns),
+                                             stream), f"dequantizing {p}")
 
     def embedding(self, ids: torch.Tensor, p: CudaPacked, dtype: torch.dtype = torch.float32, stream: int = 0) -> torch.Tensor:
         """Rows ``ids`` (int64 [count]) of the weight: [count, K], the bits of :meth:`dequantize`. NaN for an id out of range, which the host cannot see."""

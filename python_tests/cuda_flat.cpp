@@ -22,7 +22,7 @@ int flat_linear(const uint8_t* blob0, const uint8_t* blob1, const uint8_t* blob2
   return linear(c);
 }
 
-int flat_dequantize(const uint8_t* blob, void* out, int type, int begin, int count) { return dequantize(blob, blob, out, type, begin, count, nullptr); }
+int flat_dequantize(const uint8_t* blob, void* out, int type, int begin, int count) { return dequantize(blob, blob, out, type, begin, count, false, nullptr); }
 
 int flat_embedding(const uint8_t* blob, const int64_t* ids, int count, void* out, int type) { return embedding(blob, blob, ids, count, out, type, nullptr); }
 

@@ -48,8 +48,9 @@ MXQ_API void mxq_cuda_unpack(const uint8_t* blob, int64_t rect, const RectDesc* 
 
 MXQ_API int64_t mxq_cuda_workspace_nbytes(const LinearCall* c) { return workspace_nbytes(*c); }
 MXQ_API int64_t mxq_cuda_linear(const LinearCall* c) { return linear(*c); }
-MXQ_API int64_t mxq_cuda_dequantize(const uint8_t* head, const uint8_t* blob, void* out, int64_t type, int64_t begin, int64_t count, void* stream) {
-  return dequantize(head, blob, out, int(type), begin, count, stream);
+MXQ_API int64_t mxq_cuda_dequantize(const uint8_t* head, const uint8_t* blob, void* out, int64_t type, int64_t begin, int64_t count, int64_t stored_cols,
+                                    void* stream) {
+  return dequantize(head, blob, out, int(type), begin, count, stored_cols != 0, stream);
 }
 MXQ_API int64_t mxq_cuda_embedding(const uint8_t* head, const uint8_t* blob, const int64_t* ids, int64_t count, void* out, int64_t type, void* stream) {
   return embedding(head, blob, ids, count, out, int(type), stream);

@@ -22,7 +22,8 @@ MXQ_API void mxq_cuda_unpack(const uint8_t* blob, int64_t rect, const mxq::cuda:
 MXQ_API int64_t mxq_cuda_workspace_nbytes(const mxq::cuda::LinearCall* c);
 // These return a cudaError_t, 0 for success, or -1 where there is no kernel; launch.h says what they do.
 MXQ_API int64_t mxq_cuda_linear(const mxq::cuda::LinearCall* c);
-MXQ_API int64_t mxq_cuda_dequantize(const uint8_t* head, const uint8_t* blob, void* out, int64_t type, int64_t begin, int64_t count, void* stream);
+MXQ_API int64_t mxq_cuda_dequantize(const uint8_t* head, const uint8_t* blob, void* out, int64_t type, int64_t begin, int64_t count, int64_t stored_cols,
+                                    void* stream);
 MXQ_API int64_t mxq_cuda_embedding(const uint8_t* head, const uint8_t* blob, const int64_t* ids, int64_t count, void* out, int64_t type, void* stream);
 
 // The path that a call takes (enum Path; 0: none) and, as text, its configuration or why there is none.

@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(DEQUANT_WARPS* WARP, 5) dequant(const uint8_t*
   const int lane = int(threadIdx.x) % WARP;
   unsigned block = first_block + blockIdx.x / shares, blocks;
   while (block >= (blocks = (band->r1 - band->r0 + TILE_ROWS - 1) / TILE_ROWS)) block -= blocks, band++;
-  Target to{{}, type, h.off_perm_cols ? blob_at<int32_t>(blob, h.off_perm_cols) : nullptr};
+  Target to{{}, type, h.off_perm_cols && !of.stored_cols ? blob_at<int32_t>(blob, h.off_perm_cols) : nullptr};
 #pragma unroll
   for (int i = 0; i < 2; i++) {
     const unsigned stored = band->r0 + block * TILE_ROWS + unsigned(lane / 4 + 8 * i);
@@ -143,9 +143,8 @@ __global__ void __launch_bounds__(DEQUANT_WARPS* WARP, 5) dequant(const uint8_t*
 
 }  // namespace
 
-int launch_dequant(const CudaHead& head, int64_t first_block, int64_t blocks, int64_t units, int64_t begin, int64_t count, const uint8_t* blob, void* out,
-                   int type, void* stream) {
-  const WeightRows of{int(begin), int(count), count == int64_t(head.n)};
+int launch_dequant(const CudaHead& head, int64_t first_block, int64_t blocks, int64_t units, const WeightRows& of, const uint8_t* blob, void* out, int type,
+                   void* stream) {
   const unsigned shares = unsigned(ceil_div(units, DEQUANT_WARPS)), grid = unsigned(blocks) * shares;
   const int error = MXQ_LAUNCH(dequant, dim3(grid), dim3(DEQUANT_WARPS * WARP), 0, stream, blob, out, type, unsigned(first_block), shares, of);
   if (error) return error;

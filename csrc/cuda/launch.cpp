@@ -202,7 +202,7 @@ int linear(const LinearCall& c) {
   return 0;
 }
 
-int dequantize(const uint8_t* head, const uint8_t* blob, void* out, int type, int64_t begin, int64_t count, void* stream) {
+int dequantize(const uint8_t* head, const uint8_t* blob, void* out, int type, int64_t begin, int64_t count, bool stored_cols, void* stream) {
   const CudaHead& h = head_of(head);
   int64_t blocks = 0, first = -1, last = 0, most = 0;  // row blocks so far, that of row `begin`, the one behind the last row; super-tiles of a row block
   for (uint32_t b = 0; b < h.bands; b++) {
@@ -218,7 +218,7 @@ int dequantize(const uint8_t* head, const uint8_t* blob, void* out, int type, in
     }
     most = std::max(most, units);
   }
-  return launch_dequant(h, first, last - first, most, begin, count, blob, out, type, stream);
+  return launch_dequant(h, first, last - first, most, {int(begin), int(count), count == int64_t(h.n), stored_cols}, blob, out, type, stream);
 }
 
 int embedding(const uint8_t* head, const uint8_t* blob, const int64_t* ids, int64_t count, void* out, int type, void* stream) {

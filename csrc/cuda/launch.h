@@ -29,16 +29,16 @@ Desc desc_of(const LinearCall& c);
 Config config_of(const LinearCall& c);
 int64_t workspace_nbytes(const LinearCall& c);
 int linear(const LinearCall& c);
-// `count` stored rows of the weight from `begin` on, [count, k] of `type`: the columns in original order, the rows in stored order, but in original
-// order if they are all rows.
-int dequantize(const uint8_t* head, const uint8_t* blob, void* out, int type, int64_t begin, int64_t count, void* stream);
+// `count` stored rows of the weight from `begin` on, [count, k] of `type`: the columns in original or in stored order, the rows in stored order, but in
+// original order if they are all rows.
+int dequantize(const uint8_t* head, const uint8_t* blob, void* out, int type, int64_t begin, int64_t count, bool stored_cols, void* stream);
 // Rows ids[0..count) (int64, device memory) in original order, [count, k] of `type`; NaN for an id that is no row.
 int embedding(const uint8_t* head, const uint8_t* blob, const int64_t* ids, int64_t count, void* out, int type, void* stream);
 
 // Rows of a weight that are wanted: all of them in original order, or a piece of `count` stored rows from `begin` on, in stored order (a product with them
-// is put into the original order by its caller).
+// is put into the original order by its caller). Their columns in original order, or in stored order (the caller has x in that order).
 struct WeightRows {
-  int begin, count, original;
+  int begin, count, original, stored_cols;
 };
 
 // mv_<format>.cu. `early`: the kernel may start before the one ahead of it has ended (compute capability 9.0 and later).
@@ -75,8 +75,8 @@ int mm_mixed(const Params&, void*);
 int launch_stage(const Params& p, uint16_t* staged, float* unscale, void* stream);
 
 // dequant.cu, plain.cu and reduce.cu. `units`: super-tiles of the band that has most of them.
-int launch_dequant(const CudaHead& head, int64_t first_block, int64_t blocks, int64_t units, int64_t begin, int64_t count, const uint8_t* blob, void* out,
-                   int type, void* stream);
+int launch_dequant(const CudaHead& head, int64_t first_block, int64_t blocks, int64_t units, const WeightRows& of, const uint8_t* blob, void* out, int type,
+                   void* stream);
 int launch_add_values(const CudaHead& head, const WeightRows& of, const uint8_t* blob, void* out, int type, void* stream);
 int launch_lookup(const CudaHead& head, const uint8_t* blob, const int64_t* ids, int64_t count, void* out, int type, void* stream);
 int launch_scalar(const CudaHead& head, const LinearCall& c, const Output& o, void* stream);

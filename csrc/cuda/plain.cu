@@ -35,7 +35,8 @@ __global__ void __launch_bounds__(256) add_values(const uint8_t* blob, void* out
   uint64_t block;
   int r;
   const CudaBand& band = band_of(blob, unsigned(stored), block, r);
-  store_number(out, int64_t(of.original ? row : piece_row) * h.k + col, type, with_value(blob, band, block, r, col, e));
+  const int place = of.stored_cols && h.off_col_of ? __ldg(blob_at<int32_t>(blob, h.off_col_of) + col) : col;
+  store_number(out, int64_t(of.original ? row : piece_row) * h.k + place, type, with_value(blob, band, block, r, col, e));
 }
 
 // grid: one block per id. out[i, K] = row ids[i] without the sparse part, columns in original order; NaN where there is no such row: the host does not
