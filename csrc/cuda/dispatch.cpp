@@ -132,8 +132,8 @@ std::string describe(const Desc& d, const Config& c) {
   if (c.path == BIG) return s + " dequantized, then a matrix product of torch";
   const std::string splits = std::to_string(c.splits);
   if (c.path == MM)
-    return s + " " + std::to_string(ceil_div(d.row_blocks, MM_WARPS) * ceil_div(d.m, MM_TILE_M)) + " x " + splits + " blocks of " + std::to_string(MM_ROWS_W) + " rows by " +
-           std::to_string(MM_TILE_M) + " rows of x, " + std::to_string(c.columns) + " columns at a time";
+    return s + " " + std::to_string(ceil_div(d.row_blocks, MM_WARPS) * ceil_div(d.m, 8 * c.tiles)) + " x " + splits + " blocks of " + std::to_string(MM_ROWS_W) + " rows by " +
+           std::to_string(8 * c.tiles) + " rows of x, " + std::to_string(c.columns) + " columns at a time";
   return s + " " + std::to_string(c.blocks) + " x " + splits + " blocks of " + std::to_string(c.warps) + " warps share " + std::to_string(d.row_blocks) + " x 16 rows, " +
          std::to_string(c.batch) + " x 16 at a time, with " + std::to_string(c.depth) + " super-tiles of each warp under way";
 }
