@@ -57,6 +57,8 @@ def threads_of(source: str, kernel: str) -> int:
     """Most threads of a block, as csrc/cuda/shape.h and attention.h have them."""
     if source.startswith("mv_"):
         return 256 if "mixed" in source else 384 if kernel.endswith("<2>") else 512
+    if kernel == "attend_merge":
+        return 512
     return 128 if source in ("attention", "dequant") or (source.startswith("mm_") and source != "mm_stage") else 256
 
 

@@ -139,6 +139,20 @@ def test_every_pair_of_bits(bench, key_bits, value_bits):
         numeric.check(bench.attend(q, args), reference.attend(q.numpy(), k, v), LIMIT, f"k{key_bits}v{value_bits} D={d} {lengths} x{ratio}")
 
 
+@pytest.mark.parametrize("capability, warps", ((75, (4, 4, 4)), (80, (4, 4, 4)), (90, (4, 2, 4))))
+def test_copies_and_none(capability, warps):
+    """Blocks of fewer warps where copies of chunks in shared memory are large; without copies where they are too large or the device has none."""
+    for i, (bits, d) in enumerate((((3, 4), 80), ((16, 16), 128), ((16, 8), 256))):
+        args, k, v = cache(*formats(*bits, d), 1, 20, 3, 40, dtype=DTYPES[2 - i], seed=i)
+        q = numbers(1, 3, (2, 1, 3)[i], d, seed=9)
+        bench = Bench("cpu")
+        bench.kernels.runtime.capability = capability
+        _, text = bench.kernels.explain(q, kv_cuda.CudaPages.of(args[0], "cpu"), *args[1:])
+        assert f" and {warps[i]} warps, " in text
+        for splits in (0, 1):
+            numeric.check(bench.attend(q, args, splits=splits), reference.attend(q.numpy(), k, v), LIMIT, f"{capability} {bits} {d}")
+
+
 OPTIONS = ({}, {"causal": False}, {"window": 1}, {"window": 70}, {"window": 40, "causal": False}, {"softcap": 3.0}, {"softcap": 30.0, "window": 90},
            {"scale": 0.3})
 
@@ -356,11 +370,12 @@ def explain(capability=80, sms=108, bandwidth=0.0, pages=2, queries=1, ratio=4, 
 def test_configuration_in_words():
     name, text = explain(pages=64, bandwidth=1.8e12)
     assert name == "attend_k4v2_d128__sm80"
-    assert text == ("4160 keys, 4 rows of queries (4 heads) on each of 8 key/value heads: 8 x 1 x 17 blocks of 4 rows, 4 chunks each; 3670016 bytes of pages, "
-                    "at least 2.04 us at 1800 GB/s")
+    assert text == ("4160 keys, 4 rows of queries (4 heads) on each of 8 key/value heads: 8 x 1 x 17 blocks of 4 rows and 4 warps, 4 chunks each; "
+                    "3670016 bytes of pages, at least 2.04 us at 1800 GB/s")
     name, text = explain(75, 40, queries=3, d=256, window=64)
     assert name == "attend_k4v2_d256__sm75"
-    assert text == ("192 keys, 12 rows of queries (4 heads) on each of 8 key/value heads: 8 x 2 x 1 blocks of 8 rows, 2 chunks each; 114688 bytes of pages")
+    assert text == ("192 keys, 12 rows of queries (4 heads) on each of 8 key/value heads: 8 x 2 x 2 blocks of 8 rows and 4 warps, 3 chunks each; "
+                    "114688 bytes of pages")
 
 
 def test_pages_counted_are_those_that_are_read():
@@ -374,9 +389,9 @@ def test_splits_fill_the_device_and_do_not_exceed_the_keys(capability, sms):
     for pages, queries, heads in itertools.product((0, 1, 7, 100, 1000), (1, 9), (1, 8)):
         _, text = explain(capability, sms, pages=pages, queries=queries, heads=heads, d=64)
         pairs, blocks, splits = map(int, text.split(": ")[1].split(" blocks")[0].split(" x "))
-        assert (pairs, blocks) == (heads, 1 if queries == 1 else 5) and 1 <= splits <= max(1, -(-(pages + 1) // 4), 1) and splits <= 128
+        assert (pairs, blocks) == (heads, 1 if queries == 1 else 5) and 1 <= splits <= max(1, -(-(pages + 4) // 4)) and splits <= 128
         if pages == 1000 and heads == 8:
-            assert pairs * blocks * splits >= 2 * (sms or 108)
+            assert 2 * pairs * blocks * splits >= 3 * (sms or 108)
     assert explain(0, 0, pages=50) == explain(80, 108, pages=50)
 
 

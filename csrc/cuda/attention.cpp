@@ -13,6 +13,23 @@ constexpr int DEFAULT_SMS = 108;  // of a device that is not known
 
 RowsView view_of(const Rows& r) { return {r.data, r.batch, r.head, r.token, int32_t(r.type)}; }
 
+// Bytes of shared memory of an SM, of which each block takes BLOCK_SHARED more than it asks for.
+constexpr int BLOCK_SHARED = 1024;
+int shared_of(int32_t capability) {
+  switch (capability) {
+    case 80: case 87: return 164 * 1024;
+    case 90: case 100: case 103: case 110: return 228 * 1024;
+    default: return 100 * 1024;
+  }
+}
+
+int64_t stage_bytes(const PageDesc& d, const Rows& sink, const Rows& tail) {
+  int64_t bytes = whole_page_bytes(page_format(d));
+  for (const Rows* r : {&sink, &tail})
+    if (r->tokens) bytes = std::max<int64_t>(bytes, FLOAT_CHUNK * d.head * (r->type == F32 ? 4 : 2) + TOKEN_SHIFT);
+  return bytes;
+}
+
 Keys keys_of(const AttendCall& c) { return {int32_t(c.sink_k.tokens), int32_t(c.page_count), int32_t(c.tail_k.tokens)}; }
 
 }  // namespace
@@ -28,6 +45,7 @@ AttendDesc attend_desc(const AttendCall& c) {
   d.keys = keys.total(), d.chunks = std::min(keys.chunks() - first + (c.counts != nullptr), keys.chunks());
   const int64_t pages = std::min<int64_t>(std::max(0, keys.sinks() + keys.pages - std::max(first, keys.sinks())) + (c.counts != nullptr), keys.pages);
   d.page_bytes = pages * d.pairs * (whole_page_bytes(page_format(c.key)) + whole_page_bytes(page_format(c.value)));
+  d.key_stage = stage_bytes(c.key, c.sink_k, c.tail_k), d.value_stage = stage_bytes(c.value, c.sink_v, c.tail_v);
   return d;
 }
 
@@ -41,10 +59,22 @@ AttendConfig choose(const AttendDesc& d) {
   c.ok = 1;
   c.tiles = d.rows > TILE_QUERIES && d.head <= WIDE_HEAD ? 2 : 1;
   c.blocks = ceil_div(d.rows, TILE_QUERIES * c.tiles);
+  // As many warps on an SM as registers and shared memory allow; of equals the largest blocks, which leave least to merge.
+  const int bound = c.tiles == 1 ? NARROW_BLOCKS : WIDE_BLOCKS;
+  int64_t resident = bound;
+  c.warps = ATTEND_WARPS;
+  if (cc == 0 || cc >= 80) {
+    int64_t best_warps = FEW_WARPS - 1;
+    for (int32_t warps = ATTEND_WARPS; warps; warps /= 2) {
+      const int64_t bytes = attend_smem(c.tiles, int(d.head), warps, int(d.key_stage + d.value_stage)) + BLOCK_SHARED;
+      const int64_t fit = std::min<int64_t>(bound * ATTEND_WARPS / warps, shared_of(cc) / bytes);
+      if (fit * warps > best_warps) best_warps = fit * warps, resident = fit, c.warps = warps, c.staged = true;
+    }
+  }
   // Turns of the whole device times the chunks that a warp reads in each; the fewest splits that come within 15 % of the best, since each costs a merge.
-  const int64_t slots = (c.tiles == 1 ? NARROW_BLOCKS : WIDE_BLOCKS) * (d.device.sms > 0 ? d.device.sms : DEFAULT_SMS), base = d.pairs * c.blocks;
-  const int64_t most = std::clamp<int64_t>(ceil_div(d.chunks, ATTEND_WARPS), 1, MAX_SPLITS);
-  const auto time = [&](int64_t splits) { return ceil_div(base * splits, slots) * ceil_div(ceil_div(d.chunks, splits), ATTEND_WARPS); };
+  const int64_t slots = resident * (d.device.sms > 0 ? d.device.sms : DEFAULT_SMS), base = d.pairs * c.blocks;
+  const int64_t most = std::clamp<int64_t>(ceil_div(d.chunks, c.warps), 1, MAX_SPLITS);
+  const auto time = [&](int64_t splits) { return ceil_div(base * splits, slots) * ceil_div(ceil_div(d.chunks, splits), c.warps); };
   int64_t best = time(1);
   for (int64_t s = 2; s <= most; s++) best = std::min(best, time(s));
   for (c.splits = 1; 100 * time(c.splits) > 115 * best;) c.splits++;
@@ -54,7 +84,7 @@ AttendConfig choose(const AttendDesc& d) {
 AttendConfig attend_config(const AttendCall& c) {
   const AttendDesc d = attend_desc(c);
   AttendConfig config = choose(d);
-  if (c.splits && config.ok) config.splits = std::clamp<int64_t>(c.splits, 1, std::max<int64_t>(d.chunks, 1));
+  if (c.splits && config.ok) config.splits = std::clamp<int64_t>(c.splits, 1, std::clamp<int64_t>(d.chunks, 1, MAX_SPLITS));
   return config;
 }
 
@@ -68,7 +98,8 @@ std::string describe(const AttendDesc& d, const AttendConfig& c, double bandwidt
   const std::string pairs = std::to_string(d.pairs);
   std::string s = std::to_string(d.keys) + " keys, " + std::to_string(d.rows) + " rows of queries (" + std::to_string(d.group) + " heads) on each of " + pairs +
                   " key/value heads: " + pairs + " x " + std::to_string(c.blocks) + " x " + std::to_string(c.splits) + " blocks of " +
-                  std::to_string(TILE_QUERIES * c.tiles) + " rows, " + std::to_string(ceil_div(d.chunks, c.splits)) + " chunks each; " +
+                  std::to_string(TILE_QUERIES * c.tiles) + " rows and " + std::to_string(c.warps) + " warps, " +
+                  std::to_string(ceil_div(d.chunks, c.splits)) + " chunks each; " +
                   std::to_string(d.page_bytes) + " bytes of pages";
   if (bandwidth > 0) {
     char text[64];
@@ -98,12 +129,13 @@ int attend(const AttendCall& c) {
   p.key_groups = int32_t(page_groups(key)), p.value_group = int32_t(page_group_rows(value));
   p.key_bytes = page_bytes(key), p.key_halves = page_params(key), p.value_bytes = page_bytes(value), p.value_halves = page_params(value);
   p.keys = keys_of(c), p.counts = c.counts;
-  p.splits = int32_t(config.splits), p.blocks = int32_t(config.blocks);
+  p.splits = int32_t(config.splits), p.blocks = int32_t(config.blocks), p.warps = config.warps;
+  p.key_stage = config.staged ? int32_t(d.key_stage) : 0, p.value_stage = config.staged ? int32_t(d.value_stage) : 0;
   p.kv_heads = int32_t(c.kv_heads), p.group = int32_t(d.group), p.queries = int32_t(c.queries);
   p.rows = int32_t(d.rows), p.pairs = int32_t(d.pairs);
   p.causal = int32_t(c.causal), p.window = int32_t(c.window), p.scale = float(c.scale), p.cap = float(c.cap);
   if (const int error = launch_attend(p, config.tiles, c.stream)) return error;
-  return config.splits > 1 ? launch_attend_merge(p, c.stream) : 0;
+  return config.splits > 1 ? launch_attend_merge(p, c.capability >= 90, c.stream) : 0;
 }
 
 }  // namespace mxq::cuda

@@ -23,7 +23,8 @@ struct PageDesc {
 };
 static inline PageFormat page_format(const PageDesc& d) { return {uint8_t(d.side), uint8_t(d.bits), int32_t(d.group), int32_t(d.head)}; }
 
-// Keys are in the order sink, pages, tail, cut into chunks of at most 64 tokens: a page is one, sink and tail are cut from their beginning.
+// Keys are in the order sink, pages, tail, cut into chunks: a page of 64 tokens is one, sink and tail are cut from their beginning into chunks of at most 16,
+// which have as many bytes as a page of few bits.
 struct AttendCall {
   PageDesc key, value;
   int64_t batch, q_heads, kv_heads, queries;
@@ -45,24 +46,29 @@ struct AttendCall {
 };
 
 constexpr int CHUNK = PAGE;                                          // most keys of a chunk
-constexpr int ATTEND_WARPS = 4, ATTEND_THREADS = ATTEND_WARPS * WARP;
+constexpr int FLOAT_CHUNK = 16;                                      // of one of the sink or the tail
+constexpr int ATTEND_WARPS = 4, ATTEND_THREADS = ATTEND_WARPS * WARP;  // at most
+constexpr int MERGE_THREADS = 512;
 constexpr int TILE_QUERIES = 4;                                      // rows of the queries that one product of 8 columns holds, see attention.cu
 constexpr int WIDE_HEAD = 256;                                       // wider heads: 4 rows to a block, whose sums fit any device's shared memory
 constexpr int MAX_SPLITS = 128;
 constexpr int NARROW_BLOCKS = 4, WIDE_BLOCKS = 3;                    // blocks of 4 and of 8 rows that an SM holds at once: what their registers are bounded for
 constexpr int SCORE_STRIDE = CHUNK + 8;                              // floats between rows of probabilities: stores of a warp meet no bank twice
+constexpr int TOKEN_SHIFT = 32;                                      // bytes, see Tokens
+constexpr int FEW_WARPS = 4;                                         // with fewer on an SM, copies in shared memory cost more than they hide
 
 // The keys of a call: how many tokens are in each part, and which chunk is where. The host plans by it, each block computes it anew.
 struct Keys {
   int32_t sink, pages, tail;
   constexpr int32_t packed() const { return sink + CHUNK * pages; }  // tokens before the tail
   constexpr int32_t total() const { return packed() + tail; }
-  constexpr int32_t sinks() const { return (sink + CHUNK - 1) / CHUNK; }  // chunks before the pages
-  constexpr int32_t chunks() const { return sinks() + pages + (tail + CHUNK - 1) / CHUNK; }
+  constexpr int32_t sinks() const { return (sink + FLOAT_CHUNK - 1) / FLOAT_CHUNK; }  // chunks before the pages
+  constexpr int32_t chunks() const { return sinks() + pages + (tail + FLOAT_CHUNK - 1) / FLOAT_CHUNK; }
   // The first chunk that any of the newest `queries` tokens sees: the oldest one's window begins first.
   constexpr int32_t first(int32_t queries, int32_t window) const {
     const int32_t key = window ? total() - queries - window + 1 : 0;
-    return key < sink ? (key > 0 ? key / CHUNK : 0) : sinks() + (key - sink) / CHUNK;
+    if (key < sink) return key > 0 ? key / FLOAT_CHUNK : 0;
+    return sinks() + (key < packed() ? (key - sink) / CHUNK : pages + (key - packed()) / FLOAT_CHUNK);
   }
 };
 
@@ -72,6 +78,7 @@ struct AttendDesc {
   int32_t key_bits, value_bits, q_type;
   int64_t chunks, keys;              // chunks that any query sees, and the keys of the cache; with counts, the most of both
   int64_t page_bytes;                // of the pages among them
+  int64_t key_stage, value_stage;    // bytes of the largest chunk, as a warp copies it to shared memory
   Device device;
 };
 
@@ -79,15 +86,21 @@ struct AttendConfig {
   int32_t tiles;   // a block holds TILE_QUERIES * tiles rows
   int64_t blocks;  // of rows
   int64_t splits;  // blocks that share the chunks
+  int32_t warps;   // of a block
+  bool staged;     // whether warps copy chunks to shared memory ahead of their use
   int32_t ok;      // 0: `reason` says why there is no kernel
   std::string reason;
 };
 
-// Bytes of shared memory of a block: queries, then for each warp probabilities and sums, then what the warps tell each other, then the keys.
-static constexpr int attend_smem(int tiles, int head) {
-  return 4 * (TILE_QUERIES * tiles * (head + ATTEND_WARPS * (SCORE_STRIDE + head + 2))) + int(sizeof(Keys));
+// Bytes of shared memory of a block: queries, then for each warp probabilities and sums, then what the warps tell each other, then the keys, then for each
+// warp `stage` bytes of copies.
+constexpr int KEYS_ROOM = 16;
+static_assert(sizeof(Keys) <= KEYS_ROOM, "what follows is aligned to 16 bytes");
+static constexpr int attend_smem(int tiles, int head, int warps, int stage) {
+  return 4 * (TILE_QUERIES * tiles * (head + warps * (SCORE_STRIDE + head + 2))) + KEYS_ROOM + warps * stage;
 }
-static_assert(attend_smem(2, WIDE_HEAD) <= 64 * 1024 && attend_smem(1, MAX_HEAD) <= 64 * 1024, "what compute capability 7.5 has");
+static_assert(attend_smem(2, WIDE_HEAD, ATTEND_WARPS, 0) <= 64 * 1024 && attend_smem(1, MAX_HEAD, ATTEND_WARPS, 0) <= 64 * 1024,
+              "what compute capability 7.5 has");
 
 AttendDesc attend_desc(const AttendCall& c);
 AttendConfig choose(const AttendDesc& d);
@@ -119,7 +132,8 @@ struct AttendParams {
   float* partial;  // [splits][pairs * rows][head + 2]: sums, largest score, sum of probabilities; null with one split
   int32_t head, key_bits, value_bits, key_groups, value_group;  // value_group: channels
   int64_t key_bytes, key_halves, value_bytes, value_halves;     // of one head's page: codes, params
-  int32_t splits, blocks;
+  int32_t splits, blocks, warps;
+  int32_t key_stage, value_stage;  // bytes of a warp's copies; 0 without them
   int32_t kv_heads, group, queries, rows, pairs;
   int32_t causal, window;
   float scale, cap;
@@ -127,6 +141,6 @@ struct AttendParams {
 static_assert(sizeof(AttendParams) <= 4096, "kernel parameters of all devices");
 
 int launch_attend(const AttendParams& p, int tiles, void* stream);
-int launch_attend_merge(const AttendParams& p, void* stream);
+int launch_attend_merge(const AttendParams& p, bool dependent, void* stream);
 
 }  // namespace mxq::cuda

@@ -11,6 +11,23 @@
 
 namespace mxq::cuda {
 
+// What a lane reads. STAGED: from its warp's copy in shared memory, otherwise from global memory.
+template <bool STAGED>
+__device__ __forceinline__ uint32_t read_4(const void* p) {
+  if constexpr (STAGED) return *static_cast<const uint32_t*>(p);
+  else return ptx::ld_global_nc_4(p);
+}
+template <bool STAGED>
+__device__ __forceinline__ uint2 read_8(const void* p) {
+  if constexpr (STAGED) return *static_cast<const uint2*>(p);
+  else return ptx::ld_global_nc_8(p);
+}
+template <bool STAGED>
+__device__ __forceinline__ uint4 read_16(const void* p) {
+  if constexpr (STAGED) return *static_cast<const uint4*>(p);
+  else return ptx::ld_global_nc_16(p);
+}
+
 // a[u]: quad 2t + u, in the registers of one product: row 2g columns (0, 2), row 2g + 1 the same, row 2g columns (1, 3), row 2g + 1 the same.
 struct Tile {
   uint32_t a[2][4];
@@ -28,18 +45,19 @@ __device__ __forceinline__ uint32_t two_codes(uint32_t word) {
 }
 
 // The codes of a lane as they are loaded, apart from the decoding so that several tiles are under way at once.
-// `stripe`: its first byte, 64 * BITS bytes of which belong to this tile.
+// `at`: where the page's stripe begins, 64 * BITS bytes of which belong to this tile.
 template <int BITS>
 struct Codes {
   static constexpr int WORDS = BITS == 3 ? 3 : BITS == 8 ? 2 : 1;
   uint2 w[WORDS];  // x: row 2g, y: row 2g + 1
 
-  __device__ __forceinline__ void load(const uint8_t* stripe, int lane, bool) {
+  template <bool STAGED>
+  __device__ __forceinline__ void load(const uint8_t* codes, int at, int lane, bool) {
     const int g = lane / 4, t = lane % 4;
 #pragma unroll
     for (int i = 0; i < WORDS; i++) {
       const int word = BITS == 2 ? t / 2 : BITS == 3 ? i : BITS == 4 ? t : 2 * t + i;
-      w[i] = ptx::ld_global_nc_8(stripe + 64 * word + 8 * g);
+      w[i] = read_8<STAGED>(codes + at + 64 * word + 8 * g);
     }
   }
 
@@ -85,10 +103,15 @@ template <>
 struct Codes<16> {
   uint32_t c[8];
 
-  __device__ __forceinline__ void load(const uint8_t* stripe, int lane, bool inside) {
+  template <bool STAGED>
+  __device__ __forceinline__ void load(const uint8_t* codes, int at, int lane, bool inside) {
+    at += 256 * (lane % 4);
+    const int turn = STAGED ? staged_turn(at) : 0;
 #pragma unroll
-    for (int i = 0; i < 8; i++) c[i] = inside ? ptx::ld_global_nc_4(stripe + 32 * (8 * (lane % 4) + i) + 4 * (lane / 4)) : 0;
+    for (int i = 0; i < 8; i++) c[i] = inside ? read_4<STAGED>(codes + at + (32 * i ^ turn) + 4 * (lane / 4)) : 0;
   }
+  // In shared memory columns change places within four, by which eight they are in: the four t of a load then meet no bank twice.
+  static __device__ __forceinline__ int staged_turn(int at) { return at >> 3 & 0x60; }
   __device__ __forceinline__ void decode(Tile& tile, int) const { tile_of_columns(c, tile); }
 };
 
@@ -128,15 +151,18 @@ __device__ __forceinline__ float power_of_2(int exponent) { return __uint_as_flo
 // The exponent of the power of two that brings a float32 number, given by its bits, into [2^13, 2^14) where that is not out of range.
 __device__ __forceinline__ int raise_to_2_14(uint32_t bits) { return min(max(140 - int(bits >> 23), -126), 126); }
 
-// Tokens in floating point: n rows of D numbers, `stride` bytes apart, all aligned to 16 bytes. They become fp16 times `factor`; of float32 a second tile
-// has what that rounds off. fp16 numbers go as they are.
-template <int TYPE>
+// Tokens in floating point: n rows of D numbers, at most 16, `stride` bytes apart, all aligned to 16 bytes; in shared memory those from 8 on are moved by
+// TOKEN_SHIFT bytes, so that the lanes of a load of values meet no bank twice. They become fp16 times `factor`; of float32 a second tile has what that rounds
+// off. fp16 numbers go as they are.
+template <int TYPE, bool STAGED>
 struct Tokens {
   static constexpr int SIZE = TYPE == F32 ? 4 : 2, PARTS = TYPE == F32 ? 2 : 1;
   const uint8_t* data;
   int64_t stride;
   int n;
   float factor, undo;  // its inverse
+
+  __device__ __forceinline__ const uint8_t* at(int token) const { return data + token * stride + (STAGED ? token / 8 * TOKEN_SHIFT : 0); }
 
   __device__ __forceinline__ void round(float x, float y, uint32_t& h, uint32_t& rest) const {
     x *= factor, y *= factor;
@@ -146,18 +172,18 @@ struct Tokens {
     rest = ptx::floats_to_half2(x - f.x, y - f.y);
   }
 
-  // Tile `tile` of keys: its rows are tokens, the stripe's columns channels. `inside`: whether the lane's channels, from `channel` on, are there at all.
-  __device__ __forceinline__ void keys(int tile, int channel, bool inside, int lane, Tile (&to)[PARTS]) const {
+  // The tile of keys: its rows are tokens, the stripe's columns channels. `inside`: whether the lane's channels, from `channel` on, are there at all.
+  __device__ __forceinline__ void keys(int channel, bool inside, int lane, Tile (&to)[PARTS]) const {
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-      const int token = 16 * tile + 2 * (lane / 4) + r;
+      const int token = 2 * (lane / 4) + r;
       uint32_t h[4] = {}, rest[4] = {};
       if (inside && token < n) {
-        const uint8_t* p = data + token * stride + channel * SIZE;
-        const uint4 v = ptx::ld_global_nc_16(p);
+        const uint8_t* p = at(token) + channel * SIZE;
+        const uint4 v = read_16<STAGED>(p);
         const uint32_t w[4] = {v.x, v.y, v.z, v.w};
         if constexpr (TYPE == F32) {
-          const uint4 next = ptx::ld_global_nc_16(p + 16);
+          const uint4 next = read_16<STAGED>(p + 16);
           const uint32_t more[4] = {next.x, next.y, next.z, next.w};
 #pragma unroll
           for (int i = 0; i < 2; i++) {
@@ -184,18 +210,18 @@ struct Tokens {
   }
 
   // Tile `tile` of values: its rows are channels, the stripe's columns tokens.
-  __device__ __forceinline__ void values(int tile, int stripe, int lane, Tile (&to)[PARTS]) const {
-    const int token = STRIPE * stripe + 8 * (lane % 4);
-    const uint8_t* p = data + token * stride + (16 * tile + 2 * (lane / 4)) * SIZE;
+  __device__ __forceinline__ void values(int tile, int lane, Tile (&to)[PARTS]) const {
+    const int token = 8 * (lane % 4);
+    const uint8_t* p = at(token) + (16 * tile + 2 * (lane / 4)) * SIZE;
     uint32_t h[8] = {}, rest[8] = {};
 #pragma unroll
     for (int i = 0; i < 8; i++, p += stride) {
       if (token + i >= n) continue;
       if constexpr (TYPE == F32) {
-        const uint2 w = ptx::ld_global_nc_8(p);
+        const uint2 w = read_8<STAGED>(p);
         round(__uint_as_float(w.x), __uint_as_float(w.y), h[i], rest[i]);
       } else {
-        h[i] = ptx::ld_global_nc_4(p);
+        h[i] = read_4<STAGED>(p);
         const float2 f = ptx::bf162_to_floats(h[i]);
         if (TYPE == BF16) round(f.x, f.y, h[i], rest[i]);
       }
@@ -210,8 +236,9 @@ struct Tokens {
     if (TYPE == F16) return;
     const int row = head * SIZE / 16;  // loads
     uint32_t most = 0;
-    for (int i = lane; i < n * row; i += WARP) {
-      const uint4 v = ptx::ld_global_nc_16(data + i / row * stride + i % row * 16);
+    for (int first = 0; first < n * row; first += WARP) {  // as often for all lanes: they meet behind it
+      const int i = min(first + lane, n * row - 1);
+      const uint4 v = read_16<STAGED>(at(i / row) + i % row * 16);
       const uint32_t w[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
       for (int j = 0; j < 4; j++) {

@@ -230,11 +230,14 @@ class State:
                         step.go(self, now)
                         p += 1
                         continue
-                    p = self.special_step(step, p, mask, mask if now is None else now, pc, alive, parked, at_barrier)
+                    came, p = p, self.special_step(step, p, mask, mask if now is None else now, pc, alive, parked, at_barrier)
                 except PtxError as e:
                     raise PtxError(f"{where(step.instruction)}: {e}") from None
                 if p is None:
                     break
+                if p < came:  # others may wait between there and here
+                    ahead = pc[alive & ~at_barrier & ~mask & (pc >= p)]
+                    stop = int(ahead.min()) if len(ahead) else END
             else:
                 pc[mask] = p
 
