@@ -57,8 +57,8 @@ __device__ __forceinline__ Scales scales_of(const uint16_t* params, int group, i
   Scales out;
   out.s = params + 2 * group * cols, out.z = out.s + cols;
   uint32_t most = 0;
-  for (int c = 2 * lane; c < cols; c += 2 * WARP) {  // positive numbers are ordered like their bits
-    const uint32_t w = read_4<STAGED>(out.s + c), x = w & 0xffff, y = w >> 16;
+  for (int first = 0; first < cols; first += 2 * WARP) {  // positive numbers are ordered like their bits
+    const uint32_t w = read_4<STAGED>(out.s + min(first + 2 * lane, cols - 2)), x = w & 0xffff, y = w >> 16;
     if (x < 0x7c00) most = max(most, x);
     if (y < 0x7c00) most = max(most, y);
   }
@@ -84,10 +84,10 @@ __device__ __forceinline__ Vectors fold(const float* numbers, const Scales& scal
 #pragma unroll
     for (int j = 0; j < 2; j++) {
       float& v = x[2 * i + j];
+      const float middle = fmaf(s2[j], scales.centre, z2[j]);
       if (v == 0.0f) continue;
-      sums[j] = fmaf(v, z2[j], sums[j]);
+      sums[j] = fmaf(v, middle, sums[j]);
       v *= s2[j];
-      sums[j] = fmaf(v, scales.centre, sums[j]);
     }
   }
   bias += sums[0] + sums[1];
@@ -627,7 +627,7 @@ __global__ void __launch_bounds__(ATTEND_THREADS, WIDE_BLOCKS) attend_eight_dire
 
 // grid: rows of all pairs. A block has a row: thread (i, channel) adds up splits i, i + parts, ...; then the parts are added in order.
 __global__ void __launch_bounds__(MERGE_THREADS) attend_merge(const __grid_constant__ AttendParams p) {
-  constexpr int EACH = MAX_SPLITS / WARP, AHEAD = 8;
+  constexpr int EACH = MAX_SPLITS / WARP, AHEAD = 20;
   MXQ_SHARED(float, weights, MAX_SPLITS);
   MXQ_SHARED(float, sums, MERGE_THREADS);
   MXQ_SHARED(float, shared_share, 1);
@@ -635,10 +635,12 @@ __global__ void __launch_bounds__(MERGE_THREADS) attend_merge(const __grid_const
   const int parts = MERGE_THREADS / p.head, part = int(threadIdx.x) / p.head, channel = int(threadIdx.x) % p.head;
   const int64_t step = int64_t(p.pairs) * p.rows * (p.head + 2);
   const float* from = p.partial + (int64_t(pair) * p.rows + row) * (p.head + 2);
+  const int count = part < parts ? (p.splits - part + parts - 1) / parts : 0;
+  const float* mine = from + part * step + channel;
   ptx::grid_dependency_wait();
   float ahead[AHEAD];  // before the weights are known: one wait rather than two
 #pragma unroll
-  for (int i = 0; i < AHEAD; i++) ahead[i] = part < parts && part + i * parts < p.splits ? from[(part + i * parts) * step + channel] : 0.0f;
+  for (int i = 0; i < AHEAD; i++, mine += parts * step) ahead[i] = i < count ? *mine : 0.0f;
   if (int(threadIdx.x) < WARP) {
     float tops[EACH], shares[EACH], top = LOWEST, share = 0.0f;
 #pragma unroll
@@ -662,13 +664,11 @@ __global__ void __launch_bounds__(MERGE_THREADS) attend_merge(const __grid_const
   }
   __syncthreads();
   float sum = 0.0f;
-  if (part < parts) {
 #pragma unroll
-    for (int i = 0; i < AHEAD; i++)
-      if (part + i * parts < p.splits) sum = fmaf(ahead[i], weights[part + i * parts], sum);
-#pragma unroll 8
-    for (int i = part + AHEAD * parts; i < p.splits; i += parts) sum = fmaf(from[i * step + channel], weights[i], sum);
-  }
+  for (int i = 0; i < AHEAD; i++)
+    if (i < count) sum = fmaf(ahead[i], weights[part + i * parts], sum);
+#pragma unroll 4
+  for (int i = AHEAD; i < count; i++, mine += parts * step) sum = fmaf(*mine, weights[part + i * parts], sum);
   sums[threadIdx.x] = sum;
   __syncthreads();
   if (part) return;

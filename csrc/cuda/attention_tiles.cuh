@@ -39,7 +39,7 @@ __device__ constexpr uint32_t both(uint32_t half) { return half << 16 | half; }
 template <int BITS, int P>
 __device__ __forceinline__ uint32_t two_codes(uint32_t word) {
   constexpr uint32_t CENTRE = 1u << (BITS - 1 + P);
-  const uint32_t raised = (word & both(((1u << BITS) - 1) << P)) ^ both(0x6400u | CENTRE);
+  const uint32_t raised = ptx::lop3<0x6a>(word, both(((1u << BITS) - 1) << P), both(0x6400u | CENTRE));  // (a & b) ^ c
   if (P == 0) return ptx::hsub2(raised, both(0x6400u | CENTRE));
   return ptx::hfma2(raised, both(uint32_t(15 - P) << 10), both(0x8000u | uint32_t(25 - P) << 10 | CENTRE));  // times 2^-P, minus 1024 / 2^P and the centre
 }
