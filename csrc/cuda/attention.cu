@@ -177,13 +177,24 @@ __device__ __forceinline__ void page_scores(const Warp<NT>& w, const uint8_t* co
   }
 }
 
-template <int NT>
-__device__ __forceinline__ void add_to_sums(const Warp<NT>& w, int m, int tile, const float (&c)[4], float undo, float zeros, float keep) {
-  float2& sum = w.sums[(m * (w.head / LANES) + tile) * WARP + w.lane];
-  float2 s = sum;
-  s.x = fmaf(s.x, keep, fmaf(c[0] + c[1], undo, zeros));
-  s.y = fmaf(s.y, keep, fmaf(c[2] + c[3], undo, zeros));
-  sum = s;
+// Tiles from `tile` to before `last`, of which there are at most N.
+template <int NT, int N>
+__device__ __forceinline__ void add_to_sums(const Warp<NT>& w, int tile, int last, const float (&c)[N][NT][4], float undo, const float (&zeros)[NT]) {
+  const int tiles = w.head / LANES;
+  float2 sums[N][NT];
+#pragma unroll
+  for (int j = 0; j < N; j++)
+#pragma unroll
+    for (int m = 0; m < NT; m++) sums[j][m] = w.sums[(m * tiles + min(tile + j, last - 1)) * WARP + w.lane];
+#pragma unroll
+  for (int j = 0; j < N; j++)
+#pragma unroll
+    for (int m = 0; m < NT; m++) {
+      float2& s = sums[j][m];
+      s.x = fmaf(s.x, w.keep[m], fmaf(c[j][m][0] + c[j][m][1], undo, zeros[m]));
+      s.y = fmaf(s.y, w.keep[m], fmaf(c[j][m][2] + c[j][m][3], undo, zeros[m]));
+      if (tile + j < last) w.sums[(m * tiles + tile + j) * WARP + w.lane] = s;
+    }
 }
 
 template <int BITS, bool STAGED, int NT>
@@ -227,12 +238,7 @@ __device__ __forceinline__ void page_sums(const Warp<NT>& w, const uint8_t* code
           for (int m = 0; m < NT; m++) multiply(c[j][m], a, v[stripe][m]);
         }
       }
-#pragma unroll
-      for (int j = 0; j < AT_ONCE; j++) {
-        if (tile + j >= last) break;
-#pragma unroll
-        for (int m = 0; m < NT; m++) add_to_sums(w, m, tile + j, c[j][m], BITS == 16 ? 1.0f : scales.undo, zeros[m], w.keep[m]);
-      }
+      add_to_sums(w, tile, last, c, BITS == 16 ? 1.0f : scales.undo, zeros);
     }
   }
 }
@@ -270,6 +276,7 @@ __device__ __forceinline__ void token_sums(const Warp<NT>& w, Tokens<TYPE, STAGE
   constexpr int PARTS = Tokens<TYPE, STAGED>::PARTS, AT_ONCE = 2;
   values.scale(w.head, w.lane);
   Vectors v[NT];
+  const float zeros[NT] = {};
 #pragma unroll
   for (int m = 0; m < NT; m++) v[m] = plain(w.p + (w.lane / 8 + 4 * m) * SCORE_STRIDE, 8 * (w.lane % 4), w.lane);
   const int last = w.head / LANES;
@@ -285,12 +292,7 @@ __device__ __forceinline__ void token_sums(const Warp<NT>& w, Tokens<TYPE, STAGE
       for (int part = 0; part < PARTS; part++)
 #pragma unroll
         for (int m = 0; m < NT; m++) multiply(c[j][m], tiles[j][part], v[m]);
-#pragma unroll
-    for (int j = 0; j < AT_ONCE; j++) {
-      if (tile + j >= last) break;
-#pragma unroll
-      for (int m = 0; m < NT; m++) add_to_sums(w, m, tile + j, c[j][m], values.undo, 0.0f, w.keep[m]);
-    }
+    add_to_sums(w, tile, last, c, values.undo, zeros);
   }
 }
 

@@ -124,16 +124,14 @@ struct Vectors {
 };
 __device__ __forceinline__ Vectors vectors_of(const float (&x)[8], int lane) {
   Vectors v;
-  const bool rest = lane / 4 % 2;
+  const uint32_t rest = lane / 4 % 2 ? 0xffffffffu : 0;
 #pragma unroll
   for (int u = 0; u < 2; u++)
 #pragma unroll
     for (int i = 0; i < 2; i++) {
       const float first = x[4 * u + i], second = x[4 * u + i + 2];
-      uint32_t h = ptx::floats_to_half2(first, second);
-      const float2 f = ptx::half2_to_floats(h);
-      if (rest) h = ptx::floats_to_half2(first - f.x, second - f.y);
-      v.b[u][i] = h;
+      const float2 f = ptx::half2_to_floats(ptx::floats_to_half2(first, second) & rest);
+      v.b[u][i] = ptx::floats_to_half2(first - f.x, second - f.y);
     }
   return v;
 }
