@@ -71,13 +71,13 @@ AttendConfig choose(const AttendDesc& d) {
       if (fit * warps > best_warps) best_warps = fit * warps, resident = fit, c.warps = warps, c.staged = true;
     }
   }
-  // Turns of the whole device times the chunks that a warp reads in each; the fewest splits that come within 15 % of the best, since each costs a merge.
+  // Turns of the whole device times the chunks that a warp reads in each; the fewest splits that come within 5 % of the best, since each costs a merge.
   const int64_t slots = resident * (d.device.sms > 0 ? d.device.sms : DEFAULT_SMS), base = d.pairs * c.blocks;
   const int64_t most = std::clamp<int64_t>(ceil_div(d.chunks, c.warps), 1, MAX_SPLITS);
   const auto time = [&](int64_t splits) { return ceil_div(base * splits, slots) * ceil_div(ceil_div(d.chunks, splits), c.warps); };
   int64_t best = time(1);
   for (int64_t s = 2; s <= most; s++) best = std::min(best, time(s));
-  for (c.splits = 1; 100 * time(c.splits) > 115 * best;) c.splits++;
+  for (c.splits = 1; 100 * time(c.splits) > 105 * best;) c.splits++;
   return c;
 }
 

@@ -361,19 +361,12 @@ __device__ __forceinline__ Tokens<TYPE, STAGED> tokens_of(const AttendParams& p,
   else return {static_cast<const uint8_t*>(r.data) + first_byte(p, r, pair, chunk.token), r.token * SIZE, chunk.keys, 1.0f, 1.0f};
 }
 
-__device__ __forceinline__ void copy_bytes(uint8_t* to, const void* from, int64_t bytes, int lane) {
-#pragma unroll 4
-  for (int at = 16 * lane; at < int(bytes); at += 16 * WARP) ptx::cp_async_16(to + at, static_cast<const uint8_t*>(from) + at);
-}
 // The warp's copy of one side of a page, codes and params behind each other, and of a chunk of tokens, in the background.
 __device__ __forceinline__ void copy_page(uint8_t* to, const uint8_t* codes, int64_t bytes, const uint16_t* params, int64_t halves, int bits, int lane) {
-  if (bits == 16) {
 #pragma unroll 4
-    for (int at = 16 * lane; at < int(bytes); at += 16 * WARP) ptx::cp_async_16(to + (at ^ Codes<16>::staged_turn(at)), codes + at);
-  } else {
-    copy_bytes(to, codes, bytes, lane);
-    copy_bytes(to + bytes, params, 2 * halves, lane);
-  }
+  for (int at = 16 * lane; at < int(bytes); at += 16 * WARP) ptx::cp_async_16(to + (at ^ staged_turn(bits, at)), codes + at);
+  const uint8_t* from = reinterpret_cast<const uint8_t*>(params);
+  for (int at = 16 * lane; at < int(2 * halves); at += 16 * WARP) ptx::cp_async_16(to + bytes + at, from + at);
 }
 __device__ __forceinline__ void copy_tokens(uint8_t* to, const AttendParams& p, const RowsView& r, int pair, const Chunk& chunk, int lane) {
   const int size = r.type == F32 ? 4 : 2, row = p.head * size / 16;  // copies of a token

@@ -44,6 +44,12 @@ __device__ __forceinline__ uint32_t two_codes(uint32_t word) {
   return ptx::hfma2(raised, both(uint32_t(15 - P) << 10), both(0x8000u | uint32_t(25 - P) << 10 | CENTRE));  // times 2^-P, minus 1024 / 2^P and the centre
 }
 
+// In a warp's copy of a page, groups of 32 bytes change places within 128: byte `at` of the codes is at `at ^ staged_turn(bits, at)`. The lanes of a load then
+// meet no bank twice.
+__device__ __forceinline__ constexpr int staged_turn(int bits, int at) {
+  return bits == 16 ? at >> 3 & 0x60 : bits == 8 ? at >> 2 & 0x60 : bits == 4 ? at >> 2 & 0x20 : 0;
+}
+
 // The codes of a lane as they are loaded, apart from the decoding so that several tiles are under way at once.
 // `at`: where the page's stripe begins, 64 * BITS bytes of which belong to this tile.
 template <int BITS>
@@ -57,7 +63,8 @@ struct Codes {
 #pragma unroll
     for (int i = 0; i < WORDS; i++) {
       const int word = BITS == 2 ? t / 2 : BITS == 3 ? i : BITS == 4 ? t : 2 * t + i;
-      w[i] = read_8<STAGED>(codes + at + 64 * word + 8 * g);
+      const int here = 64 * word + 8 * g;  // `at` has no part in the turn
+      w[i] = read_8<STAGED>(codes + at + (STAGED ? here ^ staged_turn(BITS, here) : here));
     }
   }
 
@@ -106,12 +113,10 @@ struct Codes<16> {
   template <bool STAGED>
   __device__ __forceinline__ void load(const uint8_t* codes, int at, int lane, bool inside) {
     at += 256 * (lane % 4);
-    const int turn = STAGED ? staged_turn(at) : 0;
+    const int turn = STAGED ? staged_turn(16, at) : 0;
 #pragma unroll
     for (int i = 0; i < 8; i++) c[i] = inside ? read_4<STAGED>(codes + at + (32 * i ^ turn) + 4 * (lane / 4)) : 0;
   }
-  // In shared memory columns change places within four, by which eight they are in: the four t of a load then meet no bank twice.
-  static __device__ __forceinline__ int staged_turn(int at) { return at >> 3 & 0x60; }
   __device__ __forceinline__ void decode(Tile& tile, int) const { tile_of_columns(c, tile); }
 };
 
