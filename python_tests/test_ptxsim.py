@@ -459,6 +459,27 @@ def run_text(body, threads=32):
 STORE = "mul.lo.u32 %r5, %r1, 4;\ncvt.u64.u32 %rd2, %r5;\nadd.u64 %rd3, %rd1, %rd2;\nst.global.u32 [%rd3], %r2;"
 
 
+def test_lanes_that_wait_are_met_by_others_that_come_from_behind():
+    """The compiler put a block that goes back in the text behind the shuffle that it goes to."""
+    body = """mov.u32 %r1, %tid.x;
+setp.lt.u32 %p1, %r1, 8;
+@%p1 bra $WAIT;
+bra.uni $BEHIND;
+$BEFORE:
+add.u32 %r1, %r1, 100;
+$WAIT:
+shfl.sync.bfly.b32 %r2|%p2, %r1, 8, 31, -1;
+bra.uni $END;
+$BEHIND:
+add.u32 %r1, %r1, 1000;
+bra.uni $BEFORE;
+$END:
+mov.u32 %r1, %tid.x;
+""" + STORE
+    lane = np.arange(32) ^ 8
+    assert np.array_equal(run_text(body), lane + 1100 * (lane >= 8))
+
+
 OPERATION = """.version 9.0
 .target sm_80
 .address_size 64
