@@ -27,7 +27,7 @@ int64_t stage_bytes(const PageDesc& d, const Rows& sink, const Rows& tail) {
   int64_t bytes = whole_page_bytes(page_format(d));
   for (const Rows* r : {&sink, &tail})
     if (r->tokens) bytes = std::max<int64_t>(bytes, FLOAT_CHUNK * d.head * (r->type == F32 ? 4 : 2) + TOKEN_SHIFT);
-  return bytes;
+  return round_up(bytes, 128);
 }
 
 Keys keys_of(const AttendCall& c) { return {int32_t(c.sink_k.tokens), int32_t(c.page_count), int32_t(c.tail_k.tokens)}; }

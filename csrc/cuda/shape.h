@@ -33,8 +33,8 @@ struct MvShape {
   constexpr int range() const { return factors() + 16; }
   constexpr int largest() const { return range() + 4; }
   constexpr int extra() const { return largest() + 256; }
-  // Bytes from here on. The ring and its slots begin at multiples of 128: cp.async whose destination lies otherwise in a line than its source takes each
-  // sector of the source twice (measured on an H100: half of all sectors were read again when the ring lay 16 bytes off).
+  // Bytes from here on. The ring and its slots begin at multiples of 128: where the 32 bytes of a sector come from do not go to 32 such bytes, cp.async
+  // takes the sector twice (measured on an H100: with the ring 16 bytes off, all weights were read from L2 twice).
   constexpr int ring() const { return ((extra() + (sparse ? m * batch * TILE_ROWS : 0)) * 4 + 127) / 128 * 128; }
   constexpr int x() const { return ring() + warps * depth * slot; }
   constexpr int x_sums() const { return x() + m * (columns + STAGE_PAD) * 2; }
