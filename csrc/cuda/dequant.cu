@@ -14,7 +14,7 @@ constexpr int DEQUANT_WARPS = 4;
 __device__ __forceinline__ PieceView view_of(const uint8_t* blob, const CudaPiece& p) {
   const Format f = p.format;
   return {blob_at<uint32_t>(blob, p.codes), blob + p.scales, blob + p.zeros, p.code_step, p.scale_step, p.zero_step, p.c0, p.c1 - p.c0, p.tiles, p.groups,
-          group_shift(f), f.kind, f.bits, f.zero, f.bf16};
+          group_shift(f), (p.tiles + super_tiles(f.bits) - 1) / super_tiles(f.bits), f.kind, f.bits, f.zero, f.bf16};
 }
 
 // Where the weights of a row block go. `row[i]`: where the lane's row g + 8 * i begins; null: nowhere.

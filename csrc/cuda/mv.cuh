@@ -108,36 +108,36 @@ __device__ __forceinline__ void convert_staged(const Params& p, int columns, int
     }
 }
 
-// Sums of x over half tiles, running on within each 256 columns of a piece, for its `columns` in xs: to[column / 32][8 * tiles]. Called by all threads.
-__device__ __forceinline__ void sum_staged(const Params& p, int columns, int stride, const uint16_t* xs, int tiles, float* to, int lane) {
+// Sums of x over half tiles, running on within each 256 columns of a piece, for its `columns` in xs: to[column / 32][8 * tiles]. A warp takes 256 columns of
+// a row at a time, a lane 8 of them. Called by all threads.
+__device__ __forceinline__ void sum_staged(const Params& p, int columns, int stride, const uint16_t* xs, int tiles, float* to, int warp, int lane) {
   if (columns == 0) return;  // more splits than super-tiles
-  const int blocks = (columns / 32 + 7) / 8;  // a lane has one half tile, 8 lanes 256 columns
-  const int first = int(threadIdx.x) / 8, warps_of_rows = threads_of(p) / 8;
-  int m = p.m == 1 ? 0 : first / blocks, block = first - m * blocks;
-  for (;; block += warps_of_rows) {
-    while (p.m > 1 && block >= blocks && m < p.m) block -= blocks, m++;
-    const bool there = m < p.m && block < blocks;
-    if (!__any_sync(~0u, there)) return;
-    const int half = block * 8 + lane % 8;
-    float sum[2] = {0.0f, 0.0f};
-    if (there && half * 32 < columns)
+  const int blocks = (columns + 255) / 256;
+  int m = p.m == 1 ? 0 : warp / blocks, block = warp - m * blocks;
+  for (; m < p.m && block < blocks;) {
+    const int column = block * 256 + lane * 8;
+    float sum = 0.0f;
+    if (column < columns) {
+      unsigned v[4];
+      load_shared_16(v, xs + m * stride + column);
+      float two[4];
 #pragma unroll
-      for (int k = 0; k < 4; k++) {
-        unsigned v[4];
-        load_shared_16(v, xs + m * stride + half * 32 + 8 * k);
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-          const float2 two = ptx::half2_to_floats(v[j]);
-          sum[0] += two.x, sum[1] += two.y;
-        }
+      for (int j = 0; j < 4; j++) {
+        const float2 pair = ptx::half2_to_floats(v[j]);
+        two[j] = pair.x + pair.y;
       }
-    float all = sum[0] + sum[1];
-#pragma unroll
-    for (int d = 1; d < 8; d *= 2) {
-      const float left = __shfl_up_sync(~0u, all, d);
-      if (lane % 8 >= d) all += left;
+      sum = (two[0] + two[1]) + (two[2] + two[3]);
     }
-    if (there && half * 32 < columns) to[half * 8 * tiles + m] = all;
+    sum += __shfl_xor_sync(~0u, sum, 1);
+    sum += __shfl_xor_sync(~0u, sum, 2);
+#pragma unroll
+    for (int d = 4; d < WARP; d *= 2) {
+      const float left = __shfl_up_sync(~0u, sum, d);
+      if (lane >= d) sum += left;
+    }
+    if (lane % 4 == 0 && column < columns) to[column / 32 * 8 * tiles + m] = sum;
+    block += p.warps;
+    while (p.m > 1 && block >= blocks) block -= blocks, m++;
   }
 }
 
@@ -237,13 +237,13 @@ __device__ __forceinline__ void go_on(const Params& p, const PieceView& piece, C
     const int block = c.block;
     c.step(c.block, c.i);
     if (c.block == block) continue;
-    float* mine = sums + ((block - batch) * p.warps + warp) * p.m * TILE_ROWS;
+    float* mine = sums + ((block - batch) * p.warps + warp) * p.m * SUM_STRIDE;
 #pragma unroll
     for (int n = 0; n < NT; n++)
 #pragma unroll
       for (int e = 0; e < 4; e++) {
         const int m = 8 * n + 2 * t + e % 2;
-        if (m < p.m) mine[m * TILE_ROWS + g + e / 2 * 8] += acc[n][e] * places.back[e / 2];
+        if (m < p.m) mine[m * SUM_STRIDE + g + e / 2 * 8] += acc[n][e] * places.back[e / 2];
         acc[n][e] = 0.0f;
       }
   }
@@ -301,7 +301,7 @@ __global__ void __launch_bounds__(mv_warps(NT, sizeof...(Ds) > 1) * WARP, 1) mv(
     const Share share = share_of(piece, p.splits, int(blockIdx.y));
     const int lines = slot_codes(piece.bits) / 128;
     const uint8_t* codes = reinterpret_cast<const uint8_t*>(piece.codes) + uint64_t(row_block - int(p.part[part_index].first_cta)) * piece.code_step;
-    for (int i = warp; i < share.count && i < 2 * p.warps; i += p.warps)
+    for (int i = warp; i < share.count && i < 4 * p.warps; i += p.warps)
       if (lane < lines && uint64_t(share.first + i) * unsigned(slot_codes(piece.bits)) + unsigned(lane) * 128 < piece.code_step)
         ptx::prefetch_l2(codes + uint64_t(share.first + i) * unsigned(slot_codes(piece.bits)) + lane * 128);
   }
@@ -340,7 +340,7 @@ __global__ void __launch_bounds__(mv_warps(NT, sizeof...(Ds) > 1) * WARP, 1) mv(
         int from = 0;
         for (unsigned i = 0; i < part.pieces; i++) {
           const int wide = share_of(pieces[i], p.splits, int(blockIdx.y)).count * columns_of_super_tile(pieces[i]);
-          sum_staged(p, wide, stride, xs + from, NT, x_sums + from / 32 * 8 * NT, lane);
+          sum_staged(p, wide, stride, xs + from, NT, x_sums + from / 32 * 8 * NT, warp, lane);
           from += wide;
         }
         __syncthreads();
@@ -366,9 +366,9 @@ __global__ void __launch_bounds__(mv_warps(NT, sizeof...(Ds) > 1) * WARP, 1) mv(
       for (int i = int(threadIdx.x); i < rows << shift; i += threads_of(p)) {
         const int m = i / TILE_ROWS & ((1 << shift) - 1), r = (i / TILE_ROWS >> shift) * TILE_ROWS + i % TILE_ROWS;
         if (m >= p.m) continue;
-        float* place = sums + (r / TILE_ROWS * p.warps * p.m + m) * TILE_ROWS + r % TILE_ROWS;
+        float* place = sums + (r / TILE_ROWS * p.warps * p.m + m) * SUM_STRIDE + r % TILE_ROWS;
         float sum = 0.0f;
-        for (int w = 0; w < p.warps; w++) sum += place[w * p.m * TILE_ROWS], place[w * p.m * TILE_ROWS] = 0.0f;
+        for (int w = 0; w < p.warps; w++) sum += place[w * p.m * SUM_STRIDE], place[w * p.m * SUM_STRIDE] = 0.0f;
         sum *= row_unfactor(factor[m]);
         if (sparse) sum += extra[m * rows + r];
         const unsigned row = unsigned(batch * TILE_ROWS + r);

@@ -5,6 +5,7 @@
 
 namespace mxq::cuda {
 
+constexpr int SUM_STRIDE = TILE_ROWS + 4;  // floats of 16 rows: the lanes of a warp, with 4 rows of x, meet no bank twice
 constexpr int STAGE_PAD = 32;  // halves behind each staged row: rows begin 16 banks apart, so that 8 lanes (2 rows) read without conflict
 
 // An mv block has up to MV_WARPS warps, fewer where registers (16 rows of x; all decoders in one kernel) or shared memory are short.
@@ -22,13 +23,13 @@ static constexpr int slot_bytes(int kind, int bits, int zero, uint32_t group_shi
   return slot_codes(bits);
 }
 
-// Shared memory of an mv block, in this order: sums [row blocks of a batch][warps][m][16], factors of the rows of x [16], two ints [4], the largest numbers that each
+// Shared memory of an mv block, in this order: sums [row blocks of a batch][warps][m][SUM_STRIDE], factors of the rows of x [16], two ints [4], the largest numbers that each
 // warp found [16 warps][16], sums of the sparse part [m][rows of a batch], super-tiles on their way [warps][depth][slot], x [m][columns + STAGE_PAD],
 // its running sums [columns / 32][8 * tiles].
 struct MvShape {
   int warps, batch, m, depth, slot, columns, sparse;
   constexpr int tiles() const { return m <= 8 ? 1 : 2; }
-  constexpr int sums() const { return batch * warps * m * TILE_ROWS; }  // floats
+  constexpr int sums() const { return batch * warps * m * SUM_STRIDE; }  // floats
   constexpr int factors() const { return sums(); }
   constexpr int range() const { return factors() + 16; }
   constexpr int largest() const { return range() + 4; }
