@@ -427,7 +427,7 @@ __device__ __forceinline__ void attend(const AttendParams& p) {
   float* const all_sums = scores + p.warps * ROWS * SCORE_STRIDE;             // [warps][ROWS * head]
   float* const told = all_sums + p.warps * ROWS * p.head;                     // [warps][ROWS][2]: largest score, sum of probabilities
   Keys* const shared_keys = reinterpret_cast<Keys*>(told + p.warps * ROWS * 2);  // registers are short: read anew for each chunk
-  uint8_t* const key_copy = reinterpret_cast<uint8_t*>(memory) + attend_copies(NT, p.head, p.warps) + warp * (p.key_stage + p.value_stage);
+  uint8_t* const key_copy = reinterpret_cast<uint8_t*>(shared_keys) + KEYS_ROOM + warp * (p.key_stage + p.value_stage);
   uint8_t* const value_copy = key_copy + p.key_stage;
 
   // Chunks of this warp that any row of the block sees, one after the other.

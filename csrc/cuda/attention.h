@@ -94,13 +94,11 @@ struct AttendConfig {
 
 // Bytes of shared memory of a block: queries, then for each warp probabilities and sums, then what the warps tell each other, then the keys, then for each
 // warp `stage` bytes of copies.
-constexpr int KEYS_ROOM = 16;
-static_assert(sizeof(Keys) <= KEYS_ROOM, "what is kept for them");
-// Where the copies begin, at a multiple of 128: see MvShape in shape.h.
-static constexpr int attend_copies(int tiles, int head, int warps) {
-  return (4 * (TILE_QUERIES * tiles * (head + warps * (SCORE_STRIDE + head + 2))) + KEYS_ROOM + 127) / 128 * 128;
+constexpr int KEYS_ROOM = 32;
+static_assert(sizeof(Keys) <= KEYS_ROOM && SCORE_STRIDE % 2 == 0, "copies begin at multiples of 32 bytes: see MvShape in shape.h");
+static constexpr int attend_smem(int tiles, int head, int warps, int stage) {
+  return 4 * (TILE_QUERIES * tiles * (head + warps * (SCORE_STRIDE + head + 2))) + KEYS_ROOM + warps * stage;
 }
-static constexpr int attend_smem(int tiles, int head, int warps, int stage) { return attend_copies(tiles, head, warps) + warps * stage; }
 static_assert(attend_smem(2, WIDE_HEAD, ATTEND_WARPS, 0) <= 64 * 1024 && attend_smem(1, MAX_HEAD, ATTEND_WARPS, 0) <= 64 * 1024,
               "what compute capability 7.5 has");
 

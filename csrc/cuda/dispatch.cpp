@@ -25,10 +25,10 @@ int64_t shared_bytes(int32_t capability) {
   return 99 << 10;  // 8.6, 8.9, 12.x, and what is not known
 }
 
-// Model of an mv launch, in microseconds, as measured on an H100: bytes that an SM takes in at most, and all of them; what a super-tile costs a scheduler of
-// an SM, for each 8 rows of x; the time from its words to its sums, and what that is longer for each 8 rows; a barrier with the sums of a batch; a launch that
-// adds partial sums.
-constexpr double SM_BYTES = 40e3, ALL_BYTES = 3e6, SUPER_TILE = 0.16, LATENCY = 0.7, LATENCY_ROWS = 0.35, BATCH = 0.25, REDUCE = 1.5;
+// Model of an mv launch, in microseconds, as it fits an H100: bytes that an SM takes in at most, and all of them; what a super-tile costs a scheduler of
+// an SM, for each 8 rows of x; the time from its words to its sums; a barrier with the sums of a batch; a launch that adds partial sums. With 16 rows of x it
+// takes 8 warps and larger batches, which was measured to be faster there than 12 warps that meet at twice as many barriers (23.2 and 26.5 us at 4 bits, 14336 x 4096).
+constexpr double SM_BYTES = 40e3, ALL_BYTES = 3e6, SUPER_TILE = 0.25, LATENCY = 0.8, BATCH = 0.25, REDUCE = 1.5;
 
 // A configuration and how long it takes by the model.
 struct Timed {
@@ -50,7 +50,7 @@ Timed fit_mv(const Desc& d, int64_t splits) {
       if (batch > 1 && batch >= 2 * share) break;
       // The super-tiles of a batch are dealt to the warps in rounds.
       const int64_t batches = ceil_div(share, batch), rounds = share / batch * ceil_div(batch * each, warps) + ceil_div(share % batch * each, warps);
-      const double round = std::max({warps * bytes / rate, SUPER_TILE * tiles * warps / 4, LATENCY + LATENCY_ROWS * tiles}), time = double(rounds) * round + double(batches) * BATCH;
+      const double round = std::max({warps * bytes / rate, SUPER_TILE * tiles * warps / 4, LATENCY}), time = double(rounds) * round + double(batches) * BATCH;
       if (best.config.ok && time >= best.time) continue;
       for (int depth = 4; depth >= 2; depth--) {
         const MvShape shape = {warps, int(batch), int(d.m), depth, d.slot, int(columns), d.sparse};

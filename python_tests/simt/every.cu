@@ -12,6 +12,7 @@ extern "C" __global__ void words(const uint32_t* a, const uint32_t* b, const uin
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
   ptx::grid_dependency_wait();
   if (i < n) {
+    ptx::prefetch_l2(a + i);  // changes nothing
     const uint32_t x = a[i], y = b[i], z = c[i];
     const float f = __uint_as_float(x), g = __uint_as_float(y);
     const float2 halves = ptx::half2_to_floats(x), bf16s = ptx::bf162_to_floats(x);
