@@ -110,7 +110,8 @@ def arguments(c: Case) -> tuple[list, np.ndarray, torch.Tensor]:
         return ["flat_embedding", blob, ids.numpy(), rows, out, TYPES[c.result]], out, dense[ids].double()
     x, bias, expected = product(c)
     call = ["flat_linear", blob, None, None, out, None, None, cuda_tools.raw(bias) if c.bias else None, None, None, cuda_tools.raw(x), c.k,
-            TYPES[c.dtype], TYPES[c.result], TYPES[torch.float16], c.m, np.full(WORKSPACE, 255, np.uint8), WORKSPACE, cuda.PATHS[c.path], 0, *forced(c).values()]
+            TYPES[c.dtype], TYPES[c.result], TYPES[torch.float16], c.m, np.full(WORKSPACE, 255, np.uint8), WORKSPACE, cuda.PATHS[c.path], 0,
+            *forced(c).values()]
     return call, out, expected
 
 

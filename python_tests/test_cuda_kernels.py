@@ -245,7 +245,8 @@ def test_rows_by_id_of_every_format(bench, fmt):
 # ----------------------------------------------------------------------------------------------- layouts, parts and splits
 
 
-@pytest.mark.parametrize("forced", ({}, {"splits": 2, "warps": 2, "blocks": 2, "batch": 1}, {"splits": 3, "warps": 8, "blocks": 1, "batch": 2}, {"warps": 1, "blocks": 1, "batch": 3}),
+@pytest.mark.parametrize("forced", ({}, {"splits": 2, "warps": 2, "blocks": 2, "batch": 1}, {"splits": 3, "warps": 8, "blocks": 1, "batch": 2},
+                                    {"warps": 1, "blocks": 1, "batch": 3}),
                          ids=lambda f: "-".join(f"{k}{v}" for k, v in f.items()) or "chosen")
 @pytest.mark.parametrize("layout", cases.LAYOUTS, ids=lambda layout: layout.name)
 def test_layouts_in_one_launch(bench, layout, forced):
@@ -308,7 +309,7 @@ def test_mm_reads_x_itself_where_it_can(bench):
     """fp16 in the order of the weight and in rows of whole 16 bytes is not staged: the same bits as from rows that are not aligned, which are."""
     grid = cases.Layout("grid", (40, 448), ((0, 40, 0, 64, "w4g64"), (0, 40, 64, 256, "w8"), (0, 40, 256, 448, "lut3")))
     for q in (cases.random_qtensor("w4g64_asym", 70, 576), grid.make()):
-        p, (n, k) = bench.pack(q), q.shape
+        p, k = bench.pack(q), q.shape[1]
         wide = cases.random_x(40, k + 16, torch.float16)
         aligned, shifted = torch.zeros(40, k + 64, dtype=torch.float16), torch.zeros(40, k + 67, dtype=torch.float16)
         aligned[:, 8 : 8 + k], shifted[:, 3 : 3 + k] = wide[:, :k], wide[:, :k]

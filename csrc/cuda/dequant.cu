@@ -11,12 +11,6 @@ namespace {
 
 constexpr int DEQUANT_WARPS = 4;
 
-__device__ __forceinline__ PieceView view_of(const uint8_t* blob, const CudaPiece& p) {
-  const Format f = p.format;
-  return {blob_at<uint32_t>(blob, p.codes), blob + p.scales, blob + p.zeros, p.code_step, p.scale_step, p.zero_step, p.c0, p.c1 - p.c0, p.tiles, p.groups,
-          group_shift(f), (p.tiles + super_tiles(f.bits) - 1) / super_tiles(f.bits), f.kind, f.bits, f.zero, f.bf16};
-}
-
 // Where the weights of a row block go. `row[i]`: where the lane's row g + 8 * i begins; null: nowhere.
 struct Target {
   uint8_t* row[2];
@@ -136,7 +130,7 @@ __global__ void __launch_bounds__(DEQUANT_WARPS* WARP, 5) dequant(const uint8_t*
     if (i + 1 == band->pieces) return;
     index -= units;
   }
-  const PieceView p = view_of(blob, *piece);
+  const PieceView p = view_of(*piece, blob);
   for_decoder<Uniform<1>, Uniform<2>, Uniform<3>, Uniform<4>, Uniform<5>, Uniform<6>, Uniform<8>, Table<2, false>, Table<3, false>, Table<4, false>,
               Table<4, true>, Half>(p, [&](auto d) { dequant_unit<decltype(d)>(p, block, index, to, lane); });
 }

@@ -19,12 +19,6 @@ void for_bands(const LinearCall& c, F&& f) {
   }
 }
 
-PieceView view_of(const CudaPiece& p, const uint8_t* blob) {
-  const Format f = p.format;
-  return {reinterpret_cast<const uint32_t*>(blob + p.codes), blob + p.scales, blob + p.zeros, p.code_step, p.scale_step, p.zero_step, p.c0, p.c1 - p.c0, p.tiles,
-          p.groups, group_shift(f), uint32_t(ceil_div(p.tiles, super_tiles(f.bits))), f.kind, f.bits, f.zero, f.bf16};
-}
-
 PartView part_of(const Output& o, const CudaHead& h, const CudaBand& b) {
   PartView v{};
   const auto place = [&](uint64_t offset) { return offset ? at<int32_t>(o.blob, offset) : nullptr; };

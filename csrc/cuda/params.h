@@ -18,6 +18,14 @@ struct PieceView {
   uint8_t kind, bits, zero, bf16;
 };
 
+// Of a piece of a blob; on the host to launch, on the device to read. A template, since constexpr functions, which both may call, cast no addresses.
+template <class Piece>
+MXQ_INLINE constexpr PieceView view_of(const Piece& p, const uint8_t* blob) {
+  const Format f = p.format;
+  return {reinterpret_cast<const uint32_t*>(blob + p.codes), blob + p.scales, blob + p.zeros, p.code_step, p.scale_step, p.zero_step, p.c0, p.c1 - p.c0, p.tiles,
+          p.groups, group_shift(f), uint32_t(ceil_div(p.tiles, super_tiles(f.bits))), f.kind, f.bits, f.zero, f.bf16};
+}
+
 // One band of one weight: rows that are finished by the same blocks. Several weights that read the same x (q, k, v) share a launch.
 struct PartView {
   void* y;

@@ -81,7 +81,8 @@ struct RunningSums {
   bool middle;
 };
 
-// acc[n] += W X^T for a super-tile in a slot: 16 rows, all its columns, and 8 * NT rows of x; fragments as `multiply` in tile.cuh has them.
+// acc[n] += W X^T for a super-tile in a slot: 16 rows, all its columns, and 8 * NT rows of x; thread fragments as m16n8k16
+// has them: acc[n][0], [1]: row g, rows 8n + 2t and the next of x; [2], [3]: row g + 8.
 // xs[n] points to the lane's row of x and its first 8 columns of the super-tile. For uniform formats acc is in units of 2^(24 - place) of each row's
 // codes, see Places. FOLD: half tiles to a group, or to the super-tile if its group is larger; 0: see piece. ZERO: kind of zeros, where FOLD is not 0.
 template <class D, int NT, int FOLD, int ZERO>

@@ -1,4 +1,4 @@
-// What mv and mm share: fetching a lane's words, and multiplying a super-tile with the inputs that lie in shared memory.
+// What the kernels that decode tiles share: fetching the words, scales and zeros of a lane, and choosing a decoder.
 #pragma once
 
 #include "decode.cuh"
@@ -61,67 +61,6 @@ __device__ __forceinline__ unsigned pair_of(const unsigned (&pairs)[2], int grou
 }
 
 __device__ __forceinline__ float scale_value(unsigned half, bool bf16) { return bf16 ? ptx::bf16_to_float(uint16_t(half)) : ptx::half_to_float(uint16_t(half)); }
-
-// acc[n][0..3] += W X^T for one super-tile: 16 rows, its columns, and 8 * NT rows of x, of which `m` exist. Thread fragments as m16n8k16 has them:
-// acc[n][0], [1]: row g, x rows 8n + 2t, + 1;  [2], [3]: row g + 8. `xs` points to the super-tile's first column of x row 0.
-// Sums of x rows that do not exist are those of the last one: nobody reads them.
-template <class D, int NT>
-__device__ __forceinline__ void multiply(D& d, const Unit& u, const PieceView& p, int tiles, const uint16_t* xs, int stride, int m, float (&acc)[NT][4], int lane) {
-  constexpr unsigned one = 0x3c003c00u;
-  const int g = lane / 4, t = lane % 4, mask = int((1u << p.group_shift) - 1);
-  float part[NT][4] = {}, sums[NT][4] = {};
-#pragma unroll
-  for (int half = 0; half < 2 * D::tiles; half++) {
-    if (half >= 2 * tiles) break;
-    if (D::zeroed && p.zero == INT && (half & mask) == 0) {
-      const unsigned z = pair_of(u.zero, half >> p.group_shift, lane);
-      d.set_zero(half_pair(z & 0xff), half_pair(z >> 8));
-    }
-    unsigned b[NT][4];
-#pragma unroll
-    for (int n = 0; n < NT; n++) load_shared_16(b[n], xs + min(8 * n + g, m - 1) * stride + half * 32 + 8 * t);
-    const unsigned* w = u.w + half / 2 * D::bits;
-    unsigned a[2][4];
-    if (half % 2 == 0) d.template step<0>(w, a[0]), d.template step<1>(w, a[1]);
-    else d.template step<2>(w, a[0]), d.template step<3>(w, a[1]);
-#pragma unroll
-    for (int n = 0; n < NT; n++)
-#pragma unroll
-      for (int s = 0; s < 2; s++) {
-        const unsigned bs[2] = {b[n][2 * s], b[n][2 * s + 1]};
-        float(&to)[4] = D::scaled ? part[n] : acc[n];
-        ptx::mma_m16n8k16_f16(to, a[s], bs, to);
-      }
-    if (D::zeroed && p.zero == FLOATZERO) {  // the sums of the inputs, in the places where the products are
-      const unsigned ones[4] = {one, one, one, one};
-#pragma unroll
-      for (int n = 0; n < NT; n++)
-#pragma unroll
-        for (int s = 0; s < 2; s++) {
-          const unsigned bs[2] = {b[n][2 * s], b[n][2 * s + 1]};
-          ptx::mma_m16n8k16_f16(sums[n], ones, bs, sums[n]);
-        }
-    }
-    if constexpr (D::scaled) {
-      if (((half + 1) & mask) != 0 && half != 2 * tiles - 1) continue;
-      const int group = half >> p.group_shift;
-      const unsigned s = pair_of(u.scale, group, lane);
-      const float scale[2] = {scale_value(s & 0xffff, p.bf16), scale_value(s >> 16, p.bf16)};
-#pragma unroll
-      for (int n = 0; n < NT; n++)
-#pragma unroll
-        for (int i = 0; i < 4; i++) acc[n][i] = fmaf(scale[i / 2], part[n][i], acc[n][i]), part[n][i] = 0.0f;
-      if (D::zeroed && p.zero == FLOATZERO) {
-        const unsigned z = pair_of(u.zero, group, lane);
-        const float zero[2] = {scale_value(z & 0xffff, p.bf16), scale_value(z >> 16, p.bf16)};
-#pragma unroll
-        for (int n = 0; n < NT; n++)
-#pragma unroll
-          for (int i = 0; i < 4; i++) acc[n][i] = fmaf(zero[i / 2], sums[n][i], acc[n][i]), sums[n][i] = 0.0f;
-      }
-    }
-  }
-}
 
 // The zero point where it does not change: the middle code of symmetric formats, 0 where zeros are floats.
 template <class D>
