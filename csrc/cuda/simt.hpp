@@ -8,7 +8,7 @@
 //   MXQ_LAUNCH(kernel, grid, block, bytes, stream, args...)     int: a cudaError_t, 0 for success. The kernel runs on the caller's stream (void*)
 //   MXQ_LAUNCH_EARLY(early, kernel, ...)                        the same; if `early`, the kernel may start before the one ahead of it in the stream
 //                                                               has ended, and calls ptx::grid_dependency_wait() before it reads or writes what that
-//                                                               may write or read. For compute capability 9.0 and later
+//                                                               may write or read. For compute capability 9.0 and later; code that was compiled for less is launched in turn
 // A kernel with several template arguments is put in parentheses: MXQ_LAUNCH((gemv<4, 128>), ...).
 #pragma once
 
@@ -37,6 +37,15 @@ inline int launch(bool early, void (*kernel)(P...), dim3 grid, dim3 block, size_
       cudaGetLastError();
       return error;
     }
+  }
+  if (early) {  // code for an older capability runs on a newer device by way of its PTX, and does not know how to wait for the kernel ahead
+    cudaFuncAttributes code;
+    const cudaError_t error = cudaFuncGetAttributes(&code, kernel);
+    if (error != cudaSuccess) {
+      cudaGetLastError();
+      return error;
+    }
+    early = code.ptxVersion >= 90;
   }
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
