@@ -275,7 +275,7 @@ class Runtime:
         return out
 
     def _dequantize(self, p: CudaPacked, out: torch.Tensor, begin: int, stream: int, stored_columns: bool = False) -> None:
-        """Stored rows from ``begin`` on into out [rows, K], which are in stored order, or in original order if they are all. Columns are in original order."""
+        """Stored rows from ``begin`` on into out [rows, K], in stored order, or in original order if they are all; columns in original or in stored order."""
         if out.numel():
             self.run(self.library.dequantize(p.head.data_ptr(), p.blob.data_ptr(), out.data_ptr(), TYPES[out.dtype], begin, out.shape[0], int(stored_columns),
                                              stream), f"dequantizing {p}")

@@ -58,12 +58,12 @@ MXQ_API int64_t mxq_cuda_embedding(const uint8_t* head, const uint8_t* blob, con
 
 MXQ_API int64_t mxq_cuda_explain(const LinearCall* c, char* text, int64_t size) {
   const Desc d = desc_of(*c);
-  const Config config = config_of(*c);
+  const Config config = config_of(*c, d);
   copy_text(describe(d, config), text, size);
   return config.ok ? config.path : 0;
 }
 MXQ_API int64_t mxq_cuda_kernel_name(const LinearCall* c, const char* format, char* text, int64_t size) {
-  const Config config = config_of(*c);
+  const Config config = config_of(*c, desc_of(*c));
   return copy_text(config.ok ? kernel_name(config, format, {int32_t(c->capability), int32_t(c->sms)}) : config.reason, text, size);
 }
 

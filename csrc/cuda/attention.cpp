@@ -9,19 +9,7 @@
 namespace mxq::cuda {
 namespace {
 
-constexpr int DEFAULT_SMS = 108;  // of a device that is not known
-
 RowsView view_of(const Rows& r) { return {r.data, r.batch, r.head, r.token, int32_t(r.type)}; }
-
-// Bytes of shared memory of an SM, of which each block takes BLOCK_SHARED more than it asks for.
-constexpr int BLOCK_SHARED = 1024;
-int shared_of(int32_t capability) {
-  switch (capability) {
-    case 80: case 87: return 164 * 1024;
-    case 90: case 100: case 103: case 110: return 228 * 1024;
-    default: return 100 * 1024;
-  }
-}
 
 int64_t stage_bytes(const PageDesc& d, const Rows& sink, const Rows& tail) {
   int64_t bytes = whole_page_bytes(page_format(d));

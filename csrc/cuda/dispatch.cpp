@@ -7,8 +7,6 @@
 namespace mxq::cuda {
 namespace {
 
-constexpr int DEFAULT_SMS = 108;  // of a device that is not known
-
 const char* type_name(int32_t type) { return type == F32 ? "float32" : type == BF16 ? "bfloat16" : "float16"; }
 
 Config refuse(const std::string& reason) {
@@ -18,12 +16,7 @@ Config refuse(const std::string& reason) {
 }
 
 // Bytes of shared memory that a block may ask for.
-int64_t shared_bytes(int32_t capability) {
-  if (capability == 75) return 64 << 10;
-  if (capability == 80 || capability == 87) return 163 << 10;
-  if (capability >= 90 && capability < 120) return 227 << 10;
-  return 99 << 10;  // 8.6, 8.9, 12.x, and what is not known
-}
+int64_t shared_bytes(int32_t capability) { return shared_of(capability) - (capability == 75 ? 0 : BLOCK_SHARED); }
 
 // Model of an mv launch, in microseconds, as it fits an H100: bytes that an SM takes in at most, and all of them; what a super-tile costs a scheduler of
 // an SM, for each 8 rows of x; the time from its words to its sums; a barrier with the sums of a batch; a launch that adds partial sums. With 16 rows of x it
@@ -88,6 +81,13 @@ Config choose_mm(const Desc& d) {
 }
 
 }  // namespace
+
+int64_t shared_of(int32_t capability) {
+  if (capability == 75) return 64 << 10;
+  if (capability == 80 || capability == 87) return 164 << 10;
+  if (capability >= 90 && capability < 120) return 228 << 10;
+  return 100 << 10;  // 8.6, 8.9, 12.x, and what is not known
+}
 
 Decoder decoder_of(Format f) {
   if (f.kind == UNIFORM) return f.bits == 1 ? W1 : f.bits == 2 ? W2 : f.bits == 3 ? W3 : f.bits == 4 ? W4 : f.bits == 5 ? W5 : f.bits == 6 ? W6 : W8;

@@ -23,6 +23,11 @@ struct Device {
   int32_t sms;         // 0: unknown
 };
 
+constexpr int DEFAULT_SMS = 108;     // of a device that is not known
+constexpr int BLOCK_SHARED = 1024;  // bytes of shared memory that a block takes beside those that it asks for, from 8.0 on
+// Bytes of shared memory of an SM; what is not known has as many as all but 7.5.
+int64_t shared_of(int32_t capability);
+
 // The whole launch: all weights that read the same x.
 struct Desc {
   int64_t m, n, k;           // n: rows of all weights

@@ -154,8 +154,8 @@ Desc desc_of(const LinearCall& c) {
   return d;
 }
 
-Config config_of(const LinearCall& c) {
-  Config config = choose(desc_of(c), Path(c.path));
+Config config_of(const LinearCall& c, const Desc& d) {
+  Config config = choose(d, Path(c.path));
   if (c.warps) config.warps = int32_t(c.warps);
   if (c.blocks) config.blocks = int32_t(c.blocks);
   if (c.batch) config.batch = int32_t(c.batch);
@@ -164,15 +164,16 @@ Config config_of(const LinearCall& c) {
 }
 
 int64_t workspace_nbytes(const LinearCall& c) {
-  const Config config = config_of(c);
+  const Desc d = desc_of(c);
+  const Config config = config_of(c, d);
   if (!config.ok || (config.path != MV && config.path != MM)) return 0;
-  std::vector<Params> all = launches(c, config, desc_of(c));
+  std::vector<Params> all = launches(c, config, d);
   return place(all, config, nullptr);
 }
 
 int linear(const LinearCall& c) {
   const Desc d = desc_of(c);
-  const Config config = config_of(c);
+  const Config config = config_of(c, d);
   if (!config.ok || config.path == BIG) return NO_KERNEL;
   if (config.path == SCALAR) {
     for (int64_t i = 0; i < c.outputs; i++)

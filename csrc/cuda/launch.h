@@ -26,7 +26,7 @@ struct LinearCall {
 // All return a cudaError_t, 0 for success, or NO_KERNEL. Nothing is allocated, nothing waits.
 constexpr int NO_KERNEL = -1;
 Desc desc_of(const LinearCall& c);
-Config config_of(const LinearCall& c);
+Config config_of(const LinearCall& c, const Desc& d);  // d: desc_of(c)
 int64_t workspace_nbytes(const LinearCall& c);
 int linear(const LinearCall& c);
 // `count` stored rows of the weight from `begin` on, [count, k] of `type`: the columns in original or in stored order, the rows in stored order, but in

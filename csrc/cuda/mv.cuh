@@ -15,18 +15,12 @@
 
 namespace mxq::cuda {
 
-template <int N>
-struct Number {
-  static constexpr int value = N;
-};
-
 __device__ __forceinline__ int threads_of(const Params& p) { return p.warps * WARP; }
 
 // The super-tiles of each row block that a split multiplies.
 struct Share {
   int first, count;
 };
-__device__ __forceinline__ int columns_of_super_tile(const PieceView& piece) { return super_tiles(piece.bits) * TILE_COLS; }
 __device__ __forceinline__ Share share_of(const PieceView& piece, int splits, int split) {
   if (splits == 1) return {0, int(piece.units)};
   const unsigned first = piece.units * unsigned(split) / unsigned(splits), end = piece.units * unsigned(split + 1) / unsigned(splits);
@@ -261,19 +255,19 @@ __device__ __forceinline__ void go_on(const Params& p, const PieceView& piece, C
   if constexpr (KNOWN && D::scaled) {
     const auto with_zeros = [&](auto fold) {
       constexpr bool only_floats = D::zeroed && D::bits == 1;
-      if (only_floats || (D::zeroed && piece.zero == FLOATZERO)) return with(fold, Number<D::zeroed ? FLOATZERO : SYM>{});
+      if (only_floats || (D::zeroed && piece.zero == FLOATZERO)) return with(fold, Constant<D::zeroed ? FLOATZERO : SYM>{});
       if constexpr (!only_floats) {
-        if (D::zeroed && piece.zero == INT) return with(fold, Number<D::zeroed ? INT : SYM>{});
-        with(fold, Number<SYM>{});
+        if (D::zeroed && piece.zero == INT) return with(fold, Constant<D::zeroed ? INT : SYM>{});
+        with(fold, Constant<SYM>{});
       }
     };
     const int fold = 1 << min(int(piece.group_shift), 3);
-    if (fold >= halves) return with_zeros(Number<halves>{});
-    if (halves > 4 && fold == 4) return with_zeros(Number<(halves < 4 ? halves : 4)>{});
-    if (fold == 2) return with_zeros(Number<2>{});
-    with_zeros(Number<1>{});
+    if (fold >= halves) return with_zeros(Constant<halves>{});
+    if (halves > 4 && fold == 4) return with_zeros(Constant<(halves < 4 ? halves : 4)>{});
+    if (fold == 2) return with_zeros(Constant<2>{});
+    with_zeros(Constant<1>{});
   } else {
-    with(Number<0>{}, Number<SYM>{});
+    with(Constant<0>{}, Constant<SYM>{});
   }
 }
 
@@ -321,7 +315,7 @@ __global__ void __launch_bounds__(mv_warps(NT, sizeof...(Ds) > 1) * WARP, 1) mv(
     if (stage) {
       for (unsigned i = 0; i < part.pieces; i++) {
         const Share share = share_of(pieces[i], p.splits, int(blockIdx.y));
-        const int width = columns_of_super_tile(pieces[i]);
+        const int width = super_cols(pieces[i].bits);
         stage_piece(p, part, pieces[i], share.first * width, share.count * width, stride, xs + columns);
         columns += share.count * width;
       }
@@ -339,7 +333,7 @@ __global__ void __launch_bounds__(mv_warps(NT, sizeof...(Ds) > 1) * WARP, 1) mv(
       if ((Ds::zeroed || ...)) {
         int from = 0;
         for (unsigned i = 0; i < part.pieces; i++) {
-          const int wide = share_of(pieces[i], p.splits, int(blockIdx.y)).count * columns_of_super_tile(pieces[i]);
+          const int wide = share_of(pieces[i], p.splits, int(blockIdx.y)).count * super_cols(pieces[i].bits);
           sum_staged(p, wide, stride, xs + from, NT, x_sums + from / 32 * 8 * NT, warp, lane);
           from += wide;
         }
@@ -357,7 +351,7 @@ __global__ void __launch_bounds__(mv_warps(NT, sizeof...(Ds) > 1) * WARP, 1) mv(
           go_on<decltype(d), NT, sizeof...(Ds) == 1>(p, piece, cursor, batch, end, xs + from, stride, x_sums + from / 32 * 8 * NT, sums, ring, warp, lane);
         });
         if (part.pieces > 1) __syncwarp();  // the ring is filled anew
-        from += share_of(piece, p.splits, int(blockIdx.y)).count * columns_of_super_tile(piece);
+        from += share_of(piece, p.splits, int(blockIdx.y)).count * super_cols(piece.bits);
       }
       const bool sparse = p.sparse && blockIdx.y == 0;
       if (sparse) add_sparse(p, part, unsigned(batch * TILE_ROWS), rows, extra);

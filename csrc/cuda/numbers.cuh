@@ -6,6 +6,12 @@
 
 namespace mxq::cuda {
 
+// A number as a type.
+template <int N>
+struct Constant {
+  static constexpr int value = N;
+};
+
 __device__ __forceinline__ float number_at(const void* p, int64_t i, int type) {
   if (type == F32) return __ldg(static_cast<const float*>(p) + i);
   const uint16_t u = __ldg(static_cast<const uint16_t*>(p) + i);

@@ -11,12 +11,6 @@ __device__ __forceinline__ const T* blob_at(const uint8_t* blob, uint64_t offset
   return reinterpret_cast<const T*>(blob + offset);
 }
 
-// A number as a type.
-template <int N>
-struct Constant {
-  static constexpr int value = N;
-};
-
 // The levels of formats.h where a thread can pick one of them.
 static __constant__ float nf4_levels[16] = {NF4_LEVELS[0], NF4_LEVELS[1], NF4_LEVELS[2],  NF4_LEVELS[3],  NF4_LEVELS[4],  NF4_LEVELS[5],  NF4_LEVELS[6],  NF4_LEVELS[7],
                                             NF4_LEVELS[8], NF4_LEVELS[9], NF4_LEVELS[10], NF4_LEVELS[11], NF4_LEVELS[12], NF4_LEVELS[13], NF4_LEVELS[14], NF4_LEVELS[15]};
