@@ -35,7 +35,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LIMIT = numeric.bound("w4g64_fz", torch.float32)
 FOLDER = cuda_tools.ROOT / "csrc" / "cuda"
 FLAT = cuda_tools.ROOT / "python_tests" / "cuda_flat_attention.cpp"
-SOURCES = [FOLDER / "attention.cu", FOLDER / "kv_pack.cu", FOLDER / "attention.cpp", FLAT]
+SOURCES = [FOLDER / "attention.cu", FOLDER / "kv_pack.cu", FOLDER / "attention.cpp", FOLDER / "dispatch.cpp", FLAT]
 
 
 class Bench:
