@@ -189,9 +189,26 @@ def widths_table(result: dict) -> list[str]:
             f"{m['cpu']}, {m['target']}; {peers}."]
 
 
+def gpu_table(result: dict) -> list[str]:
+    """The first shape on a GPU: microseconds at one row, then how many times as fast as torch in the type of x at every number of rows up to 64."""
+    n, k = next((r["n"], r["k"]) for r in result["rows"])
+    rows = [r for r in result["rows"] if (r["n"], r["k"]) == (n, k) and r["m"] <= 64]
+    ms = sorted({r["m"] for r in rows})
+    lines = [f"| {n} x {k} | MB | us, M=1 | of the copy bandwidth | " + " | ".join(f"M={m}" for m in ms) + " |",
+             "| --- | ---: | ---: | ---: |" + " ---: |" * len(ms)]
+    for name in dict.fromkeys(r["name"] for r in rows):
+        at = {r["m"]: r for r in rows if r["name"] == name}
+        lines.append(f"| {name} | {at[1]['nbytes'] / 1e6:.0f} | {at[1]['us']:.1f} | {at[1]['copy_share']:.0%} | "
+                     + " | ".join(f"{at[m]['x_torch']:.2f}" for m in ms) + " |")
+    m = result["machine"]
+    return [*lines, "", f"M rows of x in {result['options']['dtype']}; the last columns say how many times as fast as torch's product of weights that are not "
+            f"quantized. {m['card']}, torch {m['torch']}."]
+
+
 #: document -> [(file under bench/results, table)]
 TABLES: dict[str, list[tuple[str, Callable[[dict], list[str]]]]] = {
-    "README.md": [("demo.json", demo_table), ("frameworks.json", files_table), ("decode-cpu.json", decode_table), ("linear-cpu.json", widths_table)],
+    "README.md": [("demo.json", demo_table), ("frameworks.json", files_table), ("decode-cpu.json", decode_table), ("linear-cpu.json", widths_table),
+                  ("linear-cuda.json", gpu_table)],
     "docs/quality.md": [("quality.json", quality_table), ("reconstruction.json", reconstruction_table), ("autoround.json", autoround_table)],
     "docs/performance.md": [("linear-cpu.json", speed_table), ("attention-cpu.json", attention_table)],
     "docs/kv.md": [("kv-quality.json", kv_table), ("kv-joint.json", joint_table)]}
