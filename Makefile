@@ -22,7 +22,7 @@ demo: $(READY)
 
 # One capability is built for the tests, which need the module and not its speed; + PTX, so that a GPU of another kind can run them too.
 test: export MXQ_CUDA_ARCHS ?= 8.0+PTX
-test: VENV_ARGS = --cuda-compiler
+test: VENV_ARGS = --cuda-compiler --extras nsga,tasks
 # The linter's verdict counts, but pytest runs in any case and has the last word.
 test: $(READY)
 	@$(VENV)/bin/ruff check .; lint=$$?; \

@@ -131,13 +131,14 @@ def main() -> None:
     parser.add_argument("--torch", required=True, help="requirement, for example torch==2.13.0")
     parser.add_argument("--torch-index", default="", help="package index that holds CPU builds of torch")
     parser.add_argument("--cuda-compiler", action="store_true", help="install the compiler of mxq_ext._cuda where there is no CUDA toolkit")
+    parser.add_argument("--extras", default="", help="more extras of pyproject.toml, with commas between them")
     args = parser.parse_args()
     check_machine()
     python = make_environment(args.folder)
     install_torch(python, args.torch, args.torch_index)
     if args.cuda_compiler:
         install_cuda_compiler(python)
-    pip(python, "-e", ".[dev,plot]")
+    pip(python, "-e", f".[{','.join(['dev', 'plot', *filter(None, args.extras.split(','))])}]")
     pip(python, "--no-deps", "-r", "third_party/demo-data.txt")
     say("ready")
 

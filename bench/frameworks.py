@@ -1,7 +1,7 @@
 """Every preset at every budget on the demo's model: ``mxq compare`` on its shuffled copy, and its rows for docs/frameworks.md.
 
     python bench/frameworks.py [-o mxq-frameworks] [--bits 2.25,2.5,3,3.5,4] [--presets all] [--also "mxq reconstruct=50"]
-        [--llama-cpp all] [--untimed]
+        [--llama-cpp all] [--tasks pairs,cloze] [--untimed]
 
 The copy is written to OUT/smollm2-shuffled (the same function; its channels are in another order, so that no group falls on one of the 4-bit file's own). Rows
 that OUT has already are kept. bench/results/frameworks.json then holds what OUT/compare.json does, without the values of single windows.
@@ -53,13 +53,14 @@ def main() -> None:
     parser.add_argument("--presets", default="all")
     parser.add_argument("--also", action="append", default=[])
     parser.add_argument("--llama-cpp", default="", help="types, or all")
+    parser.add_argument("--tasks", default="", help="zero-shot tasks; needs lm-eval")
     parser.add_argument("--untimed", action="store_true")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     with Progress() as progress:
         result = compare(shuffled_model(options.out), options.out, bits=[float(b) for b in options.bits.split(",")],
                          presets=[p for p in options.presets.split(",") if p], also=options.also,
-                         llama_cpp=[t for t in options.llama_cpp.split(",") if t], timed=not options.untimed,
+                         llama_cpp=[t for t in options.llama_cpp.split(",") if t], tasks=[t for t in options.tasks.split(",") if t], timed=not options.untimed,
                          progress=progress)
     write_json(options.results, result | {"rows": [without_windows(r) for r in result["rows"]]})
     print((options.out / "compare.md").read_text(encoding="utf-8"))

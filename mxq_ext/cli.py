@@ -85,6 +85,11 @@ def verb(function: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
+def _names(text: str | None) -> list[str]:
+    """``"a, b"`` -> ``["a", "b"]``."""
+    return [name.strip() for name in (text or "").split(",") if name.strip()]
+
+
 def _given(**options: Any) -> dict[str, Any]:
     """The options that the user set: the defaults of the rest belong to the function that is called."""
     return {name: value for name, value in options.items() if value is not None}
@@ -92,7 +97,7 @@ def _given(**options: Any) -> dict[str, Any]:
 
 def _formats(text: str | None) -> list[str] | None:
     """``"w4g64, w8"`` -> ``["w4g64", "w8"]``, each a valid name. Raises FormatError."""
-    return None if text is None else [Format.parse(name.strip()).name for name in text.split(",") if name.strip()]
+    return None if text is None else [Format.parse(name).name for name in _names(text)]
 
 
 def _changes(settings: list[str] | None, preset: str | None) -> dict[str, Any] | None:
@@ -183,6 +188,7 @@ Bytes = Annotated[int | None, typer.Option("--bytes", min=1, help="Budget in byt
 Candidates = Annotated[str | None, typer.Option("--candidates", help="Formats to choose from, for example w2g64_asym,w3g64_asym,w4g64,w8.")]
 Metric = Annotated[str | None, typer.Option("--metric", help="How the loss of a format is estimated, for example linear_kl.")]
 KV = Annotated[str | None, typer.Option("--kv", help="How keys and values are cached: k4v2g64, a preset such as kivi, a plan's file, or none.")]
+Tasks = Annotated[str | None, typer.Option("--tasks", help="Also zero-shot accuracy by lm-eval: pairs, cloze, cloze_literary, or tasks of lm-eval's.")]
 Context = Annotated[int | None, typer.Option("--context", min=1, help="Tokens of a cache that --bytes covers too: its bits are planned with the weights'.")]
 Batch = Annotated[int | None, typer.Option("--batch", min=1, help="Sequences in that cache; 1 without it.")]
 PresetName = Annotated[str | None, typer.Option("--preset", help="A named choice for every part of the line; `mxq presets` lists them.")]
@@ -303,13 +309,17 @@ def presets(name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="O
 @verb
 def eval(checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A directory written by `mxq quantize`, or a model.")],
          reference: Annotated[Path | None, typer.Option("--reference", help="The float model, for the KL divergence to it.")] = None,
-         text: Text = None, windows: Windows = None, length: Length = None, kv: KV = None, as_json: Json = False) -> None:
-    """Perplexity on held-out text, and with --reference the mean KL divergence and the greedy agreement."""
+         text: Text = None, windows: Windows = None, length: Length = None, kv: KV = None, tasks: Tasks = None,
+         include: Annotated[Path | None, typer.Option("--include", help="A folder of tasks as lm-eval describes them.")] = None,
+         task_limit: Annotated[int | None, typer.Option("--task-limit", min=1, help="The first so many documents of each task.")] = None,
+         as_json: Json = False) -> None:
+    """Perplexity on held-out text, and with --reference the mean KL divergence and the greedy agreement; with --tasks zero-shot accuracy."""
     from . import pipeline
 
     with Progress() as progress:
         result = pipeline.evaluate_checkpoint(checkpoint, progress=progress,
-                                              **_given(reference=reference, text=text, windows=windows, length=length, kv=kv))
+                                              **_given(reference=reference, text=text, windows=windows, length=length, kv=kv, tasks=_names(tasks) or None,
+                                                       include=include, task_limit=task_limit))
     _show(result, f"evaluation of {checkpoint}", as_json)
 
 
@@ -326,6 +336,7 @@ def compare(model: Model, out: Out,
             length: Length = None,
             llama_cpp: Annotated[str | None, typer.Option("--llama-cpp", metavar="TYPES", help="Also llama.cpp's files of these types, for example "
                                                           "Q4_K_M,Q3_K_M, or all; needs llama-cpp-python and gguf.")] = None,
+            tasks: Tasks = None,
             untimed: Annotated[bool, typer.Option("--untimed", help="Do not measure tokens per second (another run of the command does).")] = False,
             as_json: Json = False) -> None:
     """Every preset at every budget, on one model and text: quality, bytes and speed in one table. Goes on where it was stopped."""
@@ -336,8 +347,8 @@ def compare(model: Model, out: Out,
     from . import compare as module
 
     with Progress() as progress:
-        result = module.compare(model, out, bits=budgets, presets=[p.strip() for p in presets.split(",") if p.strip()], timed=not untimed,
-                                llama_cpp=[t.strip() for t in (llama_cpp or "").split(",") if t.strip()], progress=progress,
+        result = module.compare(model, out, bits=budgets, presets=_names(presets), timed=not untimed, llama_cpp=_names(llama_cpp), tasks=_names(tasks),
+                                progress=progress,
                                 **_given(also=also, text=text, windows=windows, held_out=held_out, eval_windows=eval_windows, length=length))
     if as_json:
         _show(result, "", True)

@@ -15,7 +15,7 @@ import copy
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +33,7 @@ from .progress import SILENT, Progress
 from .report import need_matplotlib, pareto_svg
 from .request import missing_parts
 from .structure import find_units
+from .tasks import need_lm_eval, run_tasks
 from .testing.timing import machine
 from .verdicts import FLOAT, LLAMA_CPP, bits_at, bits_table, measured, rivals, rivals_table, rows_table, verdicts, verdicts_table
 
@@ -122,8 +123,10 @@ class Comparison:
         self.record["machine"] = machine()
         write_json(self.file, self.record)
 
-    def run(self, bits: Sequence[float], chosen: Sequence[Contender], *, llama_cpp: Sequence[str] = (), timed: bool = True) -> dict:
-        """Measures every pair of budget and contender that has no row, llama.cpp's types, then times what has no time; returns what ``compare.json`` holds."""
+    def run(self, bits: Sequence[float], chosen: Sequence[Contender], *, llama_cpp: Sequence[str] = (), tasks: Sequence[str] = (),
+            timed: bool = True) -> dict:
+        """Measures every pair of budget and contender that has no row, llama.cpp's types, then tasks and time of what has none; returns what ``compare.json``
+        holds."""
         self.out.mkdir(parents=True, exist_ok=True)
         if self.row(FLOAT) is None:
             total = sum(p.numel() for p in self.model.parameters())
@@ -135,6 +138,7 @@ class Comparison:
                    "candidates": contender.candidates, "command": self.command(contender, budget)}
             self.add(row, lambda c=contender, b=budget: self.measure(c, b), BudgetError, PlanError)
         self.measure_llama_cpp(llama_cpp)
+        self.measure_tasks(tasks)
         if timed:
             self.time()
         rows, kinds = self.record["rows"], list(self.tokens)
@@ -228,13 +232,26 @@ class Comparison:
         return {"minutes": (time.monotonic() - start) / 60, **llamacpp.sizes(target),
                 **{k: llamacpp.evaluate_gguf(target, self.references[k], t, self.progress).to_dict() for k, t in self.tokens.items()}}
 
+    def unfinished(self, missing: Callable[[dict], bool]) -> Iterator[tuple[dict, torch.nn.Module]]:
+        """Each row that has a checkpoint, or is the float model's, and of which ``missing`` is true; and its model."""
+        for row in list(self.record["rows"]):
+            at = self.checkpoint(row["name"])
+            if row["name"] == FLOAT or row["family"] != LLAMA_CPP and checkpoint.is_checkpoint(at):
+                if missing(row):
+                    yield row, self.model if row["name"] == FLOAT else checkpoint.load(at)
+
+    def measure_tasks(self, tasks: Sequence[str]) -> None:
+        """Accuracy on each task that a row does not have yet; of llama.cpp's files there is none."""
+        for row, model in self.unfinished(lambda row: not set(tasks) <= set(row.get("tasks", ()))):
+            left = [t for t in tasks if t not in row.get("tasks", ())]
+            found = row.get("tasks", {}) | run_tasks(model, self.tokenizer, left)
+            self.keep(row | {"tasks": found})
+            self.progress.note(f"{row['name']}: " + "  ".join(f"{k} {v['acc']:.3f}" for k, v in found.items() if "acc" in v))
+
     def time(self) -> None:
         """Tokens per second of every row that has a checkpoint and no time yet."""
-        for row in self.record["rows"]:
-            at = self.checkpoint(row["name"])
-            if "decode_tokens_per_s" in row or row["family"] == LLAMA_CPP or (row["name"] != FLOAT and not checkpoint.is_checkpoint(at)):
-                continue
-            found = speed(self.model if row["name"] == FLOAT else checkpoint.load(at))
+        for row, model in self.unfinished(lambda row: "decode_tokens_per_s" not in row):
+            found = speed(model)
             self.keep(row | {k: found[k] for k in ("decode_tokens_per_s", "prefill_tokens_per_s", "threads")})
             self.progress.note(f"{row['name']}: {found['decode_tokens_per_s']:.1f} tokens/s")
 
@@ -255,13 +272,14 @@ class Comparison:
 
 
 def compare(model_path: str | os.PathLike, out: str | os.PathLike, *, bits: Sequence[float], presets: Sequence[str] = ("all",), also: Sequence[str] = (),
-            llama_cpp: Sequence[str] = (), timed: bool = True, progress: Progress = SILENT, **setup) -> dict:
+            llama_cpp: Sequence[str] = (), tasks: Sequence[str] = (), timed: bool = True, progress: Progress = SILENT, **setup) -> dict:
     """Runs every preset at every budget; ``setup`` as :class:`Comparison` takes it. Returns what ``out/compare.json`` holds.
 
     Args:
         bits: budgets in stored bits per weight, scales and tables counted.
         presets, also: see :func:`contenders`.
         llama_cpp: types of llama.cpp to make and measure beside ours, ``("all",)`` for those of ``llamacpp.TYPES``.
+        tasks: also the accuracy of each checkpoint on these, see ``tasks.run_tasks``.
         timed: also measure tokens per second of each checkpoint, at the end; wants a machine with nothing else to do.
 
     Raises PlanError and BudgetError for names and budgets that make no sense, CheckpointError if ``out`` holds a comparison of another setup. A preset
@@ -275,4 +293,6 @@ def compare(model_path: str | os.PathLike, out: str | os.PathLike, *, bits: Sequ
     if types:
         for package in ("gguf", "llama_cpp"):
             llamacpp.need(package)
-    return Comparison(model_path, out, progress=progress, **setup).run(list(dict.fromkeys(bits)), chosen, llama_cpp=types, timed=timed)
+    if tasks:
+        need_lm_eval(f"tasks {', '.join(tasks)} of a comparison")
+    return Comparison(model_path, out, progress=progress, **setup).run(list(dict.fromkeys(bits)), chosen, llama_cpp=types, tasks=tasks, timed=timed)

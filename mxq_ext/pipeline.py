@@ -19,7 +19,7 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -494,13 +494,17 @@ def written_bytes(directory: Path, plan: Plan, units: list[Unit]) -> int:
 
 
 def evaluate_checkpoint(path, *, reference=None, text=None, windows: int = 12, length: int = LENGTH, kv: str | None = None,
-                        progress: Progress = SILENT) -> dict:
-    """``mxq eval``: perplexity on held-out text (or ``text``), and against ``reference`` the KL divergence and the greedy agreement.
+                        tasks: Sequence[str] = (), include=None, task_limit: int | None = None, progress: Progress = SILENT) -> dict:
+    """``mxq eval``: perplexity on held-out text (or ``text``), and against ``reference`` the KL divergence and the greedy agreement; then zero-shot ``tasks``
+    with ``include`` and the limit ``task_limit`` as ``tasks.run_tasks`` has them.
 
     ``kv`` names how keys and values are cached meanwhile (``plan.presets.find_kv``): with none, as the model's plan says.
     """
     from .evaluate import evaluate
+    from .tasks import need_lm_eval, run_tasks
 
+    if tasks:
+        need_lm_eval(f"tasks {', '.join(tasks)}")
     chosen = None if kv is None else find_kv(kv)
     model, tokenizer = load(path)
     if kv is not None:
@@ -510,7 +514,8 @@ def evaluate_checkpoint(path, *, reference=None, text=None, windows: int = 12, l
     held_out = texts.heldout_text("technical") if text is None else texts.read_text(text)
     tokens = texts.spread(texts.windows(need_tokenizer(tokenizer, path), held_out, length), windows)
     other = load(reference)[0] if reference is not None else None
-    return {"model": str(path), "text_sha256": texts.text_hash(held_out), **evaluate(model, other, tokens, progress=progress).to_dict()}
+    result = {"model": str(path), "text_sha256": texts.text_hash(held_out), **evaluate(model, other, tokens, progress=progress).to_dict()}
+    return result | ({"tasks": run_tasks(model, tokenizer, tasks, include=include, limit=task_limit)} if tasks else {})
 
 
 @torch.inference_mode()

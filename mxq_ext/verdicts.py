@@ -77,9 +77,14 @@ def _crossing(front: Sequence[tuple[float, float]], rise: float) -> float | None
 
 
 def flat(rows: Sequence[dict], kinds: Sequence[str]) -> list[dict]:
-    """Rows that were not refused as a table reads them: with ``mb``, and with ``perplexity <text>`` and ``kl <text>`` beside the rest."""
-    return [{**r, "mb": r["checkpoint_bytes"] / 1e6, **{f"{what} {k}": r[k][what] for k in kinds for what in ("perplexity", "kl")}}
-            for r in rows if "refused" not in r]
+    """Rows that were not refused as a table reads them: with ``mb``, and with ``perplexity <text>``, ``kl <text>`` and ``task <name>`` beside the rest."""
+    return [{**r, "mb": r["checkpoint_bytes"] / 1e6, **{f"{what} {k}": r[k][what] for k in kinds for what in ("perplexity", "kl")},
+             **{f"task {t}": v.get("acc") for t, v in r.get("tasks", {}).items()}} for r in rows if "refused" not in r]
+
+
+def task_columns(rows: Sequence[dict]) -> list[Column]:
+    """Accuracy on each task that some of the rows has, of ``flat`` rows."""
+    return [Column(f"task {t}", t, ".3f") for t in dict.fromkeys(t for r in rows for t in r.get("tasks", ()))]
 
 
 def quality_columns(kinds: Sequence[str]) -> list[Column]:
@@ -92,7 +97,7 @@ def rows_table(rows: Sequence[dict], kinds: Sequence[str]) -> str:
     shown = sorted(flat(rows, kinds), key=lambda r: (-1 if r["name"] == FLOAT else r.get("bits", r["stored_bits"]), r[f"kl {kinds[0]}"]))
     columns = [Column("name", "plan"), Column("stored_bits", "stored bits", ".3f"), Column("linear_bits", "of linears", ".3f"),
                Column("mb", "checkpoint MB", ".1f"),
-               *quality_columns(kinds),
+               *quality_columns(kinds), *task_columns(rows),
                Column("decode_tokens_per_s", "decode tok/s", ".1f"), Column("minutes", None, ".1f")]
     refused = [f"- {r['name']}: {r['refused']}" for r in rows if "refused" in r]
     return "\n".join([table(shown, columns).markdown(), *(["", "Refused:", "", *refused] if refused else [])])

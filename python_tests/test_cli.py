@@ -140,6 +140,9 @@ def test_eval(record):
     done = run("eval", "q", "--reference", "m", "--windows", 2, "--length", 64)
     assert without(seen, "progress") == {"path": Path("q"), "reference": Path("m"), "windows": 2, "length": 64}
     assert "perplexity  20.5" in done.stdout
+    seen.clear()
+    run("eval", "q", "--tasks", "pairs, blimp", "--include", "folder", "--task-limit", 5)
+    assert without(seen, "progress") == {"path": Path("q"), "tasks": ["pairs", "blimp"], "include": Path("folder"), "task_limit": 5}
 
 
 def test_demo(record):

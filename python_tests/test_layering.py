@@ -23,7 +23,7 @@ LEVELS = [
     ["quantizers", "transforms", "kv"],
     ["nn"],
     ["checkpoint", "hf"],
-    ["evaluate", "trials", "banding", "kv_planning", "request", "pipeline"],
+    ["evaluate", "tasks", "trials", "banding", "kv_planning", "request", "pipeline"],
     ["report", "bench", "doctor", "llamacpp", "verdicts", "compare", "demo", "cli", "__main__"],
 ]
 POSITION = {name: (level, place) for level, row in enumerate(LEVELS) for place, name in enumerate(row)}
