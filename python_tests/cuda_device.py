@@ -37,9 +37,12 @@ def steps(jobs: int) -> dict[str, list[list[str]]]:
 
 def run_step(name: str, commands: list[list[str]], out: Path) -> bool:
     """Runs the commands side by side, writes what they said, and prints a line. Whether all ended with 0 and said so themselves."""
+    def run(command: list[str]) -> subprocess.CompletedProcess:
+        return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", cwd=HERE.parent)
+
     start = time.monotonic()
     with ThreadPoolExecutor(len(commands)) as pool:
-        done = list(pool.map(lambda c: subprocess.run(c, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", cwd=HERE.parent), commands))
+        done = list(pool.map(run, commands))
     (out / f"{name}.txt").write_text("\n".join(f"$ {' '.join(c)}\n{d.stdout}exit status {d.returncode}" for c, d in zip(commands, done, strict=True)) + "\n")
     held = all(d.returncode == 0 and (name == "tests" or "nothing found" in d.stdout) for d in done)
     print(f"{name}: {'held' if held else 'FAILED'}, {len(commands)} processes, {time.monotonic() - start:.0f} s", flush=True)
