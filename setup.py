@@ -100,6 +100,11 @@ def find_nvcc() -> tuple[str | None, str]:
     return None, "not built, nvcc is neither in CUDA_HOME nor in PATH nor in site-packages (pip install '.[cuda-build]' brings it)"
 
 
+def compression(nvcc: str) -> list[str]:
+    """The flag for the smallest binary, where nvcc has it (12.8 and later). It takes no time, and three quarters of the bytes away."""
+    return ["--compress-mode=size"] if "--compress-mode" in subprocess.run([nvcc, "--help"], capture_output=True, text=True).stdout else []
+
+
 def cuda_archs(nvcc: str) -> list[str]:
     """Capabilities to compile for, such as ``["7.5", "9.0", "12.0+PTX"]``: ``MXQ_CUDA_ARCHS``, or all of ours that this nvcc knows."""
     known = re.findall(r"compute_(\d+)\b", subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout)
@@ -185,7 +190,7 @@ class NinjaBuild(build_ext):
             "  deps = gcc",
             "  description = compile $in",
             "rule nvcc",
-            f"  command = {escape(NVCC)} -ccbin {compiler} {' '.join(NVCC_FLAGS)} {' '.join(codes)} -MMD -MF $out.d -c $in -o $out",
+            f"  command = {escape(NVCC)} -ccbin {compiler} {' '.join(NVCC_FLAGS + compression(NVCC))} {' '.join(codes)} -MMD -MF $out.d -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
             f"  description = compile $in for {names}",
