@@ -72,6 +72,11 @@ so that the query is turned once for a page, and one table of 64 positions turns
 
 A layer may have pages of two kinds, each with formats as above, that take turns: of each round of pages the first few are of salient tokens. Tokens then lie
 in another order than in the text, an int16 for each token and sequence says in which; keys of such pages are those after the rotary embedding.
+
+### Bits by head
+
+The heads of a layer may have pages of different formats. Heads of one pair of formats, that of their keys and that of their values, then have pages in common,
+one after the other in ascending order, and each pair has its own table of pages; all tables are of the same tokens.
 */
 static constexpr int PAGE = 64;         // tokens
 static constexpr int MAX_HEAD = 512;    // channels of a head

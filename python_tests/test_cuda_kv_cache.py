@@ -10,6 +10,8 @@ import torch
 from conftest import make_model
 from test_kv_attention import CACHE, build, padded, prompt, using
 from test_kv_cache import SPECS, numbers, pages
+from test_kv_heads import SPECS as BY_HEAD
+from test_kv_heads import head_states
 from transformers import masking_utils
 
 import mxq_ext as mxq
@@ -158,6 +160,35 @@ def test_attention_is_that_of_the_cpu(launches, spec):
         torch.testing.assert_close(outs[0].cpu(), outs[1], **CLOSE | ({"atol": 1e-2} if spec.rotate else {}))
         launches.waits.clear()
     assert set(launches.names) == {"kv_pack", "kv_attend"} and set(launches) == {gpu.STREAM}
+
+
+@pytest.mark.parametrize("spec", BY_HEAD[:4], ids=str)
+def test_bits_by_head(launches, spec):
+    (k, v), g = numbers(330, heads=4), torch.Generator().manual_seed(1)
+    q = torch.randn(2, 8, 330, 32, generator=g)
+    padding = torch.ones(2, 330, dtype=torch.bool)
+    padding[1, :9] = False
+    layers, outs = [], []
+    for move in (on_gpu, lambda *x: x):
+        layer, out = MxqCacheLayer(spec), []
+        layer.append(*move(k[:, :, :100], v[:, :, :100]))
+        for start, n in ((100, 1), (101, 60), (161, 169)):
+            layer.update(*move(k[:, :, start : start + n], v[:, :, start : start + n]))
+            (mask,) = move(padding[:, : start + n])
+            out.append(layer.attend(*move(q[:, :, start : start + n]), scale=0.2, mask=mask, causal=True, window=0, softcap=0.0))
+        layer.reorder_cache(*move(torch.tensor([1, 1])))
+        layers.append(layer)
+        outs.append(torch.cat(out, 1))
+    assert not launches.waits and set(launches.names) == {"kv_pack", "kv_attend"} and set(launches) == {gpu.STREAM}
+    torch.testing.assert_close(outs[0].cpu(), outs[1], **CLOSE | ({"atol": 1e-2} if spec.rotate else {}))
+    there, here = layers
+    for gone in (0, 90):
+        there.crop(-gone)
+        here.crop(-gone)
+        assert all(t.device == gpu.DEVICE for t in there.tensors()) and all(isinstance(table, CudaPages) for table in there.pages.tables)
+        assert there.nbytes() == here.nbytes() == sum(t.nbytes for t in there.tensors())
+        if not spec.rotate:  # a product's rounding depends on its shape
+            assert all(torch.equal(a.cpu(), b) for x, y in zip(head_states(there), head_states(here), strict=True) for a, b in zip(x, y, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -26,7 +26,7 @@ from ..plan.kv import KVPlan, KVSpec
 from ..plan.schema import Plan
 from ..structure import decoder_blocks
 from . import device
-from .cache import MARK, MxqCache, MxqCacheLayer, as_kv, need_native, page_formats, page_mix
+from .cache import MARK, MxqCache, MxqCacheLayer, as_kv, check_heads, need_native, page_formats, page_mix
 from .ops import CPU
 from .rope import check_rope, rope_of
 
@@ -219,9 +219,13 @@ def check_attention(model: nn.Module, kv: KVPlan) -> None:
     place = places.pop()
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     window = getattr(config, "sliding_window", None)
+    heads = getattr(config, "num_key_value_heads", None)
     for i, spec in enumerate(specs):
         if spec is not None:
-            page_formats(spec, dim, f"layer {prefix}.{i}", place)
+            if isinstance(heads, int):  # else the cache says it at the first tokens
+                check_heads(spec, heads, f"layer {prefix}.{i}")
+            for part in spec.parts:
+                page_formats(part, dim, f"layer {prefix}.{i}", place)
             page_mix(spec, dim, f"layer {prefix}.{i}")
             if spec.mixed is not None and (kinds[i] == "sliding_attention" or (window and not getattr(config, "layer_types", None))):
                 raise ModelError(f"{asked}, layer {prefix}.{i}", f"it has a sliding window, pages of {spec.mixed.name} hold tokens out of their order",
@@ -242,7 +246,7 @@ def replace_attention(model: nn.Module, plan: Plan | KVPlan | KVSpec | dict | No
         plan: a Plan with a KV section, the section itself (KVPlan or its JSON), or a KVSpec for all layers.
 
     Raises:
-        PlanError: no KV section, or one that names a layer beyond the model's.
+        PlanError: no KV section, or one that names a layer beyond the model's, or bits by head for another number of key/value heads.
         ModelError, FormatError: models that cannot be served, with the layer and the reason.
         NativeError: without the compiled extension, or on a GPU without kernels.
     """

@@ -12,6 +12,9 @@ All of it is on the device of the first tokens, the CPU or a GPU (``kv.device``)
 With bits by token (``KVSpec.mixed``) a tail is ``residual`` + 64 tokens for each page of a round, which are made together: the tokens that
 queries looked at most (``kv.salience``) fill the round's first pages. The order of tokens in pages does not matter to attention, but to masks, which
 are put into it, and to a crop, which takes it back.
+With bits by head (``KVSpec.heads``) there is a table of pages for each pair of bits (``kv.heads``), and everything that a layer holds has its heads in
+the order of the pairs: heads are brought into it as they come, those of queries too, and those of outputs back. Nothing is copied for that where the
+order is the model's own.
 
 ``update`` stores nothing: it hands the new tokens back under a mark, and the attention function (``kv.attention``) that finds the mark
 reads this layer and appends. A model whose attention does not go that way would silently attend to the new tokens alone; here the
@@ -31,6 +34,7 @@ from ..formats import PAGE
 from ..plan.kv import KVPlan, KVSpec
 from ..plan.schema import Plan
 from . import device, ops, salience
+from .heads import HeadPages, attend, kinds_of, parts_of
 from .rope import Rope, rope_of
 from .shrink import HALF, shrink_page, shrunk
 
@@ -47,7 +51,7 @@ def need_native() -> None:
 
 
 def page_formats(spec: KVSpec, head_dim: int, layer: str, place: torch.device = ops.CPU) -> tuple[ops.PageFormat, ops.PageFormat]:
-    """Formats of a layer's pages of keys and of values on the device ``place``.
+    """Formats of a layer's pages of keys and of values on the device ``place``; of a spec with bits by head, those of one of its ``parts``.
 
     Raises FormatError, which names the layer, for head dimensions that do not go and for what the device's kernels do not read; NativeError without kernels.
     """
@@ -70,15 +74,27 @@ def page_mix(spec: KVSpec, head_dim: int, layer: str) -> ops.PageMix | None:
     return ops.PageMix(*page_formats(spec.low, head_dim, layer), spec.mixed.high, spec.mixed.pages)
 
 
+def check_heads(spec: KVSpec, heads: int, layer: str) -> None:
+    """Raises PlanError if a spec with bits by head is not one for a layer of so many key/value heads."""
+    if spec.heads is not None and len(spec.heads) != heads:
+        raise PlanError(f"{layer}: a KV cache of {spec}", f"it has bits for {len(spec.heads)} heads, the layer has {heads} key/value heads",
+                        "name each of them once, 0 for the first")
+
+
 def cache_nbytes(spec: KVSpec, tokens: int, heads: int, head_dim: int, *, batch: int = 1, float_bytes: int = 2) -> int:
     """Bytes of one layer that has read ``tokens`` tokens: what :meth:`MxqCacheLayer.nbytes` will count.
 
     ``heads`` are key/value heads, ``float_bytes`` those of the model's dtype. The buffers of sink and tail count in full.
+    Raises PlanError for a spec with bits for another number of heads.
     """
+    check_heads(spec, heads, "layer")
+    if spec.heads is not None:
+        shares = zip(spec.parts, spec.pairs.values(), strict=True)
+        return sum(cache_nbytes(part, tokens, len(share), head_dim, batch=batch, float_bytes=float_bytes) for part, share in shares)
     key, value = page_formats(spec, head_dim, "layer")
     room = tail_room(spec)
     rounds = max(0, (tokens - spec.sink - spec.residual) // (room - spec.residual))
-    while _shrinks(spec, key, value, rounds * batch * heads):
+    while spec.budget is not None and _shrinks(spec.budget, key, value, rounds * batch * heads):
         key, value = _halved(key, value)
     exact = 2 * (spec.sink + room) * head_dim * float_bytes
     mix = page_mix(spec, head_dim, "layer")
@@ -93,9 +109,9 @@ def tail_room(spec: KVSpec) -> int:
     return spec.residual + PAGE * spec.round_pages
 
 
-def _shrinks(spec: KVSpec, key: ops.PageFormat, value: ops.PageFormat, pages: int) -> bool:
+def _shrinks(budget: int, key: ops.PageFormat, value: ops.PageFormat, pages: int) -> bool:
     """Whether that many pages (of all heads) in these formats are over the budget and can be halved."""
-    return spec.budget is not None and pages * (key.page_bytes + value.page_bytes) > spec.budget and (key.bits in HALF or value.bits in HALF)
+    return pages * (key.page_bytes + value.page_bytes) > budget and (key.bits in HALF or value.bits in HALF)
 
 
 def _halved(*formats: ops.PageFormat) -> tuple[ops.PageFormat, ...]:
@@ -147,12 +163,14 @@ class MxqCacheLayer(CacheLayerMixin):
 
     def _forget(self) -> None:
         self.is_initialized = False
-        self.pages: ops.PageTable | None = None
+        self.pages: ops.PageTable | HeadPages | None = None
         self.sink: tuple[torch.Tensor, torch.Tensor] | None = None
         self.tail: tuple[torch.Tensor, torch.Tensor] | None = None
         self.sink_tokens = self.tail_tokens = 0
         self.waiting: tuple[torch.Tensor, torch.Tensor] | None = None  # given out by update, not yet read by attention
         self.mix: ops.PageMix | None = None
+        self.shares: list[int] = []  # key/value heads of each pair of bits
+        self.head_order: tuple[torch.Tensor, torch.Tensor] | None = None  # which of the model's heads is kept where, and its inverse; None: as they come
         self.orders: list[torch.Tensor] = []  # [B, tokens of a round] of each round of mixed pages: which of its tokens lies where
         self.salience: salience.Salience | None = None
 
@@ -161,7 +179,7 @@ class MxqCacheLayer(CacheLayerMixin):
         if self.is_initialized:
             self.device = self.tail[0].device  # it may be another one now: torch.load has map_location
             if self.pages.device != self.device:  # a table without pages stays where it was
-                self.pages = self._table(self.pages.key, self.pages.value)
+                self.pages = self._table(kinds_of(self.pages))
 
     def __repr__(self) -> str:
         return f"MxqCacheLayer({self.spec}, {self.get_seq_length()} tokens, {self.nbytes()} bytes)"
@@ -169,11 +187,17 @@ class MxqCacheLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Allocates sink and tail for keys and values like these, [B, Hkv, any, D]."""
         batch, heads, _, dim = key_states.shape
-        key, value = page_formats(self.spec, dim, self.name, key_states.device)
+        check_heads(self.spec, heads, self.name)
+        kinds = [page_formats(part, dim, self.name, key_states.device) for part in self.spec.parts]
         self.mix = page_mix(self.spec, dim, self.name)
         self.batch, self.heads, self.dim, self.dtype, self.device = batch, heads, dim, key_states.dtype, key_states.device
-        self.pages = self._table(key, value)
+        groups = [range(heads)] if self.spec.heads is None else list(self.spec.pairs.values())
+        self.shares, order = [len(g) for g in groups], [head for g in groups for head in g]
+        self.pages = self._table(kinds)
         with torch.inference_mode(False):  # or nothing could be appended outside of that mode later
+            if order != list(range(heads)):
+                forth = torch.tensor(order)
+                self.head_order = self._here(forth), self._here(forth.argsort())
             self.sink, self.tail = (tuple(key_states.new_empty(batch, heads, tokens, dim) for _ in range(2))
                                     for tokens in (self.spec.sink, tail_room(self.spec)))
             if self.mix is not None:
@@ -243,7 +267,7 @@ class MxqCacheLayer(CacheLayerMixin):
                     x[:, :, :left] = states[:, :, :left]
                 self.tail_tokens = left
             pages = [self.pages[i] for i in range(whole * step)]
-            self.pages, self.orders = self._table(self.pages.key, self.pages.value), self.orders[:whole]
+            self.pages, self.orders = self._table(kinds_of(self.pages)), self.orders[:whole]
             for page in pages:
                 self.pages.append(*page)
         if self.salience is not None:
@@ -290,7 +314,7 @@ class MxqCacheLayer(CacheLayerMixin):
             raise ModelError(f"{self.name} with a sliding window of {window} tokens and {self.spec}", "its pages hold tokens out of their order",
                              "leave mixed out")
         out = query.new_empty(batch, tokens, heads, dim)
-        query = self._turned(query)
+        query = self._of_queries(self._turned(query), 1, 0)
         done, past = 0, self.get_seq_length() - tokens
         while done < tokens:
             stop = done + self._take(keys, values, done)
@@ -298,15 +322,15 @@ class MxqCacheLayer(CacheLayerMixin):
             part = query[:, :, done:stop]
             probes = self._probes(past + done, stop - done)
             lse = None if probes is None else part.new_empty(part.shape[:3], dtype=torch.float32)
-            device.attend(part, self.pages, *self._exact(self.sink, self.sink_tokens), *self._exact(self.tail, self.tail_tokens), scale=scale,
-                          causal=causal, window=window, softcap=softcap, mask=self._in_order_of_pages(seen), out=out[:, done:stop].transpose(1, 2),
-                          **({} if lse is None else {"lse": lse}))
+            attend(part, self.pages, *self._exact(self.sink, self.sink_tokens), *self._exact(self.tail, self.tail_tokens), scale=scale,
+                   causal=causal, window=window, softcap=softcap, mask=self._in_order_of_pages(seen), out=out[:, done:stop].transpose(1, 2),
+                   **({} if lse is None else {"lse": lse}))
             if probes is not None:
                 self._observe(part, lse, probes, seen, scale, softcap)
             self._pack_full_tail()
             done = stop
         self.waiting = None
-        return self._turned(out)  # the matrix is its own inverse
+        return self._turned(self._of_queries(out, 2, 1))  # the matrix is its own inverse
 
     def store(self, query: torch.Tensor | None = None, *, scale: float = 1.0, seen: torch.Tensor | None = None, softcap: float = 0.0) -> None:
         """Appends the waiting tokens, the first of this layer, which attention has read by itself.
@@ -333,7 +357,7 @@ class MxqCacheLayer(CacheLayerMixin):
     def nbytes(self) -> int:
         """Bytes of all tensors that the layer holds, on whatever device; the room in sink and tail that is not filled yet counts too.
 
-        Addresses of pages, 32 bytes for those of all heads, do not count on any device.
+        Addresses of pages, 32 bytes for those of all heads (of each pair of bits), and the order of the heads do not count on any device.
         """
         if not self.is_initialized:
             return 0
@@ -359,9 +383,21 @@ class MxqCacheLayer(CacheLayerMixin):
             said = [f"batch {b}, {h} heads of dimension {d} in {str(t)[6:]}" for b, h, d, t in (want, have)]
             raise ShapeError(asked, f"the cache was begun with {said[0]}, these have {said[1]}", "reset the cache, or use a new one")
 
-    def _table(self, key: ops.PageFormat, value: ops.PageFormat) -> ops.PageTable:
-        """No pages yet."""
-        return device.table(key, value, self.batch * self.heads, self.device, None if self.rope is None else self.rope.tables(self.spec.sink), self.mix)
+    def _table(self, kinds: list[tuple[ops.PageFormat, ops.PageFormat]]) -> ops.PageTable | HeadPages:
+        """No pages yet, with the formats of keys and of values of each pair of bits."""
+        turns = None if self.rope is None else self.rope.tables(self.spec.sink)
+        tables = [device.table(*kind, self.batch * share, self.device, turns, self.mix) for kind, share in zip(kinds, self.shares, strict=True)]
+        return tables[0] if len(tables) == 1 else HeadPages(tables, self.shares)
+
+    def _here(self, index: torch.Tensor) -> torch.Tensor:
+        """Indices on the layer's device; from pinned memory, as the addresses of pages are, see PageTable.note."""
+        return index.pin_memory().to(self.device, non_blocking=True) if index.is_cpu and self.device.type == "cuda" else index.to(self.device)
+
+    def _of_queries(self, x: torch.Tensor, dim: int, back: int) -> torch.Tensor:
+        """x with the query heads along ``dim`` in the order in which the layer keeps those that they read (``back`` 0), or in the model's again (1)."""
+        if self.head_order is None:
+            return x
+        return x.unflatten(dim, (self.heads, -1)).index_select(dim, self.head_order[back]).flatten(dim, dim + 1)
 
     def _page_start(self, page: int) -> int:
         """Position of a page's first token."""
@@ -381,7 +417,7 @@ class MxqCacheLayer(CacheLayerMixin):
                 count = room - self.spec.residual
                 if weights is not None:
                     self.salience.add(0, *(x[..., done : done + count] for x in weights))
-                self._pack_round(*(self._turned(x[:, :, done : done + count]) for x in (keys, values)))
+                self._pack_round(*(self._kept(x[:, :, done : done + count]) for x in (keys, values)))
             done += count
 
     @staticmethod
@@ -391,13 +427,17 @@ class MxqCacheLayer(CacheLayerMixin):
     def _turned(self, x: torch.Tensor) -> torch.Tensor:
         return rotated(x) if self.spec.rotate else x
 
+    def _kept(self, x: torch.Tensor) -> torch.Tensor:
+        """New keys or values [B, Hkv, t, D] as the layer keeps them."""
+        return self._turned(x if self.head_order is None else x.index_select(1, self.head_order[0]))
+
     def _take(self, keys: torch.Tensor, values: torch.Tensor, start: int) -> int:
         """Copies as many of the tokens from ``start`` on as the sink, or else the tail, has room for; returns how many."""
         into_sink = self.sink_tokens < self.spec.sink
         buffers, at = (self.sink, self.sink_tokens) if into_sink else (self.tail, self.tail_tokens)
         count = min(buffers[0].shape[2] - at, keys.shape[2] - start)
         for x, buffer in zip((keys, values), buffers, strict=True):
-            buffer[:, :, at : at + count] = self._turned(x[:, :, start : start + count])
+            buffer[:, :, at : at + count] = self._kept(x[:, :, start : start + count])
         if into_sink:
             self.sink_tokens += count
         else:
@@ -418,7 +458,7 @@ class MxqCacheLayer(CacheLayerMixin):
         """Halves the bits of all pages, page by page, each old one gone when the new one is there."""
         formats = self.pages.key, self.pages.value
         pages = [self.pages[i] for i in reversed(range(len(self.pages)))]
-        self.pages = self._table(*_halved(*formats))
+        self.pages = self._table([_halved(*formats)])
         while pages:
             codes_and_params = pages.pop()
             sides = [codes_and_params[:2], codes_and_params[2:]]
@@ -444,7 +484,8 @@ class MxqCacheLayer(CacheLayerMixin):
         step, out = self.spec.round_pages, []
         for side in (0, 1):
             pages = range(index * step, (index + 1) * step)
-            x = torch.cat([device.unpack_page(*self.pages[i][2 * side : 2 * side + 2], self.pages.formats(i)[side], self.batch) for i in pages], 2)
+            x = torch.cat([torch.cat([device.unpack_page(*table[i][2 * side : 2 * side + 2], table.formats(i)[side], self.batch)
+                                      for _, table in parts_of(self.pages)], 1) for i in pages], 2)
             if side == 0 and self.rope is not None:
                 x = self.rope.turned(x, self._page_start(index))
             if self.mix is not None:
@@ -482,15 +523,16 @@ class MxqCacheLayer(CacheLayerMixin):
 
     def _pack(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Quantizes [B, Hkv, 64, D] of each side into a new page at the end. Where that would go over the budget, the others shrink first."""
-        while _shrinks(self.spec, self.pages.key, self.pages.value, (len(self.pages) + 1) * self.pages.heads):
+        while self.spec.budget is not None and _shrinks(self.spec.budget, self.pages.key, self.pages.value, (len(self.pages) + 1) * self.pages.heads):
             self._shrink()
         if self.rope is not None:
             keys = self.rope.turned(keys, self._page_start(len(self.pages)), back=True)
         page = []
-        for x, fmt in zip((keys, values), self.pages.formats(len(self.pages)), strict=True):
-            codes, params = fmt.empty_page(self.pages.heads, self.device)
-            device.pack_page(x, fmt, codes, params)
-            page += [codes, params]
+        for heads, table in parts_of(self.pages):
+            for x, fmt in zip((keys, values), table.formats(len(table)), strict=True):
+                codes, params = fmt.empty_page(table.heads, self.device)
+                device.pack_page(x[:, heads], fmt, codes, params)
+                page += [codes, params]
         self.pages.append(*page)
 
     def _gather(self, index: torch.Tensor) -> None:
@@ -499,13 +541,12 @@ class MxqCacheLayer(CacheLayerMixin):
         index = index.to(torch.int64)
         if not self.is_initialized or (index.is_cpu and torch.equal(index, torch.arange(self.batch))):  # what lies on a GPU is not waited for
             return
-        # From pinned memory, as the addresses of pages are, see PageTable.note.
-        index = index.pin_memory().to(self.device, non_blocking=True) if index.is_cpu and self.device.type == "cuda" else index.to(self.device)
+        index = self._here(index)
         old, self.batch = self.batch, index.shape[0]
         pages = [self.pages[i] for i in reversed(range(len(self.pages)))]
-        self.pages = self._table(self.pages.key, self.pages.value)
+        self.pages, shares = self._table(kinds_of(self.pages)), [share for share in self.shares for _ in range(4)]  # of the tensors of a page
         while pages:
-            self.pages.append(*(t.view(old, self.heads, *t.shape[1:]).index_select(0, index).flatten(0, 1) for t in pages.pop()))
+            self.pages.append(*(t.view(old, share, *t.shape[1:]).index_select(0, index).flatten(0, 1) for t, share in zip(pages.pop(), shares, strict=True)))
         with torch.inference_mode(False):
             self.sink, self.tail = (tuple(x.index_select(0, index) for x in part) for part in (self.sink, self.tail))
             self.orders = [x.index_select(0, index) for x in self.orders]
@@ -522,8 +563,8 @@ class MxqCache(Cache):
         config: the model's.
         kv: a :class:`KVPlan` or its JSON form, a :class:`KVSpec` for all layers, or a Plan that has a KV section.
 
-    Layers that the plan leaves in float are layers of transformers' DynamicCache. Raises PlanError if the plan does not fit the model, ModelError for
-    pre_rope in a layer whose rotary embedding does not allow it.
+    Layers that the plan leaves in float are layers of transformers' DynamicCache. Raises PlanError if the plan does not fit the model (its layers at once, bits
+    by head for another number of heads at the first tokens), ModelError for pre_rope in a layer whose rotary embedding does not allow it.
     """
 
     def __init__(self, config, kv: KVPlan | KVSpec | Plan | dict):

@@ -77,6 +77,8 @@ def fit_codebooks(samples: Iterable[tuple[int, Pair, Pair]], spec: KVSpec, ropes
     """
     if spec.levels is None:
         raise PlanError(f"codebooks for {spec}", "it has uniform grids", 'give it levels, for example "normal", which the codebooks replace')
+    if spec.heads is not None:
+        raise PlanError(f"codebooks for {spec}", "a layer's codebooks are made for one pair of bits", "leave heads out")
     formats = page_formats(spec, head_dim, "layer")
     histograms = [(_Histogram(), _Histogram()) for _ in ropes]
     for layer, states, gradients in samples:

@@ -36,6 +36,9 @@ class CacheTrial:
             raise PlanError(f"trying widths of {spec}", "codebooks belong to one width, candidates have uniform grids", "leave levels out")
         if spec.mixed is not None:
             raise PlanError(f"trying widths of {spec}", "widths are tried for all tokens of a layer alike", "leave mixed out")
+        if spec.heads is not None:
+            raise PlanError(f"trying widths of {spec}", "widths are tried for all heads alike, and measured for each of them where that is asked for",
+                            "leave heads out")
         self.settings = {name: getattr(spec, name) for name in ("group", "residual", "sink", "rotate")} | ({"pre_rope": True} if spec.pre_rope else {})
         ropes = {rope_of(config, i) for i in range(config.num_hidden_layers)} if spec.pre_rope else {None}
         if len(ropes) > 1:

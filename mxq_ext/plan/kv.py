@@ -6,12 +6,15 @@ In a plan's JSON::
     "kv": {"key": 4, "value": 2}                   one spec for all layers; what is left out has its default
     "kv": {"default": {"key": 4, "value": 4},      layers that are not named; null keeps them in float
            "layers": {"0": {"key": 8, "value": 8}, "1": "keep"}}       by the layer's index; "keep" leaves a layer in float
+    {"heads": {"0,3": {"key": 8, "value": 4},      a spec whose key/value heads differ: every head of the layer is named once, by its index or in a
+               "1-2": {"key": 2, "value": 2}}}     range from first to last; key and value stand there and nowhere else
 
 Layers count from 0 in the order of the decoder blocks. A layer that the model does not have is an error when the plan is applied.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 import struct
@@ -23,6 +26,7 @@ from ..errors import PlanError
 BITS = (2, 3, 4, 8, 16)  #: code bits of keys and of values, independently; 16 is float16
 GROUPS = (32, 64, 128)
 MAX_ROUND = 16  #: pages of one kind in a round of mixed pages
+MAX_HEADS = 1024  #: key/value heads of a layer that a spec may name
 KEEP = "keep"  #: the entry of a layer that stays in float
 NORMAL = "normal"  #: the codebooks of :data:`NORMAL_LEVELS`
 #: bits -> the levels of least mean squared error for 64 normal numbers scaled to -1 .. 1 by their own range, symmetric. Against the uniform grid from the
@@ -30,6 +34,7 @@ NORMAL = "normal"  #: the codebooks of :data:`NORMAL_LEVELS`
 NORMAL_LEVELS = {bits: (*(-x for x in reversed(upper)), *upper) for bits, upper in {
     2: (0.1978, 0.6621), 3: (0.1025, 0.3159, 0.559, 0.8809), 4: (0.0504, 0.1522, 0.2569, 0.3672, 0.4862, 0.6188, 0.7738, 0.9688)}.items()}
 
+_HEADS_FIX = 'write for example {"0,3": {"key": 8, "value": 4}, "1-2": {"key": 2, "value": 2}}'
 _FIX = 'write for example {"key": 4, "value": 4}, or {"default": {"key": 4, "value": 4}, "layers": {"0": {"key": 8, "value": 8}}}'
 
 
@@ -109,6 +114,9 @@ class KVSpec:
             rounded to float16. Only with 2, 3 or 4 bits on both sides. None: uniform grids.
         mixed: bits by token: ``key`` and ``value`` are those of salient tokens, the others have fewer. Not with pre_rope, whose pages are of neighbours, nor
             with a budget or codebooks of a plan's own, which are made for one width. None: all tokens alike.
+        heads: bits by head: (bits of keys, bits of values) of each key/value head of the layer in order, or groups of heads with their bits as in a plan's
+            JSON. ``key`` and ``value`` are left out then, and become the most that a head has. Not with a budget, with mixed, or with codebooks of a plan's
+            own, which are made for one pair. None: all heads alike.
     """
 
     key: int = 4
@@ -121,9 +129,12 @@ class KVSpec:
     pre_rope: bool = False
     levels: str | tuple[tuple[float, ...], tuple[float, ...]] | None = None
     mixed: Mixed | None = None
+    heads: tuple[tuple[int, int], ...] | None = None
 
     def __post_init__(self):
         where = "kv spec"
+        if self.heads is not None:
+            self._take_heads(where)
         for name, allowed in (("key", BITS), ("value", BITS), ("group", GROUPS)):
             have = getattr(self, name)
             if isinstance(have, bool) or have not in allowed:
@@ -145,14 +156,38 @@ class KVSpec:
             if self.levels is not None:
                 raise _refuse(where, "budget", self.budget, "pages are halved from codes of uniform grids, these have codebooks", "leave one of them out")
         if self.levels is not None:
-            object.__setattr__(self, "levels", _checked_levels(self.levels, (self.key, self.value), where))
-
+            for pair in self.heads or ((self.key, self.value),):
+                object.__setattr__(self, "levels", _checked_levels(self.levels, pair, where))
         if self.mixed is not None:
             object.__setattr__(self, "mixed", Mixed.parse(self.mixed))
             if self.pre_rope or self.budget is not None or self.levels not in (None, NORMAL):
                 raise _refuse(where, "mixed", self.mixed.name, "it does not go with pre_rope, a budget, or codebooks of one width", "leave one of them out")
             if self.levels is not None:
                 _checked_levels(self.levels, (self.mixed.key, self.mixed.value), where)
+
+    def _take_heads(self, where: str) -> None:
+        object.__setattr__(self, "heads", _checked_heads(self.heads, where))
+        for side, name in enumerate(("key", "value")):
+            most = max(pair[side] for pair in self.heads)
+            if (have := getattr(self, name)) not in (getattr(KVSpec, name), most):
+                raise _refuse(where, name, have, f"bits are given head by head, at most {most}", "leave it out")
+            object.__setattr__(self, name, most)
+        if self.budget is not None or self.mixed is not None or self.levels not in (None, NORMAL):
+            raise _refuse(where, "heads", _heads_name(self.heads), "bits by head do not go with a budget, with mixed, or with codebooks of a plan's own, which "
+                          "are made for one pair of bits", "leave one of them out")
+
+    @property
+    def pairs(self) -> dict[tuple[int, int], tuple[int, ...]]:
+        """(bits of keys, bits of values) -> the heads that have them, for a spec with ``heads``; in the order of their first heads."""
+        out: dict[tuple[int, int], tuple[int, ...]] = {}
+        for head, pair in enumerate(self.heads):
+            out[pair] = (*out.get(pair, ()), head)
+        return out
+
+    @property
+    def parts(self) -> list[KVSpec]:
+        """A spec for each group of heads, in the order of :attr:`pairs`; this one where all heads are alike."""
+        return [self] if self.heads is None else [replace(self, key=key, value=value, heads=None) for key, value in self.pairs]
 
     @property
     def low(self) -> KVSpec:
@@ -172,14 +207,15 @@ class KVSpec:
 
     @property
     def name(self) -> str:
-        """For example ``k4v2g64``, with what differs from the defaults appended: ``k4v2g64_r128_s4_rot``. ``_book``, for codebooks of a plan's own, is not
-        enough to find the spec again."""
+        """For example ``k4v2g64``, with what differs from the defaults appended: ``k4v2g64_r128_s4_rot``. Bits by head are in the order of the heads:
+        ``k8v4-k2v2x2-k8v4g64``. ``_book``, for codebooks of a plan's own, is not enough to find the spec again."""
         default = KVSpec()
         rest = [f"r{self.residual}"] * (self.residual != default.residual) + [f"s{self.sink}"] * (self.sink != default.sink) + ["rot"] * self.rotate
         rest += [f"b{self.budget}"] * (self.budget is not None) + ["pre"] * self.pre_rope
         rest += [] if self.levels is None else ["normal" if self.levels == NORMAL else "book"]
         rest += [] if self.mixed is None else [self.mixed.name]
-        return "_".join([f"k{self.key}v{self.value}g{self.group}", *rest])
+        bits = f"k{self.key}v{self.value}" if self.heads is None else _heads_name(self.heads)
+        return "_".join([f"{bits}g{self.group}", *rest])
 
     def __str__(self) -> str:
         return self.name
@@ -187,16 +223,16 @@ class KVSpec:
     @staticmethod
     def named(name: str) -> KVSpec:
         """The spec of a :attr:`name`; what is left out of it has its default, so ``k4v2`` will do. Raises PlanError."""
-        found = re.fullmatch(r"k(\d+)v(\d+)(?:g(\d+))?(?:_r(\d+))?(?:_s(\d+))?(_rot)?(?:_b(\d+))?(_pre)?(_normal)?"
+        found = re.fullmatch(r"((?:k\d+v\d+(?:x\d+)?-)*k\d+v\d+(?:x\d+)?)(?:g(\d+))?(?:_r(\d+))?(?:_s(\d+))?(_rot)?(?:_b(\d+))?(_pre)?(_normal)?"
                              r"(?:_mix(\d+)\.(\d+)k(\d+)v(\d+)(a)?)?", name)
         if found is None:
-            raise PlanError(f"kv spec {name!r}", "it is k, bits of keys, v, bits of values, and what differs from the defaults of g (group), _r (residual), _s "
-                            "(sink), _rot, _b (budget), _pre (pre_rope), _normal (levels), _mix (mixed), in this order; codebooks of its own are in the "
-                            "plan's file",
+            raise PlanError(f"kv spec {name!r}", "it is k, bits of keys, v, bits of values (of one head after the other, as k8v4-k2v2x2, where they "
+                            "differ), and what differs from the defaults of g (group), _r (residual), _s (sink), _rot, _b (budget), _pre (pre_rope), "
+                            "_normal (levels), _mix (mixed), in this order; codebooks of its own are in the plan's file",
                             "write for example k4v2g64 or k4v2g32_r128_s4, or name the file")
-        *five, _, budget, pre_rope, normal, high, low, low_key, low_value, accumulated = found.groups()
-        numbers = zip(("key", "value", "group", "residual", "sink", "budget"), (*five, budget), strict=True)
-        return KVSpec(**{field: int(n) for field, n in numbers if n is not None}, rotate=found[6] is not None,
+        bits, *three, rotate, budget, pre_rope, normal, high, low, low_key, low_value, accumulated = found.groups()
+        numbers = zip(("group", "residual", "sink", "budget"), (*three, budget), strict=True)
+        return KVSpec(**_bits_named(bits), **{field: int(n) for field, n in numbers if n is not None}, rotate=rotate is not None,
                       pre_rope=pre_rope is not None, levels=NORMAL if normal else None,
                       mixed=None if high is None else Mixed(int(low_key), int(low_value), int(high), int(low), accumulated is not None))
 
@@ -213,15 +249,91 @@ class KVSpec:
                 raise _refuse(where, key, value[key], "pages hold codes alone, there is no room for sparse numbers", "leave it out, or use a width more")
             if key not in names:
                 raise PlanError(f"{where}: key {key!r}", f"a spec has the keys {', '.join(names)}", _FIX)
+        if value.get("heads") is not None and (beside := [n for n in ("key", "value") if n in value]):
+            raise _refuse(where, beside[0], value[beside[0]], "bits are given head by head", "leave it out")
         try:
             return KVSpec(**{n: value[n] for n in names if n in value})
         except PlanError as e:
             raise PlanError(e.asked.replace("kv spec", where, 1), e.rule, e.fix) from None
 
     def to_json(self) -> dict:
-        """Every field, but those that came later only where they differ from their defaults: plans that were written before read the same."""
-        out = {k: v for k, v in asdict(self).items() if k not in ("budget", "pre_rope", "levels", "mixed") or v not in (None, False)}
+        """Every field, but those that came later only where they differ from their defaults: plans that were written before read the same. With ``heads``
+        there are no bits beside them."""
+        out = {k: v for k, v in asdict(self).items() if k not in ("budget", "pre_rope", "levels", "mixed", "heads") or v not in (None, False)}
+        if self.heads is not None:
+            del out["key"], out["value"]
+            out["heads"] = {_ranges(heads): {"key": key, "value": value} for (key, value), heads in self.pairs.items()}
         return out | ({"levels": [list(x) for x in self.levels]} if isinstance(self.levels, tuple) else {})
+
+
+def _runs(items: Sequence) -> list[tuple[object, int]]:
+    """(item, how often it comes in a row)."""
+    return [(item, len(list(same))) for item, same in itertools.groupby(items)]
+
+
+def _heads_name(heads: Sequence[tuple[int, int]]) -> str:
+    """``k8v4-k2v2x2-k8v4``; heads that are all alike are counted too, or nothing would tell them from a spec without heads."""
+    runs = _runs(heads)
+    return "-".join(f"k{k}v{v}" + (f"x{count}" if count > 1 or len(runs) == 1 else "") for (k, v), count in runs)
+
+
+def _bits_named(name: str) -> dict:
+    """The fields of a spec that the first part of its name says. Raises PlanError."""
+    parts = re.findall(r"k(\d+)v(\d+)(?:x(\d+))?", name)
+    if len(parts) == 1 and not parts[0][2]:
+        return {"key": int(parts[0][0]), "value": int(parts[0][1])}
+    counts = [int(count or 1) for *_, count in parts]
+    if min(counts) < 1 or sum(counts) > MAX_HEADS:
+        raise PlanError(f"kv spec {name!r}", f"a layer has 1 to {MAX_HEADS} key/value heads", "write how many there are of each kind")
+    return {"heads": tuple((int(k), int(v)) for (k, v, _), count in zip(parts, counts, strict=True) for _ in range(count))}
+
+
+def _ranges(heads: Sequence[int]) -> str:
+    """Ascending indices as a plan names them: ``0,3-5``."""
+    out, starts = [], [i for i, head in enumerate(heads) if not i or head != heads[i - 1] + 1]
+    for start, stop in zip(starts, (*starts[1:], len(heads)), strict=True):
+        first, last = heads[start], heads[stop - 1]
+        out.append(str(first) if first == last else f"{first}-{last}")
+    return ",".join(out)
+
+
+def _named_heads(name: object, where: str) -> list[int]:
+    """Inverse of :func:`_ranges`, for any order. Raises PlanError."""
+    if not isinstance(name, str) or not re.fullmatch(r"\d{1,4}(-\d{1,4})?(,\d{1,4}(-\d{1,4})?)*", name, re.ASCII):
+        raise _refuse(where, "heads", name, "heads are named by their index, 0 for the first, or as a range from first to last", _HEADS_FIX)
+    out = []
+    for part in name.split(","):
+        first, _, last = part.partition("-")
+        out += (named := range(int(first), int(last or first) + 1))
+        if not named or named[-1] >= MAX_HEADS:
+            raise _refuse(where, "heads", name, f"a range goes from first to last, and heads are 0 to {MAX_HEADS - 1}", _HEADS_FIX)
+    return out
+
+
+def _checked_heads(heads: object, where: str) -> tuple[tuple[int, int], ...]:
+    """A pair of bits for each head, of such pairs or of groups of heads. Raises PlanError, also where a head is missing or named twice."""
+    if isinstance(heads, Mapping):
+        pairs: dict[int, tuple[object, object]] = {}
+        for name, bits in heads.items():
+            if not isinstance(bits, Mapping) or set(bits) != {"key", "value"}:
+                raise _refuse(where, f"heads {name}:", bits, "bits of keys and bits of values are expected, and nothing else", _HEADS_FIX)
+            for head in _named_heads(name, where):
+                if head in pairs:
+                    raise _refuse(where, "heads", name, f"head {head} is named twice", "name every head once")
+                pairs[head] = bits["key"], bits["value"]
+        if missing := [i for i in range(max(pairs, default=0) + 1) if i not in pairs]:
+            raise _refuse(where, "heads", ",".join(map(str, heads)), f"head {missing[0]} is missing", "name every key/value head of the layer")
+        out = [pairs[i] for i in range(len(pairs))]
+    elif isinstance(heads, Sequence) and not isinstance(heads, str) and 0 < len(heads) <= MAX_HEADS and all(
+            isinstance(p, Sequence) and not isinstance(p, str) and len(p) == 2 for p in heads):
+        out = heads
+    else:
+        raise _refuse(where, "heads", heads, "it names groups of heads, or has a pair of bits for each head", _HEADS_FIX)
+    for i, pair in enumerate(out):
+        for name, bits in zip(("key", "value"), pair, strict=True):
+            if isinstance(bits, bool) or bits not in BITS:
+                raise _refuse(where, f"head {i}: {name}", bits, f"it must be one of {', '.join(map(str, BITS))}", "choose one of them")
+    return tuple((int(k), int(v)) for k, v in out)
 
 
 def _halves(levels: Sequence[float]) -> tuple[float, ...]:
