@@ -262,13 +262,15 @@ def calibrate(model: Model, out: Out, text: Text = None, windows: Windows = None
 def sense(model: Model, stats: Annotated[Path, typer.Argument(metavar="STATS", help="A directory written by `mxq calibrate`.")],
           out: Out, preset: PresetName = None, candidates: Candidates = None, metric: Metric = None,
           kv: Annotated[str | None, typer.Option("--kv", help="Also measure a cache of the group, window and sink of this spec: k4v4g64_r64.")] = None,
+          kv_by_head: Annotated[bool, typer.Option("--kv-by-head", help="Measure each key/value head, so that plans give each bits of its own.")] = False,
           as_json: Json = False) -> None:
     """Estimate what each candidate format costs in each unit, and write the table."""
     chosen = _formats(candidates)
     from . import pipeline
 
     with Progress() as progress:
-        result = pipeline.sense_model(model, stats, out, progress=progress, **_given(preset=preset, candidates=chosen, metric=metric, kv=kv))
+        result = pipeline.sense_model(model, stats, out, progress=progress, kv_by_head=kv_by_head,
+                                      **_given(preset=preset, candidates=chosen, metric=metric, kv=kv))
     _show(result, f"cost table in {out}", as_json)
 
 

@@ -17,10 +17,11 @@ from .sensitivity.kv import watch_kv
 
 
 def make_kv_table(model: nn.Module, tokens: torch.Tensor, spec: KVSpec | None = None, *, bits: tuple[int, ...] = BITS, metric: str = "fisher",
-                  anchored: bool = False, progress: Progress = SILENT) -> KVTable:
+                  anchored: bool = False, by_head: bool = False, progress: Progress = SILENT) -> KVTable:
     """What cached keys and values cost, on windows such as ``kv_tokens`` makes; ``spec`` gives group, residual, sink, rotate and pre_rope.
 
-    ``anchored``: in nats that can stand beside those of weights, see :func:`anchor_kv`.
+    ``anchored``: in nats that can stand beside those of weights, see :func:`anchor_kv`. ``by_head``: a cost for each key/value head, so that a plan gives each
+    of them bits of its own.
 
     Raises as ``kv.attention.check_attention`` does for models that cannot have a packed cache.
     """
@@ -29,7 +30,7 @@ def make_kv_table(model: nn.Module, tokens: torch.Tensor, spec: KVSpec | None = 
 
     spec = spec or KVSpec()
     check_attention(model, KVPlan(spec))
-    table = sense_kv(model, tokens, bits, trial=CacheTrial(model, spec), metric=metric, progress=progress)
+    table = sense_kv(model, tokens, bits, trial=CacheTrial(model, spec), metric=metric, by_head=by_head, progress=progress)
     return anchor_kv(model, table, tokens, progress=progress) if anchored else table
 
 
@@ -56,9 +57,9 @@ def anchor_kv(model: nn.Module, table: KVTable, tokens: torch.Tensor, *, progres
 
 
 def plan_kv(model: nn.Module, tokens: torch.Tensor, policy: str = "layerwise", *, bits: float | None = None, nbytes: int | None = None, context: int = 4096,
-            batch: int = 1, progress: Progress = SILENT) -> KVPlan:
+            batch: int = 1, by_head: bool = False, progress: Progress = SILENT) -> KVPlan:
     """The KV section that a policy of ``presets.KV_POLICIES`` chooses within a budget: average code ``bits``, or bytes of a cache (``plan.joint.solve_kv``).
-    ``kvquant`` wants 2, 3 or 4 ``bits``, those of all layers.
+    ``kvquant`` wants 2, 3 or 4 ``bits``, those of all layers. ``by_head``: bits for each key/value head, and not for a layer's heads together.
 
     ``tokens``: windows such as ``kv_tokens`` makes. Raises PlanError for an unknown policy, BudgetError if nothing fits.
     """
@@ -66,12 +67,14 @@ def plan_kv(model: nn.Module, tokens: torch.Tensor, policy: str = "layerwise", *
         raise PlanError(f"KV policy {policy!r}", "it is unknown", f"choose one of {', '.join(KV_POLICIES)}")
     chosen = KV_POLICIES[policy]
     if chosen.metric == CODEBOOK:
+        if by_head:
+            raise PlanError(f"KV policy {policy!r} by head", "codebooks are made for the keys and the values of a layer", "leave by_head out")
         if nbytes is not None or bits not in NORMAL_LEVELS:
             raise PlanError(f"KV policy {policy!r} with bits={bits}, nbytes={nbytes}", "all of its layers have the same bits: 2, 3 or 4",
                             "pass bits=3, for example")
         return make_codebooks(model, tokens, dataclasses.replace(chosen.spec, key=int(bits), value=int(bits)), progress=progress)
     wide = BITS if chosen.pairs is None else tuple(sorted({b for pair in chosen.pairs for b in pair}))
-    table = make_kv_table(model, tokens, chosen.spec, bits=wide, metric=chosen.metric, progress=progress)
+    table = make_kv_table(model, tokens, chosen.spec, bits=wide, metric=chosen.metric, by_head=by_head, progress=progress)
     return solve_kv(table, bits=bits, nbytes=nbytes, context=context, batch=batch, pairs=chosen.pairs)
 
 

@@ -370,11 +370,14 @@ def calibrate_model(model_path, out, *, text_path=None, windows: int = WINDOWS, 
 
 
 def sense_model(model_path, stats_dir, out, *, preset: str | None = None, candidates=None, metric: str | None = None, kv: str | None = None,
-                progress: Progress = SILENT) -> dict:
+                kv_by_head: bool = False, progress: Progress = SILENT) -> dict:
     """``mxq sense``: writes the CostTable to the JSON file ``out`` (and a CSV beside it); trials are kept beside the Stats.
 
-    ``kv`` names a spec whose group, residual, sink and rotate a cache would have; then the table also says what its bits cost.
+    ``kv`` names a spec whose group, residual, sink and rotate a cache would have; then the table also says what its bits cost, ``kv_by_head``: in each
+    key/value head. Raises PlanError for ``kv_by_head`` without it.
     """
+    if kv_by_head and kv is None:
+        raise PlanError("costs of a cache by head", "no cache is named", "name one, for example --kv k4v4g64")
     spec = None if kv is None else KVSpec.named(kv)
     chosen = find_preset(preset, candidates=candidates, metric=metric)
     check_parts(chosen, preset)
@@ -384,7 +387,7 @@ def sense_model(model_path, stats_dir, out, *, preset: str | None = None, candid
     trials = Trials(Path(stats_dir) / "trials", model, stats, chosen)
     table = sense(model, tokens, stats, chosen.candidates, metric=chosen.metric, trial=trials, progress=progress)
     if spec is not None:
-        table.kv = make_kv_table(model, kv_tokens(tokenizer), spec, anchored=True, progress=progress)
+        table.kv = make_kv_table(model, kv_tokens(tokenizer), spec, anchored=True, by_head=kv_by_head, progress=progress)
     table.save(out)
     table.to_csv(Path(out).with_suffix(".csv"))
     rows = [{"format": f, "loss": loss, "nbytes": size, "stored_bits": table.stored_bits(size)} for f in table.formats for loss, size in [table.uniform(f)]]

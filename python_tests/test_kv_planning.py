@@ -208,6 +208,31 @@ def test_anchored_losses_add_up_to_the_kl_of_whole_caches():
         assert got.loss[:, b] / got.loss[0, b] == pytest.approx(plain.loss[:, b] / plain.loss[0, b], rel=1e-9)
 
 
+@pytest.mark.parametrize("metric", METRICS)
+def test_losses_by_head_add_up_to_those_of_layers(metric):
+    model, tokens, bits = make_sharp_model(), windows(), (2, 4)
+    trial = CacheTrial(model, SPEC)
+    whole, heads = (sense_kv(model, tokens, bits, trial=trial, metric=metric, by_head=by_head) for by_head in (False, True))
+    each = heads.loss.reshape(2, 2, 2, len(bits))  # layer, head, side, bits
+    assert heads.heads == 2 and heads.layers == whole.layers == 2 and (each > 0).all()
+    assert each.sum(1).reshape(whole.loss.shape) == pytest.approx(whole.loss, rel=1e-6)
+    assert (heads.nbytes(300, 3).reshape(2, 2, 2, -1).sum(1).reshape(whole.loss.shape) == whole.nbytes(300, 3)).all()
+    assert KVTable.from_json(json.loads(json.dumps(heads.to_json()))).heads == 2 and "heads" not in whole.to_json()
+    with pytest.raises(PlanError, match=r"must be \[2 layers x 3 heads, 2 widths\]"):
+        dataclasses.replace(heads, heads=3)
+    with pytest.raises(PlanError, match="heads must be their number, it is 0"):
+        dataclasses.replace(heads, heads=0)
+
+    class OneHead(CacheTrial):
+        """Rounds the keys and values of head 1 alone."""
+
+        def round_trip(self, side, bits, x):
+            return torch.cat([x[:, :1], super().round_trip(side, bits, x)[:, 1:]], 1)
+
+    alone = sense_kv(model, tokens, bits, trial=OneHead(model, SPEC), metric=metric)
+    assert alone.loss == pytest.approx(each[:, 1].reshape(whole.loss.shape), rel=1e-5)
+
+
 # -- choosing -------------------------------------------------------------------------------------------------------------------------
 
 
@@ -381,6 +406,37 @@ def back(x, start, rope):
                      for t in range(x.shape[1])], 1)
 
 
+def test_bits_are_chosen_by_head():
+    """The best there is within the budget, and a cache of such a plan has the bytes that were foretold."""
+    flat = kv_table(layers=4, seed=3)
+    table = dataclasses.replace(flat, heads=2)
+    sizes = table.nbytes(700, 2)
+    for pairs, wide in ((None, 0.5), (((2, 2), (4, 2), (8, 8)), 0.25)):
+        each = list(itertools.product(range(3), repeat=2)) if pairs is None else [tuple(table.bits.index(b) for b in p) for p in pairs]
+        budget = int(sizes[:, 0].sum() + wide * (sizes[:, 1] - sizes[:, 0]).sum())
+        best = min(sum(table.loss[2 * i + s, c] for i, pair in enumerate(choice) for s, c in enumerate(pair)) for choice in itertools.product(each, repeat=4)
+                   if sum(sizes[2 * i + s, c] for i, pair in enumerate(choice) for s, c in enumerate(pair)) <= budget)
+        plan = solve_kv(table, nbytes=budget, context=700, batch=2, pairs=pairs)
+        have = [pair for s in plan.resolve(2) for pair in s.heads or ((s.key, s.value),) * 2]
+        assert any(s.heads for s in plan.resolve(2))
+        assert sum(table.loss[2 * i + s, table.bits.index(b)] for i, pair in enumerate(have) for s, b in enumerate(pair)) == pytest.approx(best)
+    assert np.mean([b for s in solve_kv(table, bits=3.5).resolve(2) for pair in s.heads or ((s.key, s.value),) * 2 for b in pair]) <= 3.5
+    joint = solve_joint(cost_table(table), nbytes=int(sizes[:, 1].sum()) + 300, context=700, batch=2)
+    assert joint.meta["joint"]["cache"]["nbytes"] == sum(sizes[2 * i + s, table.bits.index(b)] for i, pair in enumerate(
+        pair for spec in joint.kv.resolve(2) for pair in spec.heads or ((spec.key, spec.value),) * 2) for s, b in enumerate(pair))
+
+
+def test_a_policy_by_head_of_a_model():
+    model, tokens = make_sharp_model(), windows(2, 300)
+    for policy, bits in (("kvtuner", 2.5), ("pm_kvq", 3.5)):
+        kv = kv_planning.plan_kv(model, tokens, policy, bits=bits, by_head=True)
+        pairs = [pair for s in kv.resolve(2) for pair in s.heads or ((s.key, s.value),) * 2]
+        assert any(s.heads for s in kv.resolve(2)) and np.mean(pairs) <= bits and set(pairs) <= set(KV_POLICIES[policy].pairs)
+        assert evaluate(replace_attention(make_sharp_model(), kv), model, tokens).kl > 0
+    with pytest.raises(PlanError, match="KV policy 'kvquant' by head: codebooks are made for the keys and the values of a layer"):
+        kv_planning.plan_kv(model, tokens, "kvquant", bits=2, by_head=True)
+
+
 def test_calibrated_codebooks_of_a_model():
     model, tokens = make_sharp_model(), windows(2, 300)
     got = kv_planning.plan_kv(model, tokens, "kvquant", bits=2.0)
@@ -433,11 +489,15 @@ def test_sense_and_plan_verbs(tiny_dir, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text(" ".join(f"{i * i} is the square of {i}." for i in range(900)))
     pipeline.calibrate_model(tiny_dir, tmp_path / "stats", text_path=text, windows=2)
-    sensed = pipeline.sense_model(tiny_dir, tmp_path / "stats", tmp_path / "cost.json", candidates=["w2g64_asym", "w4g64_asym"], kv="k4v4g32_s2")
+    sensed = pipeline.sense_model(tiny_dir, tmp_path / "stats", tmp_path / "cost.json", candidates=["w2g64_asym", "w4g64_asym"], kv="k4v4g32_s2",
+                                  kv_by_head=True)
     assert [row["bits"] for row in sensed["cache"]] == [2, 3, 4, 8, 16]
+    assert CostTable.load(tmp_path / "cost.json").kv.heads == 2
     shown = pipeline.plan_from_table(tmp_path / "cost.json", tmp_path / "plan.json", nbytes=230_000, context=1500)
     plan = Plan.load(tmp_path / "plan.json")
     assert shown["joint"]["cache"]["nbytes"] + shown["joint"]["weights"]["nbytes"] <= 230_000
     assert all((s.group, s.sink) == (32, 2) for s in plan.kv.resolve(2))
     with pytest.raises(BudgetError, match="give it as --bytes"):
         pipeline.plan_from_table(tmp_path / "cost.json", tmp_path / "plan.json", bits=3, context=1500)
+    with pytest.raises(PlanError, match="costs of a cache by head: no cache is named"):
+        pipeline.sense_model(tiny_dir, tmp_path / "stats", tmp_path / "cost.json", kv_by_head=True)

@@ -5,6 +5,7 @@
 
 Losses of both are nats per token, so the knapsack of ``knapsack.py`` takes them as they are: the keys of a layer, and its values, are two units more, whose
 bytes are those of a cache of the stated context and batch. Restricted to pairs (bits of keys, bits of values), a layer is one unit, as in KVTuner and PM-KVQ.
+In a table by head, each head of a layer is what a layer is here.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ Pairs = Sequence[tuple[int, int]]
 
 @dataclass(frozen=True)
 class _Units:
-    """The cache as the knapsack sees it: one row per side of a layer, or per layer where pairs are given."""
+    """The cache as the knapsack sees it: one row per side of a layer (of a head, in a table by head), or per layer (head) where pairs are given."""
 
     loss: np.ndarray  # float64 [R, C]
     nbytes: np.ndarray  # int64 [R, C]
@@ -48,7 +49,7 @@ class _Units:
         return _Units(loss[::2][:, keys] + loss[1::2][:, values], nbytes[::2][:, keys] + nbytes[1::2][:, values], pairs)
 
     def bits(self, table: KVTable, choice: np.ndarray) -> list[tuple[int, int]]:
-        """(bits of keys, bits of values) of each layer."""
+        """(bits of keys, bits of values) of each layer, or of each head of one layer after the other."""
         if self.pairs is not None:
             return [self.pairs[c] for c in choice]
         wide = [table.bits[c] for c in choice]
@@ -56,8 +57,11 @@ class _Units:
 
 
 def kv_plan_of(table: KVTable, bits: Sequence[tuple[int, int]]) -> KVPlan:
-    """The KV section of (bits of keys, bits of values) per layer: the commonest pair as the default, and the layers that differ."""
-    specs = [KVSpec(k, v, **table.settings) for k, v in bits]
+    """The KV section of (bits of keys, bits of values) per layer, or per head in a table by head: the commonest spec as the default, and the layers that
+    differ. A layer whose heads are all alike is one without bits by head."""
+    step = table.heads or 1
+    layers = [tuple(bits[i : i + step]) for i in range(0, len(bits), step)]
+    specs = [KVSpec(*own[0], **table.settings) if len(set(own)) == 1 else KVSpec(heads=own, **table.settings) for own in layers]
     default = Counter(specs).most_common(1)[0][0]
     return KVPlan.parse(KVPlan(default, dict(enumerate(specs))))
 
@@ -73,7 +77,7 @@ def solve_kv(table: KVTable, *, bits: float | None = None, nbytes: int | None = 
     """The KV section of least loss within a budget.
 
     Args:
-        bits: average code bits of keys and values over all layers (KVTuner's measure; scales and exact tokens are not counted), or
+        bits: average code bits of keys and values over all layers and heads (KVTuner's measure; scales and exact tokens are not counted), or
         nbytes: bytes of a cache of ``batch`` sequences of ``context`` tokens, with everything.
         pairs: the (keys, values) bits that a layer may have; None: any of the table's, for each side by itself.
 
@@ -86,7 +90,7 @@ def solve_kv(table: KVTable, *, bits: float | None = None, nbytes: int | None = 
     if bits is not None:  # counted as if they were bytes
         width = np.array([k + v for k, v in units.pairs]) if units.pairs else np.array(table.bits)
         sizes = np.broadcast_to(width, units.loss.shape).copy()
-        budget = int(np.floor(2 * table.layers * bits + 1e-9))
+        budget = int(np.floor(len(table.loss) * bits + 1e-9))
     a = METHODS[method](units.loss, sizes, budget)
     return kv_plan_of(table, units.bits(table, a.choice))
 

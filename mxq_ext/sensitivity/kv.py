@@ -46,6 +46,7 @@ class KVTrial(Protocol):
     """What a cache would do to one layer's keys or values; handed in, since this module knows no cache. All layers are alike."""
 
     settings: dict  #: the fields of a KVSpec beside its bits: group, residual, sink, rotate, and pre_rope where it is so
+    heads: int  #: key/value heads
     token_bytes: int  #: of one exact token, one side, all heads
 
     def round_trip(self, side: str, bits: int, x: torch.Tensor) -> torch.Tensor:
@@ -122,8 +123,8 @@ def _probed(model: nn.Module, sink: int, residual: int) -> Iterator[_Probe]:
 
 
 def sense_kv(model: nn.Module, tokens: torch.Tensor, bits: Sequence[int], *, trial: KVTrial, metric: str = "fisher", seed: int = 0,
-             progress: Progress = SILENT) -> KVTable:
-    """Loss and bytes of every (layer, side, bits).
+             by_head: bool = False, progress: Progress = SILENT) -> KVTable:
+    """Loss and bytes of every (layer, side, bits), or (layer, head, side, bits).
 
     Args:
         model: the float model.
@@ -133,6 +134,8 @@ def sense_kv(model: nn.Module, tokens: torch.Tensor, bits: Sequence[int], *, tri
         trial: packs and reads back, and counts bytes.
         metric: of ``METRICS``.
         seed: of the labels that the model draws.
+        by_head: each key/value head of a layer by itself: the metrics are sums over heads, but for the square in the attention output's error, which is that of
+            the whole layer.
 
     Memory: the block inputs of one window, and some ten float32 [heads, T, T]. Raises PlanError for an unknown metric, windows that are too short, or a
     loss that is not finite; ModelError for models whose attention cannot be watched.
@@ -140,16 +143,19 @@ def sense_kv(model: nn.Module, tokens: torch.Tensor, bits: Sequence[int], *, tri
     if metric not in METRICS:
         raise PlanError(f"KV metric {metric!r}", "it is unknown", f"choose one of {', '.join(METRICS)}")
     tokens, settings, blocks = check_tokens(tokens).to(torch.int64), trial.settings, decoder_blocks(model)[1]
-    loss = np.zeros((2 * len(blocks), len(bits)))
+    heads = trial.heads if by_head else 1
+    loss = np.zeros((len(blocks), heads, 2, len(bits)))
     for i, layer, gradients in _watched(model, tokens, settings["sink"], settings["residual"], metric != "attention", seed, progress):
         for (s, side), (b, width) in itertools.product(enumerate(SIDES), enumerate(bits)):
-            loss[2 * i + s, b] += _loss(metric, layer, gradients, s, trial.round_trip(side, width, layer.seen[s])) / tokens.shape[0]
-    for (row, b), value in np.ndenumerate(loss):
+            each = _loss(metric, layer, gradients, s, trial.round_trip(side, width, layer.seen[s])) / tokens.shape[0]
+            loss[i, :, s, b] += each if by_head else each.sum()
+    for (i, head, s, b), value in np.ndenumerate(loss):
         if not is_number(value):
-            raise PlanError(f"loss of the {SIDES[row % 2]} of layer {row // 2} at {bits[b]} bits", f"it is {value}", "check the model and the calibration text")
-    pages = [[trial.page_bytes(side, width) for width in bits] for _ in blocks for side in SIDES]
-    return KVTable(tuple(bits), loss, np.array(pages), trial.token_bytes, dict(settings),
-                   {"metric": metric, "seed": seed, "windows": tokens.shape[0], "length": tokens.shape[1]})
+            where = f"{SIDES[s]} of {f'head {head} of ' if by_head else ''}layer {i}"
+            raise PlanError(f"loss of the {where} at {bits[b]} bits", f"it is {value}", "check the model and the calibration text")
+    pages = [[trial.page_bytes(side, width) // heads for width in bits] for _ in range(len(blocks) * heads) for side in SIDES]
+    return KVTable(tuple(bits), loss.reshape(-1, len(bits)), np.array(pages), trial.token_bytes // heads, dict(settings),
+                   {"metric": metric, "seed": seed, "windows": tokens.shape[0], "length": tokens.shape[1]}, heads if by_head else None)
 
 
 def watch_kv(model: nn.Module, tokens: torch.Tensor, *, sink: int, residual: int, seed: int = 0, progress: Progress = SILENT
@@ -197,12 +203,17 @@ def _walk(model, blocks, head, window, calls, probe: _Probe, uniform) -> Iterato
         yield i, layer, gradients
 
 
-def _loss(metric: str, layer: _Layer, gradients, side: int, rounded: torch.Tensor) -> float:
-    tokens = layer.query.shape[2]
+def _loss(metric: str, layer: _Layer, gradients, side: int, rounded: torch.Tensor) -> np.ndarray:
+    """float64 [key/value heads]."""
+    tokens, heads = layer.query.shape[2], layer.seen[0].shape[1]
+
+    def by_head(x: torch.Tensor) -> np.ndarray:
+        return x.unflatten(1, (heads, -1)).sum((0, 2, 3, 4), dtype=torch.float64).numpy()
+
     if metric == "attention":
         with torch.no_grad():
             far = list(layer.seen)
             far[side] = rounded
-            return float((layer.again(*far) - layer.out).square().sum(dtype=torch.float64) / layer.out.square().sum(dtype=torch.float64))
+            return by_head((layer.again(*far) - layer.out).square()) / float(layer.out.square().sum(dtype=torch.float64))
     change = gradients[side] * (rounded - layer.seen[side])
-    return float(0.5 * change.square().sum(dtype=torch.float64) if metric == "fisher" else change.abs().sum(dtype=torch.float64)) / tokens
+    return (0.5 * by_head(change.square()) if metric == "fisher" else by_head(change.abs())) / tokens

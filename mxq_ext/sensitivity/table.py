@@ -26,15 +26,17 @@ _FIX = "measure the table again"
 
 @dataclass
 class KVTable:
-    """Loss estimate and bytes of the keys and the values of L layers under C widths.
+    """Loss estimate and bytes of the keys and the values of L layers under C widths; of each of their H heads, where they were measured by head.
 
     Attributes:
         bits: candidate widths, int [C].
-        loss: float64 [2 L, C]; row 2 i is the keys of layer i, row 2 i + 1 its values; unit as ``meta["metric"]`` says.
-        page_bytes: int64 [2 L, C], a page of one sequence, all heads.
-        token_bytes: of one exact token, one side of one layer, all heads.
+        loss: float64 [2 L, C]; row 2 i is the keys of layer i, row 2 i + 1 its values; unit as ``meta["metric"]`` says. By head [2 L H, C], with
+            i = layer * H + head.
+        page_bytes: int64, as ``loss``, a page of one sequence, all heads of the row.
+        token_bytes: of one exact token, one side of one layer, all heads of a row.
         settings: group, residual, sink, rotate: what all candidates have in common; and pre_rope where it is so.
         meta: metric, seed, windows; plain JSON.
+        heads: H; None: rows are of all heads of a layer.
 
     Raises PlanError if shapes or values do not fit.
     """
@@ -45,6 +47,7 @@ class KVTable:
     token_bytes: int
     settings: dict
     meta: dict = field(default_factory=dict)
+    heads: int | None = None
 
     SETTINGS = ("group", "residual", "sink", "rotate")
 
@@ -58,18 +61,21 @@ class KVTable:
             self.loss, self.page_bytes = np.asarray(self.loss, np.float64), np.asarray(self.page_bytes, np.int64)
         except (TypeError, ValueError, OverflowError) as e:
             raise PlanError("KV cost table", f"its values are no numbers ({e})", _FIX) from None
-        need(self.bits and self.loss.ndim == 2 and self.loss.shape[0] % 2 == 0 and self.loss.shape == self.page_bytes.shape == (len(self.loss), len(self.bits)),
-             f"loss {self.loss.shape} and page_bytes {self.page_bytes.shape} must be [2 layers, {len(self.bits)} widths]")
+        need(self.heads is None or (type(self.heads) is int and self.heads > 0), f"heads must be their number, it is {self.heads!r}")
+        need(self.bits and self.loss.ndim == 2 and self.loss.shape[0] % (2 * (self.heads or 1)) == 0
+             and self.loss.shape == self.page_bytes.shape == (len(self.loss), len(self.bits)),
+             f"loss {self.loss.shape} and page_bytes {self.page_bytes.shape} must be [2 layers{'' if self.heads is None else f' x {self.heads} heads'}, "
+             f"{len(self.bits)} widths]")
         need(len(self.loss) and np.isfinite(self.loss).all() and (self.loss >= 0).all(), "losses must be finite and not negative")
         need((self.page_bytes > 0).all() and self.token_bytes > 0, "bytes must be positive")
         need(isinstance(self.settings, dict) and set(self.settings) - {"pre_rope"} == set(self.SETTINGS), f"its settings are {', '.join(self.SETTINGS)}")
 
     @property
     def layers(self) -> int:
-        return len(self.loss) // 2
+        return len(self.loss) // (2 * (self.heads or 1))
 
     def nbytes(self, context: int, batch: int = 1) -> np.ndarray:
-        """int64 [2 L, C]: bytes of ``batch`` sequences of ``context`` tokens, the buffers of exact tokens in full, as the cache will count them."""
+        """int64, as ``loss``: bytes of ``batch`` sequences of ``context`` tokens, the buffers of exact tokens in full, as the cache will count them."""
         if context < 1 or batch < 1:
             raise PlanError(f"a cache of {context} tokens and {batch} sequences", "both must be at least 1", "pass the longest context that is to be served")
         sink, residual = self.settings["sink"], self.settings["residual"]
@@ -78,14 +84,14 @@ class KVTable:
 
     def to_json(self) -> dict:
         return {"bits": list(self.bits), "loss": self.loss.tolist(), "page_bytes": self.page_bytes.tolist(), "token_bytes": self.token_bytes,
-                "settings": self.settings, "meta": self.meta}
+                "settings": self.settings, "meta": self.meta} | ({} if self.heads is None else {"heads": self.heads})
 
     @staticmethod
     def from_json(obj: object) -> KVTable:
         """Inverse of :meth:`to_json`. Raises PlanError."""
         want = ("bits", "loss", "page_bytes", "token_bytes", "settings", "meta")
-        if not isinstance(obj, dict) or set(obj) != set(want):
-            raise PlanError("KV cost table", f"it must be an object of {', '.join(want)}", _FIX)
+        if not isinstance(obj, dict) or set(obj) - {"heads"} != set(want):
+            raise PlanError("KV cost table", f"it must be an object of {', '.join(want)}, and heads where it is by head", _FIX)
         return KVTable(**obj)
 
 
