@@ -269,8 +269,8 @@ def sense(model: Model, stats: Annotated[Path, typer.Argument(metavar="STATS", h
     from . import pipeline
 
     with Progress() as progress:
-        result = pipeline.sense_model(model, stats, out, progress=progress, kv_by_head=kv_by_head,
-                                      **_given(preset=preset, candidates=chosen, metric=metric, kv=kv))
+        result = pipeline.sense_model(model, stats, out, progress=progress,
+                                      **_given(preset=preset, candidates=chosen, metric=metric, kv=kv, kv_by_head=kv_by_head or None))
     _show(result, f"cost table in {out}", as_json)
 
 

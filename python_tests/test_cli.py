@@ -127,6 +127,8 @@ def test_sense(record):
     assert run("sense", "m", "stats", "-o", "cost.json", "--candidates", "w8", "--metric", "linear_kl").exit_code == 0
     assert without(seen, "progress") == {
         "model_path": Path("m"), "stats_dir": Path("stats"), "out": Path("cost.json"), "candidates": ["w8"], "metric": "linear_kl"}
+    assert run("sense", "m", "stats", "-o", "cost.json", "--kv", "k4v4", "--kv-by-head").exit_code == 0
+    assert (seen["kv"], seen["kv_by_head"]) == ("k4v4", True)
 
 
 def test_plan(record):
