@@ -75,6 +75,11 @@ PYBIND11_MODULE(_cuda, m) {
     const bool ok = mxq_cuda_kv_explain(ptr<AttendCall>(call), name, text, TEXT);
     return py::make_tuple(ok, std::string(name), std::string(text));
   });
+  m.def("layers_workspace_nbytes", [](uintptr_t call) { return mxq_cuda_layers_workspace_nbytes(ptr<LayersCall>(call)); });
+  m.def("run_layers", [](uintptr_t call) {
+    py::gil_scoped_release release;
+    return mxq_cuda_run_layers(ptr<LayersCall>(call));
+  });
   m.def("layouts", [] {
     std::string text(size_t(mxq_cuda_layouts(nullptr, 0)) + 1, 0);  // its end is written too
     mxq_cuda_layouts(text.data(), int64_t(text.size()));

@@ -1,6 +1,7 @@
-// Stands in for the kernels that a small library leaves out: launch.cpp and attention.cpp name all of them. A kernel that is there takes its place.
+// Stands in for the kernels that a small library leaves out: launch.cpp, attention.cpp and layer.cpp name all of them. A kernel that is there takes its place.
 #include "attention.h"
 #include "launch.h"
+#include "layer.h"
 
 namespace mxq::cuda {
 
@@ -14,5 +15,8 @@ STUBS(w1) STUBS(w2) STUBS(w3) STUBS(w4) STUBS(w5) STUBS(w6) STUBS(w8) STUBS(lut2
 __attribute__((weak)) int launch_attend(const AttendParams&, int, void*) { return NO_KERNEL; }
 __attribute__((weak)) int launch_attend_merge(const AttendParams&, bool, void*) { return NO_KERNEL; }
 __attribute__((weak)) int pack_page(const PageDesc&, const Rows&, int64_t, int64_t, uint8_t*, uint16_t*, void*) { return NO_KERNEL; }
+__attribute__((weak)) int launch_add_norm(NormParams, int64_t, bool, void*) { return NO_KERNEL; }
+__attribute__((weak)) int launch_turn_and_store(const TurnParams&, int64_t, bool, void*) { return NO_KERNEL; }
+__attribute__((weak)) int launch_silu_gate(GateParams, bool, void*) { return NO_KERNEL; }
 
 }  // namespace mxq::cuda

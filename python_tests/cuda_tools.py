@@ -17,9 +17,8 @@ from mxq_ext.qtensor import QTensor
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = sorted(p for p in (ROOT / "csrc" / "cuda").glob("*.cu") if p.name != "device.cu")  # device.cu asks the machine
-HOST = [ROOT / "csrc" / "cuda" / f"{name}.cpp" for name in ("api", "attention", "dispatch", "launch", "prepack")] + [ROOT / "csrc" / "cpu" / "parallel.cpp",
-                                                                                                     ROOT / "python_tests" / "cuda_flat.cpp",
-                                                                                                     ROOT / "python_tests" / "cuda_flat_attention.cpp"]
+HOST = [ROOT / "csrc" / "cuda" / f"{name}.cpp" for name in ("api", "attention", "dispatch", "launch", "layer", "prepack")] + [
+    ROOT / "csrc" / "cpu" / "parallel.cpp", *(ROOT / "python_tests" / f"cuda_flat{part}.cpp" for part in ("", "_attention", "_layer"))]
 
 
 @functools.cache
@@ -93,6 +92,12 @@ class Functions:
         name, text = (ctypes.create_string_buffer(1024) for _ in range(2))
         ok = self._call("kv_explain", call, name, text, ctypes.c_int64(1024))
         return bool(ok), name.value.decode(), text.value.decode()
+
+    def layers_workspace_nbytes(self, call):
+        return self._call("layers_workspace_nbytes", call)
+
+    def run_layers(self, call):
+        return self._call("run_layers", call)
 
     def layouts(self):
         text = ctypes.create_string_buffer(self._call("layouts", None, ctypes.c_int64(0)) + 1)

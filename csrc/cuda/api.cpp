@@ -1,5 +1,5 @@
 // The C functions of the CUDA library: what csrc/bind_cuda.cpp gives to Python, and what the tests call through ctypes, both in the library that nvcc
-// built and in the one that runs the same kernels on the CPU. Structs are those of prepack.h and launch.h, field for field.
+// built and in the one that runs the same kernels on the CPU. Structs are those of prepack.h, launch.h, attention.h and layer.h, field for field.
 #include "api.h"
 
 #include <algorithm>
@@ -10,6 +10,7 @@
 
 #include "attention.h"
 #include "launch.h"
+#include "layer.h"
 #include "prepack.h"
 
 using namespace mxq;
@@ -80,6 +81,9 @@ MXQ_API int64_t mxq_cuda_kv_explain(const AttendCall* c, char* name, char* text,
   return config.ok;
 }
 
+MXQ_API int64_t mxq_cuda_layers_workspace_nbytes(const LayersCall* c) { return layers_workspace_nbytes(*c); }
+MXQ_API int64_t mxq_cuda_run_layers(const LayersCall* c) { return run_layers(*c); }
+
 MXQ_API int64_t mxq_cuda_layouts(char* text, int64_t size) {
 #define F(name) Field{#name, offsetof(S, name)}
   std::string all;
@@ -117,6 +121,22 @@ MXQ_API int64_t mxq_cuda_layouts(char* text, int64_t size) {
                   {F(key), F(value), F(batch), F(q_heads), F(kv_heads), F(queries), F(q), F(out), F(sink_k), F(sink_v), F(tail_k), F(tail_v),
                    F(pages), F(page_count), F(counts), F(scale), F(cap), F(causal), F(window), F(mask), F(mask_batch), F(mask_query), F(workspace),
                    F(stream), F(capability), F(sms), F(splits), F(bandwidth)});
+  }
+  {
+    using S = LayerLinear;
+    all += "; " + layout("LayerLinear", sizeof(S), {F(head), F(blob), F(bias), F(bias_type)});
+  }
+  {
+    using S = LayerDesc;
+    all += "; " + layout("LayerDesc", sizeof(S),
+                  {F(attention_norm), F(mlp_norm), F(q_norm), F(k_norm), F(q), F(k), F(v), F(o), F(gate), F(up), F(down), F(scale), F(window),
+                   F(key), F(value), F(sink_k), F(sink_v), F(tail_k), F(tail_v), F(pages), F(page_room), F(counts)});
+  }
+  {
+    using S = LayersCall;
+    all += "; " + layout("LayersCall", sizeof(S),
+                  {F(layer), F(layers), F(x), F(type), F(batch), F(hidden), F(q_heads), F(kv_heads), F(dim), F(inner), F(eps), F(final_norm),
+                   F(cos), F(sin), F(positions), F(position), F(mask), F(mask_batch), F(workspace), F(stream), F(capability), F(sms)});
   }
 #undef F
   return copy_text(all, text, size);

@@ -12,6 +12,7 @@ struct LinearCall;  // launch.h
 struct AttendCall;  // attention.h
 struct PageDesc;    // attention.h
 struct Rows;        // attention.h
+struct LayersCall;  // layer.h
 }  // namespace mxq::cuda
 
 MXQ_API void mxq_cuda_blob_sizes(const mxq::cuda::WeightDesc* w, int64_t* nbytes, int64_t* head_nbytes);
@@ -38,6 +39,10 @@ MXQ_API int64_t mxq_cuda_kv_pack(const mxq::cuda::PageDesc* format, const mxq::c
                                  void* stream);
 // 1, or 0 where there is no kernel; `name` and `text`: the kernel's name, and its configuration or why there is none.
 MXQ_API int64_t mxq_cuda_kv_explain(const mxq::cuda::AttendCall* c, char* name, char* text, int64_t size);
+
+// Whole decoder layers (layer.h); as for linear.
+MXQ_API int64_t mxq_cuda_layers_workspace_nbytes(const mxq::cuda::LayersCall* c);
+MXQ_API int64_t mxq_cuda_run_layers(const mxq::cuda::LayersCall* c);
 
 // The structs that callers fill, as text: "Name field=offset ... sizeof=bytes; Name ...". A caller with structs of its own compares: a module of another
 // version would read other fields without anything to be seen. Returns the length.
