@@ -7,6 +7,7 @@ An operation of torch with tensors of both places is an error, as it is with a G
 from __future__ import annotations
 
 import contextlib
+import ctypes
 from collections.abc import Iterator
 from types import SimpleNamespace
 
@@ -16,10 +17,11 @@ from torch.overrides import TorchFunctionMode
 
 from mxq_ext import cuda
 from mxq_ext.kv import cuda as kv_cuda
+from mxq_ext.nn import fused, fused_cuda
 
 DEVICE = torch.device("cuda", 0)
-STREAM = 4711
-_CALLS = {"linear": cuda.LinearCall, "kv_attend": kv_cuda.AttendCall}
+STREAM, CAPTURING = 4711, 4712
+_CALLS = {"linear": cuda.LinearCall, "kv_attend": kv_cuda.AttendCall, "run_layers": fused_cuda.LayersCall}
 
 
 #: Operations of torch that move numbers between places, or choose by indices that may be anywhere.
@@ -127,13 +129,53 @@ class _Placement(TorchFunctionMode):
 
 
 class Launches(list):
-    """Streams of the launches so far; ``names`` of the functions; ``waits``: what the host waited for; ``capturing``: whether a graph is said to be."""
+    """Streams of the launches so far; ``names`` of the functions; ``waits``: what the host waited for; ``capturing``: whether a graph is said to be;
+    ``calls``: the structs of whole layers that were launched, as bytes; ``captures`` and ``replays`` of graphs of them."""
 
     def __init__(self):
         super().__init__()
         self.names: list[str] = []
         self.waits: list[str] = []
+        self.calls: list[bytes] = []
         self.capturing = False
+        self.graph: Graph | None = None  #: that is being captured
+        self.captures = self.replays = 0
+
+    @contextlib.contextmanager
+    def capture(self, graph, capture_error_mode="global"):
+        """As torch.cuda.graph: what is launched inside is not run."""
+        self.graph, self.capturing = graph, True
+        self.captures += 1
+        yield
+        self.graph, self.capturing = None, False
+
+
+class Frozen:
+    """A call of whole layers as a graph keeps it: what the host writes to its structs later does not show."""
+
+    def __init__(self, address: int):
+        self.call = fused_cuda.LayersCall.from_buffer_copy(ctypes.string_at(address, ctypes.sizeof(fused_cuda.LayersCall)))
+        layers = fused_cuda.LayerDesc * self.call.layers
+        self.layers = layers.from_buffer_copy(ctypes.string_at(self.call.layer, ctypes.sizeof(layers)))
+        self.call.layer = ctypes.addressof(self.layers)
+
+    def words(self) -> bytes:
+        """All that the call says, but for the stream and the host's address of the layers."""
+        whole = fused_cuda.LayersCall.from_buffer_copy(self.call)
+        whole.layer = whole.stream = 0
+        return bytes(whole) + bytes(self.layers)
+
+
+class Graph:
+    """As torch.cuda.CUDAGraph. Of the launches it can hold those of whole layers."""
+
+    def __init__(self, launches: Launches, run):
+        self.launches, self.run, self.kept = launches, run, []
+
+    def replay(self):
+        self.launches.replays += 1
+        for frozen in self.kept:
+            self.run(ctypes.addressof(frozen.call))
 
 
 @contextlib.contextmanager
@@ -144,14 +186,23 @@ def pretend_gpu(monkeypatch, capability: int = 80, sms: int = 108):
 
     def noted(name):
         def call(*args):
+            if name == "run_layers":
+                frozen = Frozen(args[0])
+                streams.calls.append(frozen.words())
+                if streams.graph is not None:
+                    assert frozen.call.stream == CAPTURING, "a launch on another stream is no part of the graph"
+                    streams.graph.kept.append(frozen)
+                    return 0
+            assert streams.graph is None, f"{name} is captured"
             streams.append(_CALLS[name].from_address(args[0]).stream if name in _CALLS else args[-1])
             streams.names.append(name)
             return getattr(functions, name)(*args)
 
         return call
 
-    host = ("blob_sizes", "prepack", "unpack", "workspace_nbytes", "explain", "kernel_name", "error_text", "layouts", "kv_workspace_nbytes", "kv_explain")
-    launching = ("linear", "dequantize", "embedding", "kv_attend", "kv_pack")
+    host = ("blob_sizes", "prepack", "unpack", "workspace_nbytes", "explain", "kernel_name", "error_text", "layouts", "kv_workspace_nbytes", "kv_explain",
+            "layers_workspace_nbytes")
+    launching = ("linear", "dequantize", "embedding", "kv_attend", "kv_pack", "run_layers")
     library = SimpleNamespace(**{n: getattr(functions, n) for n in host}, **{n: noted(n) for n in launching})
     runtime = cuda.Runtime(library, capability, sms)
 
@@ -163,5 +214,8 @@ def pretend_gpu(monkeypatch, capability: int = 80, sms: int = 108):
         patch.setattr(cuda, "runtime", runtime_of)
         patch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: streams.capturing)
-        patch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=STREAM))
+        patch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=STREAM if streams.graph is None else CAPTURING))
+        patch.setattr(torch.cuda, "CUDAGraph", lambda: Graph(streams, functions.run_layers))
+        patch.setattr(torch.cuda, "graph", streams.capture)
+        patch.setattr(fused, "PLAIN", (*fused.PLAIN, OnGpu))
         yield streams

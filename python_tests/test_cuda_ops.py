@@ -14,6 +14,7 @@ import torch
 from mxq_ext import _native, cuda, doctor, ops
 from mxq_ext.errors import NativeError, ShapeError
 from mxq_ext.kv import cuda as kv_cuda
+from mxq_ext.nn import fused_cuda
 from mxq_ext.testing import cases
 
 
@@ -147,7 +148,7 @@ def test_devices_that_a_build_serves(archs, has, has_not):
 
 def test_every_struct_is_that_of_the_library():
     """Field for field: a library and a package of two versions would hand each other other numbers, and nobody would see it."""
-    assert cuda_tools.bench("cpu").runtime.layouts == cuda._LAYOUTS | kv_cuda._LAYOUTS
+    assert cuda_tools.bench("cpu").runtime.layouts == cuda._LAYOUTS | kv_cuda._LAYOUTS | fused_cuda._LAYOUTS
 
 
 @pytest.mark.parametrize("told", (None, lambda right: right.replace(" warps=", " warps_k="), lambda right: right.replace("stream=64", "stream=72")))

@@ -306,6 +306,11 @@ class PageTable:
         """:attr:`pointers` as of the last :meth:`note`."""
         return self._pointers.data_ptr()
 
+    @property
+    def capacity(self) -> int:
+        """Pages whose addresses fit where :attr:`address` is."""
+        return len(self._pointers)
+
     def note(self) -> None:
         """Writes the addresses of pages that are new since the last time to where native code reads them, in room that doubles when it is full."""
         n, done = len(self._pages), self._noted

@@ -3,6 +3,7 @@
 ``fuse_layers(model, "layer")`` puts a :class:`LayerPath` in front of the decoder's own forward. It hands the embedded tokens to native code
 (csrc/cpu/layer.cpp), which runs all decoder layers and the final norm with the kernels of this package and appends to the cache. Embedding and head
 stay modules. The numbers are those of the modules but for the order of some sums: activations are rounded to the model's dtype where they are.
+On a GPU that is so for a token at a time over packed pages (``fused_cuda``).
 
 What native code does not cover goes through the modules, as if nothing had been replaced: training, gradients, torch.compile, calls without a cache,
 hooks on modules inside, attention weights and hidden states, masks other than [batch, tokens], other kinds of caches. Such calls are counted by their
@@ -31,8 +32,11 @@ from ..errors import ModelError, NativeError
 from ..formats import PAGE
 from ..kv.attention import NAME as PACKED_ATTENTION
 from ..kv.cache import MxqCacheLayer
+from ..kv.ops import CPU
 from ..structure import decoder_blocks
+from . import fused_cuda
 from .fused_cache import FIELDS, CacheRows, adopt, float_rows
+from .fused_cuda import CudaRows, CudaWeights
 from .fused_model import Family, recognise
 from .fused_weights import NativeWeights
 
@@ -43,7 +47,8 @@ CHILD = "mxq_layers"  #: name under which the decoder holds its LayerPath
 _STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 _TABLE = 1 << 17  #: positions beyond these get angles of their own, not a table
 #: Reasons for which a call goes through the modules without a warning: nobody expects speed there.
-_EXPECTED = ("training", "a gradient is needed", "no cache", "another device or tensor class")
+_EXPECTED = ("training", "a gradient is needed", "no cache", "another device or tensor class", *fused_cuda.EXPECTED)
+PLAIN = (torch.Tensor, nn.Parameter)  #: classes of tensors whose memory native code may take for what it is
 _CAPTURING = "transformers.utils.output_capturing"  # its hooks stay on modules and do nothing unless a call asks for their output
 
 
@@ -128,8 +133,8 @@ def _arguments(decoder: type) -> tuple[str, ...]:
     return tuple(inspect.signature(decoder.forward).parameters)[1:]
 
 
-def _are_positions(positions: torch.Tensor, batch: int, tokens: int) -> bool:
-    return positions.is_cpu and not positions.is_floating_point() and tuple(positions.shape) in ((batch, tokens), (1, tokens))
+def _are_positions(positions: torch.Tensor, batch: int, tokens: int, place: torch.device) -> bool:
+    return positions.device == place and not positions.is_floating_point() and tuple(positions.shape) in ((batch, tokens), (1, tokens))
 
 
 class LayerPath(nn.Module):
@@ -150,7 +155,7 @@ class LayerPath(nn.Module):
 
     def _forget(self) -> None:
         self.weights: NativeWeights | None = None
-        self.rows: tuple[weakref.ref, CacheRows] | None = None  # of the cache of the last call
+        self.rows: tuple[weakref.ref, CacheRows | CudaRows] | None = None  # of the cache of the last call
         self.angles: tuple | None = None
         self.hooks_seen, self.hooks_in_way = -1, True
 
@@ -191,9 +196,12 @@ class LayerPath(nn.Module):
         ids, embeds, mask, positions = (call.pop(name, None) for name in ("input_ids", "inputs_embeds", "attention_mask", "position_ids"))
         known = cache is not None and self.rows is not None and self.rows[0]() is cache and self.rows[1].unchanged(cache)
         why = self._obstacle(ids, embeds, mask, call, look=not known)
-        if why is None and not known:
-            cache = DynamicCache(config=decoder.config) if cache is None else cache
-            why = adopt(cache, len(self.family.windows))
+        if why is None and (not known or self.rows is None):
+            if self.weights.place == CPU:
+                cache = DynamicCache(config=decoder.config) if cache is None else cache
+                why = adopt(cache, len(self.family.windows))
+            else:
+                why = fused_cuda.unfit(cache, len(self.family.windows), self.weights.place)
         if why is None:
             x = decoder.embed_tokens(ids) if embeds is None else embeds.clone(memory_format=torch.contiguous_format)
             past, w = cache.layers[0].get_seq_length(), self.weights
@@ -201,14 +209,16 @@ class LayerPath(nn.Module):
                 why = f"the tokens are {str(x.dtype)[6:]} of {x.shape[2]} channels, the layers {str(w.dtype)[6:]} of {w.hidden}"
             elif mask is not None and mask.shape != (x.shape[0], past + x.shape[1]):
                 why = f"the mask is {tuple(mask.shape)} and not [batch, tokens] of all tokens"
-            elif positions is not None and not _are_positions(positions, *x.shape[:2]):
-                why = f"position_ids are {tuple(positions.shape)} and not [batch, tokens]"
+            elif positions is not None and not _are_positions(positions, *x.shape[:2], x.device):
+                why = f"position_ids are {tuple(positions.shape)} on {positions.device} and not [batch, tokens]"
+            elif w.place != CPU:
+                why = self._rows(cache, x.shape[0]).unready()
         if why is not None:
             self._note(why)
             return self._plain(*args, **kwargs)
         self.native += 1
         with torch.no_grad():
-            self._run(x, cache, past, mask, positions)
+            x = self._run(x, cache, past, mask, positions) if w.place == CPU else self._run_on_gpu(x, cache, past, mask, positions)
         return BaseModelOutputWithPast(last_hidden_state=x, **{next(n for n in CACHE_NAMES if n in names): cache})
 
     def _note(self, why: str) -> None:
@@ -224,7 +234,8 @@ class LayerPath(nn.Module):
             return "training"
         if (ids is None) == (embeds is None) or tokens.dim() != (2 if embeds is None else 3) or not tokens.numel():
             return "input_ids or inputs_embeds are not a batch of tokens"
-        if type(tokens) not in (torch.Tensor, nn.Parameter) or not tokens.is_cpu:
+        place = tokens.device
+        if type(tokens) not in PLAIN or place.type not in ("cpu", "cuda"):
             return "another device or tensor class"
         if not (config.use_cache if (use := call.pop("use_cache", None)) is None else use):
             return "no cache"
@@ -238,11 +249,13 @@ class LayerPath(nn.Module):
             return f"argument {extra[0]}"
         if config._attn_implementation not in ATTENTION:
             return f"attention is {config._attn_implementation}"
-        if torch.is_autocast_enabled("cpu"):
+        if torch.is_autocast_enabled(place.type):
             return "autocast"
-        if mask is not None and (type(mask) is not torch.Tensor or mask.dim() != 2 or not mask.is_cpu or mask.is_floating_point()):
+        if place != CPU and (why := fused_cuda.unsuited(tokens)):
+            return why
+        if mask is not None and (type(mask) not in PLAIN or mask.dim() != 2 or mask.device != place or mask.is_floating_point()):
             return "a mask that is not [batch, tokens] of yes and no"
-        if why := self._hooks(look) or self._refresh(look):
+        if why := self._hooks(look) or self._refresh(look, place):
             return why
         if torch.is_grad_enabled() and (embeds is not None and embeds.requires_grad or any(p.requires_grad for p in decoder.parameters())):
             return "a gradient is needed"
@@ -260,33 +273,45 @@ class LayerPath(nn.Module):
                 for part in (decoder.layers, decoder.norm, decoder.rotary_emb) for m in part.modules())
         return "hooks or wrapped forwards of modules inside" if self.hooks_in_way else None
 
-    def _refresh(self, look: bool) -> str | None:
-        """Brings the native weights up to date with the modules. Returns why that is impossible, or None."""
-        if self.weights is None or not self.weights.current(look):
-            self.weights = None
+    def _refresh(self, look: bool, place: torch.device) -> str | None:
+        """Brings the native weights up to date with the modules, for tokens on the device ``place``. Returns why that is impossible, or None."""
+        if self.weights is None or self.weights.place != place or not self.weights.current(look):
+            self.weights = self.rows = None
             try:
                 recognise(self.family.decoder)
-                self.weights = NativeWeights(self.family)
+                self.weights = (NativeWeights if place == CPU else CudaWeights)(self.family, place)
             except ModelError as refusal:
                 return refusal.rule
         return None
 
     # -- running --------------------------------------------------------------------------------------------------------------
 
-    def _run(self, x: torch.Tensor, cache: Cache, past: int, mask: torch.Tensor | None, positions: torch.Tensor | None) -> None:
+    def _run(self, x: torch.Tensor, cache: Cache, past: int, mask: torch.Tensor | None, positions: torch.Tensor | None) -> torch.Tensor:
         """All layers and the final norm on x [B, T, hidden], in place. ``past`` tokens are in the cache."""
         batch, tokens, _ = x.shape
-        rows = self._rows(cache, (batch, self.weights.kv_heads, self.weights.dim, self.weights.dtype))
+        rows = self._rows(cache, batch)
         seen = None if mask is None or bool(mask.all()) else mask.to(torch.bool).contiguous()
         step = _Step(self, x, positions, past, seen)
         if rows.packed and not past and tokens > min(s.sink + s.residual + PAGE for layer in rows.layers if (s := getattr(layer, "spec", None))):
-            return self._run_exactly(x, rows, step)
+            self._run_exactly(x, rows, step)
+            return x
         done = 0
         while done < tokens:
             count = rows.prepare(tokens - done)
             step(done, done + count, rows.address, 0, len(rows.layers), True)
             rows.advance(count)
             done += count
+        return x
+
+    def _run_on_gpu(self, x: torch.Tensor, cache: Cache, past: int, mask: torch.Tensor | None, positions: torch.Tensor | None) -> torch.Tensor:
+        """The same for one token of each sequence, x [B, 1, hidden], on a GPU; the result is another tensor. Given positions, which may not be read here, have
+        angles of their own, from the model's module."""
+        table = self._table(x, past + 1) if positions is None and past < _TABLE else None
+        if table is not None:
+            return self._rows(cache, x.shape[0]).step(x, past, mask, *table, past)
+        positions = torch.full((1, 1), past, device=x.device) if positions is None else positions
+        cos, sin = self.family.decoder.rotary_emb(x, position_ids=positions)
+        return self._rows(cache, x.shape[0]).step(x, past, mask, cos[:, 0], sin[:, 0], None)
 
     def _run_exactly(self, x: torch.Tensor, rows: CacheRows, step: _Step) -> None:
         """The first tokens of an empty packed cache, more than it keeps in float: they attend to each other exactly and are packed then."""
@@ -303,10 +328,17 @@ class LayerPath(nn.Module):
                 step(0, tokens, rows.address + 8 * FIELDS * i, i, i + 1, finish)
                 layer.tokens += tokens
 
-    def _rows(self, cache: Cache, shape: tuple) -> CacheRows:
+    def _rows(self, cache: Cache, batch: int) -> CacheRows | CudaRows:
+        w = self.weights
+        shape = (batch, w.kv_heads, w.dim, w.dtype)
         if self.rows is None or self.rows[0]() is not cache or self.rows[1].shape != shape or not self.rows[1].unchanged(cache):
-            self.rows = (weakref.ref(cache), CacheRows(cache, shape))
+            self.rows = (weakref.ref(cache, self._let_go), CacheRows(cache, shape) if w.place == CPU else CudaRows(cache, shape, w))
         return self.rows[1]
+
+    def _let_go(self, dead: weakref.ref) -> None:
+        """The layers of a cache that is no more are not kept until the next one comes."""
+        if self.rows is not None and self.rows[0] is dead:
+            self.rows = None
 
     def _table(self, x: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor] | None:
         """cos and sin [positions, dim] of at least ``count`` positions; None where they depend on more than the position."""
@@ -318,7 +350,7 @@ class LayerPath(nn.Module):
         if self.angles is None or self.angles[0] != key or self.angles[1].shape[0] < count:
             with torch.inference_mode(False), torch.no_grad():
                 size = max(256, 2 * count)
-                cos, sin = rotary(torch.empty(1, dtype=dtype), position_ids=torch.arange(size)[None])
+                cos, sin = rotary(torch.empty(1, dtype=dtype, device=x.device), position_ids=torch.arange(size, device=x.device)[None])
                 self.angles = (key, cos[0].contiguous(), sin[0].contiguous(), frequencies)
         return self.angles[1:3]
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import operator
 from array import array
+from collections.abc import Collection
 from dataclasses import fields
 
 import torch
@@ -19,6 +20,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 from ..errors import ModelError
 from ..formats import PAGE
 from ..kv.cache import MxqCache, MxqCacheLayer
+from ..kv.ops import CPU
 from ..plan.kv import KVSpec
 
 ROOM = 256  #: tokens of room in a fresh buffer; a full one is replaced by one with room for half as many tokens again
@@ -144,45 +146,63 @@ class RoomyLayer(DynamicLayer):
 
 def adopt(cache: Cache, layers: int) -> str | None:
     """Prepares a cache for a model with so many layers, all native, in place. Returns what stands against it, or None."""
-    if type(cache) not in (DynamicCache, MxqCache):
-        return f"a {type(cache).__name__} is in use"
-    if getattr(cache, "offloading", False):
-        return "the cache is offloaded"
-    if getattr(cache, "layer_class_to_replicate", None) is DynamicLayer:  # made without a config: it grows by layers as they are used
+    plain = type(cache) is DynamicCache and not getattr(cache, "offloading", False)
+    if plain and getattr(cache, "layer_class_to_replicate", None) is DynamicLayer:  # made without a config: it grows by layers as they are used
         cache.layers.extend(RoomyLayer() for _ in range(layers - len(cache.layers)))
-    if len(cache.layers) != layers:
-        return f"the cache has {len(cache.layers)} layers, the model {layers}"
+    if why := unfit(cache, layers, (DynamicCache, MxqCache)):
+        return why
     for i, layer in enumerate(cache.layers):
         if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
             if layer.is_initialized and layer.keys.device.type != "cpu":
                 return f"the cache is on {layer.keys.device}"
             cache.layers[i] = RoomyLayer.of(layer)
         elif type(layer) is MxqCacheLayer:
-            if odd := _odd(layer.spec):
-                return f"layer {i} of the cache has {odd}"
-            if layer.waiting is not None:
-                return f"layer {i} of the cache waits for its attention"
-            if _elsewhere(layer):
-                return f"the cache is on {layer.device}"
+            if why := unfit_layer(i, layer, CPU, _FOLLOWED):
+                return why
         elif type(layer) is not RoomyLayer:
             return f"layer {i} of the cache is a {type(layer).__name__}"
     return None
 
 
-def _elsewhere(layer: MxqCacheLayer) -> bool:
-    return layer.is_initialized and layer.device.type != "cpu"
+def unfit(cache: Cache, layers: int, kinds: tuple[type, ...]) -> str | None:
+    """What stands against a cache as a whole for a model with so many layers, all native, whose native code knows caches of these ``kinds``; or None."""
+    if type(cache) not in kinds:
+        return f"a {type(cache).__name__} is in use"
+    if getattr(cache, "offloading", False):
+        return "the cache is offloaded"
+    if len(cache.layers) != layers:
+        return f"the cache has {len(cache.layers)} layers, the model {layers}"
+    return None
 
 
-def _odd(spec: KVSpec) -> str | None:
-    """A setting of ``spec`` that native layers do not follow."""
+def unfit_layer(i: int, layer: MxqCacheLayer, place: torch.device, followed: Collection[str]) -> str | None:
+    """What stands against packed layer ``i`` for native code on the device ``place`` that follows these settings of a KVSpec; or None."""
+    if odd := _odd(layer.spec, followed):
+        return f"layer {i} of the cache has {odd}"
+    if layer.waiting is not None:
+        return f"layer {i} of the cache waits for its attention"
+    if elsewhere(layer, place):
+        return f"the cache is on {layer.device}"
+    return None
+
+
+def elsewhere(layer: MxqCacheLayer, place: torch.device) -> bool:
+    """Whether the tokens of a packed layer are on another device."""
+    return layer.is_initialized and layer.device != place
+
+
+def _odd(spec: KVSpec, followed: Collection[str]) -> str | None:
+    """A setting of ``spec`` that is not among those that native layers follow."""
     for f in fields(spec):
-        if f.name not in _FOLLOWED and getattr(spec, f.name) != f.default:
+        if f.name not in followed and getattr(spec, f.name) != f.default:
             return f"{f.name}={getattr(spec, f.name)!r}"
     return None
 
 
 class CacheRows:
     """The ``LayerCache`` structs of one cache, and what they were made from, so that only what has changed since is written again."""
+
+    place = CPU
 
     def __init__(self, cache: Cache, shape: tuple[int, int, int, torch.dtype]):
         self.layers = list(cache.layers)
@@ -196,7 +216,7 @@ class CacheRows:
         """Whether ``cache`` still has the layers that these rows are of, on the CPU."""
         if len(self.layers) != len(cache.layers) or not all(map(operator.is_, self.layers, cache.layers)):
             return False
-        return not any(map(_elsewhere, self.packed))  # a cache that was reset may begin again elsewhere
+        return not any(elsewhere(x, CPU) for x in self.packed)  # a cache that was reset may begin again elsewhere
 
     def prepare(self, tokens: int) -> int:
         """Brings every row up to date and reserves room; returns how many of ``tokens`` can be appended in one call."""

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import operator
 
+import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 
 from .. import _native, ops
+from ..cuda import CudaPacked
 from ..errors import ModelError
 from . import linear as quant_linear
 from .fused_model import Family, linears, parts
@@ -30,17 +32,18 @@ _ASKED = "native weights of the layers"
 
 
 class NativeWeights:
-    """Addresses of everything that the layers of ``family`` compute with. What they point at lives as long as this object.
+    """Addresses of everything that the layers of ``family`` compute with, on the device ``place``. What they point at lives as long as this object.
 
     Attributes:
-        stack: the native object.
+        stack: what native code on the CPU takes; ``fused_cuda.CudaWeights`` makes something else of the same.
         dtype: of activations and norms.
-        hidden, heads, kv_heads, dim: sizes, as in the config.
+        hidden, heads, kv_heads, dim, inner: sizes, as in the config.
 
     Raises ModelError for weights that do not go together, NativeError for weights that have not been loaded.
     """
 
-    def __init__(self, family: Family):
+    def __init__(self, family: Family, place: torch.device):
+        self.place = place
         decoder, config, blocks = family.decoder, family.decoder.config, family.decoder.layers
         norms = [m for _, m, kind in parts(decoder, blocks, family.name) if kind.endswith("RMSNorm")]
         self.linears = [m for _, m in linears(blocks)]
@@ -53,9 +56,10 @@ class NativeWeights:
 
         self.dtype, self.hidden = norms[0].weight.dtype, config.hidden_size
         self.heads, self.kv_heads, self.dim = config.num_attention_heads, config.num_key_value_heads, blocks[0].self_attn.head_dim
+        self.inner, self.epsilon = config.intermediate_size, decoder.norm.variance_epsilon
         if self.dtype not in ops.TYPES:
             raise ModelError(_ASKED, f"the norms are {self.dtype}", "use float32, bfloat16 or float16")
-        q, kv, h, inner = self.heads * self.dim, self.kv_heads * self.dim, self.hidden, config.intermediate_size
+        q, kv, h, inner = self.heads * self.dim, self.kv_heads * self.dim, self.hidden, self.inner
         shapes = [(q, h), (kv, h), (kv, h), (h, q), (inner, h), (inner, h), (h, inner)]
         layers = []
         for i, block in enumerate(blocks):
@@ -63,8 +67,11 @@ class NativeWeights:
             of_heads = [self._norm(getattr(attention, n), self.dim) if hasattr(attention, n) else 0 for n in ("q_norm", "k_norm")]
             layers.append((self._norm(block.input_layernorm, h), self._norm(block.post_attention_layernorm, h), *of_heads, attention.scaling,
                            family.windows[i], tuple(map(self._linear, seven, shapes))))
-        sizes = (h, self.heads, self.kv_heads, self.dim, inner)
-        self.stack = _native.cpu.LayerStack((ops.TYPES[self.dtype], *sizes, decoder.norm.variance_epsilon, self._norm(decoder.norm, h)), layers)
+        self._make(self._norm(decoder.norm, h), layers)
+
+    def _make(self, final_norm: int, layers: list[tuple]) -> None:
+        sizes = (self.hidden, self.heads, self.kv_heads, self.dim, self.inner)
+        self.stack = _native.cpu.LayerStack((ops.TYPES[self.dtype], *sizes, self.epsilon, final_norm), layers)
 
     def current(self, look: bool) -> bool:
         """Whether the model still has these modules with these weights; ``look`` asks them even if nothing is known to have changed."""
@@ -82,17 +89,23 @@ class NativeWeights:
 
     def _norm(self, module: nn.Module, size: int) -> int:
         weight = module.weight.detach().contiguous()
-        if weight.dtype != self.dtype or tuple(weight.shape) != (size,) or not weight.is_cpu:
-            raise ModelError(_ASKED, f"a norm is {str(weight.dtype)[6:]} {tuple(weight.shape)} on {weight.device}, expected {str(self.dtype)[6:]} ({size},)",
-                             "cast the whole model to one dtype")
+        if weight.dtype != self.dtype or tuple(weight.shape) != (size,) or weight.device != self.place:
+            raise ModelError(_ASKED, f"a norm is {str(weight.dtype)[6:]} {tuple(weight.shape)} on {weight.device}, expected {str(self.dtype)[6:]} ({size},) "
+                             f"on {self.place}", "bring the whole model to one dtype and one device")
         self.kept.append(weight)
         return weight.data_ptr()
 
-    def _linear(self, module: nn.Module, shape: tuple[int, int]) -> tuple[int, int, int, bool]:
+    def _linear(self, module: nn.Module, shape: tuple[int, int]):
         packed, bias = module.held.loaded(), module._buffers["bias"]
+        if packed.blob.device != self.place:
+            raise ModelError(_ASKED, f"a linear is packed for {packed.blob.device}, the tokens are on {self.place}", "move them to one device")
         if packed.shape != shape or (bias is not None and bias.dtype not in ops.TYPES):
             raise ModelError(_ASKED, f"a linear is {packed.shape[0]} x {packed.shape[1]}, the config makes it {shape[0]} x {shape[1]}",
                              "use the config of this model")
         bias = None if bias is None else bias.contiguous()
         self.kept.append((packed, bias))
-        return packed.blob.data_ptr(), 0 if bias is None else bias.data_ptr(), 0 if bias is None else ops.TYPES[bias.dtype], module.compute == "a8"
+        return self._native(packed, (0, 0) if bias is None else (bias.data_ptr(), ops.TYPES[bias.dtype]), module.compute)
+
+    def _native(self, packed: ops.Packed | CudaPacked, bias: tuple[int, int], compute: str):
+        """A linear as native code takes it; ``bias``: address and type, 0 for none."""
+        return packed.blob.data_ptr(), *bias, compute == "a8"
