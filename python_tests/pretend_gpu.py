@@ -142,7 +142,7 @@ class Launches(list):
         self.captures = self.replays = 0
 
     @contextlib.contextmanager
-    def capture(self, graph, capture_error_mode="global"):
+    def capture(self, graph, stream, capture_error_mode):
         """As torch.cuda.graph: what is launched inside is not run."""
         self.graph, self.capturing = graph, True
         self.captures += 1
@@ -215,6 +215,7 @@ def pretend_gpu(monkeypatch, capability: int = 80, sms: int = 108):
         patch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: streams.capturing)
         patch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=STREAM if streams.graph is None else CAPTURING))
+        patch.setattr(torch.cuda, "Stream", SimpleNamespace)
         patch.setattr(torch.cuda, "CUDAGraph", lambda: Graph(streams, functions.run_layers))
         patch.setattr(torch.cuda, "graph", streams.capture)
         patch.setattr(fused, "PLAIN", (*fused.PLAIN, OnGpu))

@@ -14,7 +14,7 @@ spec.loader.exec_module(cuda_budget)
 
 DOCUMENT = (cuda_tools.ROOT / "docs" / "cuda.md").read_text(encoding="utf-8")
 ROWS = dict(re.findall(r"^\| `([a-z_0-9<>]+)` \| (.*) \|$", DOCUMENT[DOCUMENT.index("| kernel | threads |") :], re.M))
-QUICK = ("mv_w4", "mv_w5", "mv_lut4", "mm_w3", "mm_stage", "reduce")
+QUICK = ("mv_w4", "mv_w5", "mv_lut4", "mm_w3", "mm_stage", "reduce", "layer")
 
 
 def check(sources):

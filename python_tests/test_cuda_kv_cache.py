@@ -499,7 +499,7 @@ def test_a_quantized_model_and_its_checkpoint(launches, tmp_path):
     have = loaded.generate(inputs["input_ids"].to("cuda"), max_new_tokens=30, do_sample=False, return_dict_in_generate=True)
     cache = have.get(CACHE)
     assert torch.equal(have.sequences.cpu(), want) and cache.layers[0].device == gpu.DEVICE and cache.layers[0].spec == KVSpec(8, 4, sink=2)
-    assert {"linear", "kv_pack", "kv_attend"} <= set(launches.names)
+    assert {"linear", "kv_pack", "run_layers"} <= set(launches.names)
     assert torch.equal(generated(loaded.to("cpu"), inputs, max_new_tokens=30), want)  # between sequences a model may move
 
 

@@ -127,7 +127,7 @@ class CudaRows:
                                q_heads=weights.heads, kv_heads=weights.kv_heads, dim=dim, inner=weights.inner, eps=weights.epsilon,
                                final_norm=weights.final_norm, position=self.state.data_ptr() + 8 * count, capability=runtime.capability, sms=runtime.sms)
         self.library, self.run = runtime.library, runtime.run
-        self.repeated = Repeated(self._launch)
+        self.repeated = Repeated()
 
     def unchanged(self, cache: Cache) -> bool:
         """Whether ``cache`` still has the layers that these rows are of, on the same device."""
@@ -171,7 +171,7 @@ class CudaRows:
             numbers += range(batch) if position is None else [position] * batch
             # From pinned memory nothing waits for the device, and torch's allocator keeps it until the copy was made.
             self.state.copy_(torch.tensor(numbers, dtype=torch.int32, pin_memory=True), non_blocking=True)
-            self.repeated(stream)
+            self.repeated(self._launch, stream)
             for layer in self.layers:
                 layer.tail_tokens += 1
                 layer._pack_full_tail()
