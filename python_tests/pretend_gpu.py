@@ -173,6 +173,8 @@ class Graph:
         self.launches, self.run, self.kept = launches, run, []
 
     def replay(self):
+        self.launches.append(STREAM)
+        self.launches.names.append("replay")
         self.launches.replays += 1
         for frozen in self.kept:
             self.run(ctypes.addressof(frozen.call))
