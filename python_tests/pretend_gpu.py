@@ -181,10 +181,11 @@ class Graph:
 
 
 @contextlib.contextmanager
-def pretend_gpu(monkeypatch, capability: int = 80, sms: int = 108):
-    """Inside, ``cuda:0`` is the device above. Gives a list of the streams that launches went to; its ``waits`` are the names of what was waited for."""
+def pretend_gpu(monkeypatch, capability: int = 80, sms: int = 108, **schedule):
+    """Inside, ``cuda:0`` is the device above. Gives a list of the streams that launches went to; its ``waits`` are the names of what was waited for.
+    ``schedule``: see ``simt.Library.configure``."""
     streams = Launches()
-    functions = cuda_tools.Functions(cuda_tools.library())
+    functions = cuda_tools.Functions(cuda_tools.library(), **schedule)
 
     def noted(name):
         def call(*args):

@@ -24,12 +24,18 @@ SPEC = KVSpec(4, 2, residual=0)  # pages from the first tokens on
 
 
 @pytest.fixture
-def launches(monkeypatch):
+def new_parameters():
+    """A moved parameter is a new one, see test_cuda_nn."""
     before = torch.__future__.get_overwrite_module_params_on_conversion()
-    torch.__future__.set_overwrite_module_params_on_conversion(True)  # a moved parameter is a new one, see test_cuda_nn
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    yield
+    torch.__future__.set_overwrite_module_params_on_conversion(before)
+
+
+@pytest.fixture
+def launches(monkeypatch, new_parameters):
     with gpu.pretend_gpu(monkeypatch) as launched:
         yield launched
-    torch.__future__.set_overwrite_module_params_on_conversion(before)
 
 
 def moved(x):
@@ -153,6 +159,19 @@ def test_half_precision_rounds_where_the_modules_do(launches, family, dtype):
     assert path_of(model).native == 19
     noise, difference = (want - exact).norm() / exact.norm(), (have - want).float().norm() / exact.norm()
     assert have.dtype == dtype and 0 < noise and difference < noise / 3, f"difference {difference:.2e}, rounding {noise:.2e}"
+
+
+@torch.no_grad()
+def test_every_schedule_gives_the_same_bits(monkeypatch, new_parameters):
+    """Whatever order threads run in, and where launches may be early."""
+    ids, logits = prompt(2, 4), []
+    for capability, schedule in ((80, {}), (80, {"seed": 3, "workers": 2}), (80, {"seed": 7, "lazy": False}), (90, {"seed": 2})):
+        with gpu.pretend_gpu(monkeypatch, capability, **schedule):
+            model = fuse_layers(model_on_gpu("qwen3", KVSpec(4, 4, residual=0), dtype=torch.float16), "layer")
+            cache = MxqCache(model.config, model.mxq_kv)
+            logits.append(torch.cat([model(moved(ids[:, i : i + 1]), use_cache=True, **{CACHE: cache}).logits.cpu() for i in range(4)]))
+            assert path_of(model).native == 3
+    assert all(torch.equal(x, logits[0]) for x in logits[:3]) and (logits[3] - logits[0]).norm() < 1e-2 * logits[0].norm()
 
 
 # -- what a graph needs -------------------------------------------------------------------------------------------------------------
