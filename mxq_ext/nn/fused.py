@@ -195,7 +195,7 @@ class LayerPath(nn.Module):
         cache = next((c for name in CACHE_NAMES if (c := call.pop(name, None)) is not None), None)
         ids, embeds, mask, positions = (call.pop(name, None) for name in ("input_ids", "inputs_embeds", "attention_mask", "position_ids"))
         known = cache is not None and self.rows is not None and self.rows[0]() is cache and self.rows[1].unchanged(cache)
-        why = self._obstacle(ids, embeds, mask, call, look=not known)
+        why = self._obstacle(ids, embeds, mask, cache, call, look=not known)
         if why is None and (not known or self.rows is None):
             if self.weights.place == CPU:
                 cache = DynamicCache(config=decoder.config) if cache is None else cache
@@ -226,7 +226,7 @@ class LayerPath(nn.Module):
         if self.fallbacks[why] == 1 and why not in _EXPECTED:
             env.fallback(f"whole-layer decoding of {self.family.name}", why, "such calls go through the modules")
 
-    def _obstacle(self, ids, embeds, mask, call: dict, look: bool) -> str | None:
+    def _obstacle(self, ids, embeds, mask, cache: Cache | None, call: dict, look: bool) -> str | None:
         """Why a call must go through the modules, or None. ``look``: a new sequence, all modules are looked at. Nothing changes but what is remembered."""
         decoder, tokens = self.family.decoder, ids if embeds is None else embeds
         config = decoder.config
@@ -239,6 +239,8 @@ class LayerPath(nn.Module):
             return "another device or tensor class"
         if not (config.use_cache if (use := call.pop("use_cache", None)) is None else use):
             return "no cache"
+        if place != CPU and (why := fused_cuda.unsuited(tokens, cache)):
+            return why
         for name in ("output_attentions", "output_hidden_states"):
             if call.pop(name, None) or getattr(config, name, False):
                 return f"{name} is asked for"
@@ -251,8 +253,6 @@ class LayerPath(nn.Module):
             return f"attention is {config._attn_implementation}"
         if torch.is_autocast_enabled(place.type):
             return "autocast"
-        if place != CPU and (why := fused_cuda.unsuited(tokens)):
-            return why
         if mask is not None and (type(mask) not in PLAIN or mask.dim() != 2 or mask.device != place or mask.is_floating_point()):
             return "a mask that is not [batch, tokens] of yes and no"
         if why := self._hooks(look) or self._refresh(look, place):

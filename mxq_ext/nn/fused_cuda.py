@@ -77,10 +77,12 @@ class CudaWeights(NativeWeights):
         return LayerLinear(packed.head.data_ptr(), packed.blob.data_ptr(), *bias)
 
 
-def unsuited(tokens: torch.Tensor) -> str | None:
-    """Why tokens [B, T] or [B, T, hidden] on a GPU must go through the modules, whatever the model and its cache; or None."""
+def unsuited(tokens: torch.Tensor, cache: Cache | None) -> str | None:
+    """Why tokens [B, T] or [B, T, hidden] on a GPU must go through the modules, whatever the model; or None."""
     if tokens.shape[1] != 1:
         return PROMPT
+    if cache is None or type(cache) is DynamicCache:
+        return FLOAT
     if tokens.shape[0] > MOST_SEQUENCES:
         return f"a batch of {tokens.shape[0]} on a GPU, native layers take {MOST_SEQUENCES}"
     if torch.cuda.is_current_stream_capturing():
@@ -88,10 +90,8 @@ def unsuited(tokens: torch.Tensor) -> str | None:
     return None
 
 
-def unfit(cache: Cache | None, layers: int, place: torch.device) -> str | None:
+def unfit(cache: Cache, layers: int, place: torch.device) -> str | None:
     """What stands against a cache for native layers on the device ``place``, or None."""
-    if cache is None or type(cache) is DynamicCache:
-        return FLOAT
     if why := fused_cache.unfit(cache, layers, (MxqCache,)):
         return why
     for i, layer in enumerate(cache.layers):
