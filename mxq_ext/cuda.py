@@ -79,6 +79,9 @@ class CudaPacked:
         if fields.get("magic") != _MAGIC or fields["nbytes"] != blob.numel() or fields["head_nbytes"] != head.numel():
             raise NativeError(f"packed weight of {blob.numel()} bytes with a head of {head.numel()}",
                               "these bytes are no weight packed for CUDA by this version", "make them again with Runtime.pack()")
+        if blob.data_ptr() % 16 or not blob.is_contiguous():
+            raise NativeError(f"packed weight at address {blob.data_ptr():#x}", "the kernels read it by 16 bytes, contiguous and from a multiple of that on",
+                              "pass the tensor that Runtime.pack() made, or a clone")
         n, k = fields["n_k"] & 0xFFFFFFFF, fields["n_k"] >> 32
         if (n, k) != tuple(shape):
             raise ShapeError(f"linear of {shape[0]} x {shape[1]}", f"the packed weight is {n} x {k}", "check which layer this weight belongs to")
@@ -176,7 +179,8 @@ class Runtime:
 
     # ------------------------------------------------------------------------------------------------------------- kernels
 
-    def call(self, x: torch.Tensor, weights: list, outputs: list, path: str = "auto", stream: int = 0, **forced: int) -> tuple[ctypes.Structure, list]:
+    def call(self, x: torch.Tensor, weights: list, outputs: list, path: str = "auto", *, stream: int,
+             **forced: int) -> tuple[ctypes.Structure, list]:
         """A LinearCall and what must live as long as it.
 
         Args:
@@ -184,7 +188,8 @@ class Runtime:
             weights: (CudaPacked, bias or None) each.
             outputs: y [m, n] of unit column stride for each weight, all of one dtype; or None to ask about the call alone.
             path: a key of ``PATHS``.
-            stream: address of a CUDA stream.
+            stream: address of a CUDA stream of the device that is current. There is no default: a launch on the legacy stream would neither wait for torch's
+                other streams nor be part of a graph that is captured.
             forced: ``warps``, ``blocks``, ``batch``, ``splits`` in place of what the configuration has; the tests' way into every branch.
         """
         array = (Output * len(weights))()
@@ -198,9 +203,11 @@ class Runtime:
                           output=ctypes.addressof(array), stream=stream, path=PATHS[path], capability=self.capability, sms=self.sms, **forced)
         return call, [array, x, weights, outputs]
 
-    def linear(self, x: torch.Tensor, weights: list, dtype: torch.dtype | None = None, path: str = "auto", out: list | None = None, stream: int = 0,
+    def linear(self, x: torch.Tensor, weights: list, dtype: torch.dtype | None = None, path: str = "auto", out: list | None = None, *, stream: int,
                **forced: int) -> list[torch.Tensor]:
         """``x W^T + bias`` for each of ``weights``, which all read x, in as few launches as there can be.
+
+        Shapes are not checked (``ops.linear`` does that).
 
         Args:
             x: [m, k], float32, bfloat16 or float16; rows at any distance, unit column stride.
@@ -214,9 +221,18 @@ class Runtime:
         """
         dtype = dtype or x.dtype
         out = out or [torch.empty(x.shape[0], p.shape[0], dtype=dtype, device=x.device) for p, _ in weights]
-        if not x.shape[0]:
+        if not x.shape[1]:
+            for y, (_, bias) in zip(out, weights, strict=True):
+                y.copy_(y.new_zeros(()) if bias is None else bias)
+        used = [(y, w) for y, w in zip(out, weights, strict=True) if y.numel() and x.shape[1]]
+        if not used:
             return out
-        call, keep = self.call(x, weights, out, path, stream, **forced)
+        self._linear(x, [w for _, w in used], [y for y, _ in used], path, stream, forced)
+        return out
+
+    def _linear(self, x: torch.Tensor, weights: list, out: list, path: str, stream: int, forced: dict[str, int]) -> None:
+        """:meth:`linear` of what is not empty."""
+        call, keep = self.call(x, weights, out, path, stream=stream, **forced)
         address = ctypes.addressof(call)
         taken, text = self.library.explain(address)
         if not taken:
@@ -224,13 +240,12 @@ class Runtime:
         if taken == PATHS["big"]:
             for y, (p, bias) in zip(out, weights, strict=True):
                 self._big(x, p, bias, y, stream)
-            return out
+            return
         # From torch's allocator, which keeps it for this stream until the kernels are done, also in a captured graph.
         workspace = torch.empty(self.library.workspace_nbytes(address), dtype=torch.uint8, device=x.device)
         call.workspace = workspace.data_ptr()
         self.run(self.library.linear(address), f"linear of x {tuple(x.shape)}")
         del keep
-        return out
 
     def _big(self, x: torch.Tensor, p: CudaPacked, bias: torch.Tensor | None, y: torch.Tensor, stream: int) -> None:
         """y = x W^T + bias by torch's matrix product with one piece of W after the other, so that no weight is whole in the type of x."""
@@ -257,7 +272,7 @@ class Runtime:
 
     def explain(self, x: torch.Tensor, weights: list, path: str = "auto") -> tuple[str, str]:
         """(name of the kernel of the first weight, all decisions in a line); the name is empty where there is no kernel, and the line says why."""
-        call, keep = self.call(x, weights, [None] * len(weights), path)
+        call, keep = self.call(x, weights, [None] * len(weights), path, stream=0)  # nothing is launched
         taken, text = self.library.explain(ctypes.addressof(call))
         name = self.library.kernel_name(ctypes.addressof(call), "+".join(dict.fromkeys(kernel_format(p.format_name) for p, _ in weights))) if taken else ""
         del keep
@@ -268,7 +283,7 @@ class Runtime:
         if code:
             raise NativeError(what, f"the launch failed: {self.library.error_text(code)}", "run `mxq doctor`, and again with CUDA_LAUNCH_BLOCKING=1")
 
-    def dequantize(self, p: CudaPacked, dtype: torch.dtype = torch.float32, stream: int = 0) -> torch.Tensor:
+    def dequantize(self, p: CudaPacked, dtype: torch.dtype = torch.float32, *, stream: int) -> torch.Tensor:
         """The weight [N, K] in original order: the bits of ``QTensor.dequantize()``, rounded once more for 16-bit types."""
         out = torch.empty(p.shape, dtype=dtype, device=p.blob.device)
         self._dequantize(p, out, 0, stream)
@@ -280,7 +295,7 @@ class Runtime:
             self.run(self.library.dequantize(p.head.data_ptr(), p.blob.data_ptr(), out.data_ptr(), TYPES[out.dtype], begin, out.shape[0], int(stored_columns),
                                              stream), f"dequantizing {p}")
 
-    def embedding(self, ids: torch.Tensor, p: CudaPacked, dtype: torch.dtype = torch.float32, stream: int = 0) -> torch.Tensor:
+    def embedding(self, ids: torch.Tensor, p: CudaPacked, dtype: torch.dtype = torch.float32, *, stream: int) -> torch.Tensor:
         """Rows ``ids`` (int64 [count]) of the weight: [count, K], the bits of :meth:`dequantize`. NaN for an id out of range, which the host cannot see."""
         out = torch.empty(ids.numel(), p.shape[1], dtype=dtype, device=p.blob.device)
         if out.numel():
@@ -347,7 +362,7 @@ def unpack(p: CudaPacked) -> QTensor:
 
 def linear(x: torch.Tensor, p: CudaPacked, bias: torch.Tensor | None) -> torch.Tensor:
     """``x W^T + bias`` of x [..., K] on the current stream of its device: [..., N] of x's dtype."""
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])  # not -1: there may be no columns
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     with _on(x.device) as (r, stream):
         (y,) = r.linear(rows, [(p, None if bias is None else bias.contiguous())], stream=stream)
@@ -357,13 +372,13 @@ def linear(x: torch.Tensor, p: CudaPacked, bias: torch.Tensor | None) -> torch.T
 def dequantize(p: CudaPacked, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """W [N, K] on the current stream of its device."""
     with _on(p.blob.device) as (r, stream):
-        return r.dequantize(p, dtype, stream)
+        return r.dequantize(p, dtype, stream=stream)
 
 
 def embedding(ids: torch.Tensor, p: CudaPacked, dtype: torch.dtype) -> torch.Tensor:
     """Rows ``ids`` [...] of W on the current stream of its device: [..., K] of ``dtype``; NaN for an id out of range."""
     with _on(p.blob.device) as (r, stream):
-        return r.embedding(ids.to(torch.int64).reshape(-1).contiguous(), p, dtype, stream).reshape(*ids.shape, p.shape[1])
+        return r.embedding(ids.to(torch.int64).reshape(-1).contiguous(), p, dtype, stream=stream).reshape(*ids.shape, p.shape[1])
 
 
 def explain(p: CudaPacked, m: int, dtype: torch.dtype) -> tuple[str, str]:

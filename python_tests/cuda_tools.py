@@ -118,10 +118,10 @@ class Bench:
         return self.runtime.pack(q, self.device)
 
     def dequantize(self, p, dtype):
-        return self.runtime.dequantize(p, dtype).cpu()
+        return self.runtime.dequantize(p, dtype, stream=0).cpu()
 
     def embedding(self, ids, p, dtype):
-        return poisoned(self.runtime.embedding, ids.to(self.device), p, dtype).cpu()
+        return poisoned(self.runtime.embedding, ids.to(self.device), p, dtype, stream=0).cpu()
 
     def linear(self, x, weights, dtype=None, path="auto", **forced):
         """As ``Runtime.linear``; every output lies in a larger tensor of NaN, which must stay NaN around it."""
@@ -129,7 +129,7 @@ class Bench:
         rooms = [torch.full((x.shape[0] + 2, p.shape[0] + 5), float("nan"), dtype=dtype, device=self.device) for p, _ in weights]
         views = [room[1:-1, 2:-3] for room in rooms]
         placed = [(p, None if b is None else b.to(self.device)) for p, b in weights]
-        poisoned(self.runtime.linear, x.to(self.device), placed, dtype, path, out=views, **forced)
+        poisoned(self.runtime.linear, x.to(self.device), placed, dtype, path, out=views, stream=0, **forced)
         for room, view in zip(rooms, views, strict=True):
             count = int(room.isnan().sum())
             assert count == room.numel() - view.numel() + int(view.isnan().sum()), f"{path} wrote outside of its output"

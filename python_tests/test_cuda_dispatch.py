@@ -1,6 +1,7 @@
 """Problem -> configuration of the CUDA kernels: a pure function, so every decision is tested without a GPU."""
 
 import ctypes
+from concurrent.futures import ThreadPoolExecutor
 
 import cuda_tools
 import numpy as np
@@ -73,7 +74,7 @@ def test_columns_are_split_where_x_does_not_fit():
 def test_a_chosen_configuration_fits_and_is_complete(layer, capability, sms, m):
     """Splits do not exceed the columns, and the workspace is a whole number of partial sums."""
     r = runtime(capability, sms)
-    call, keep = r.call(x_of(m), [(layer, None)], [None])
+    call, keep = r.call(x_of(m), [(layer, None)], [None], stream=0)
     nbytes = r.library.workspace_nbytes(ctypes.addressof(call))
     _, text = r.explain(x_of(m), [(layer, None)])
     splits = int(text.split(" x ")[1].split()[0])
@@ -96,15 +97,25 @@ def test_shared_memory_of_an_unknown_device_is_enough(name):
         assert launches[0].shared <= 99 << 10 and launches[0].block[0] in (256, 384, 512)
 
 
+def test_what_a_thread_remembers_is_what_it_would_find(layer):
+    """Configurations come from a table of each thread; a fresh thread searches, and 96 questions share its 64 places."""
+    def ask():
+        return [runtime(capability, sms).explain(x_of(m), [(layer, None)]) for m in range(1, 17) for capability, sms in DEVICES for _ in range(2)]
+
+    with ThreadPoolExecutor(1) as fresh:
+        first = fresh.submit(ask).result()
+    assert first[::2] == first[1::2] and ask() == ask() == first and len(set(first)) > 48
+
+
 def test_refusals_are_sentences_with_numbers(layer):
     for path, m, dtype, words in (("mv", 17, torch.float16, r"mv takes at most 16 rows of x \(M = 17, N = 128, K = 4096, x float16\)"),
                                   ("mm", 257, torch.float16, r"mm takes at most 256 rows of x \(M = 257"),
                                   ("mv", 1, torch.float32, r"mv multiplies float16 or bfloat16 inputs \(M = 1, N = 128, K = 4096, x float32\)")):
         with pytest.raises(NativeError, match=words):
-            runtime().linear(x_of(m, dtype), [(layer, None)], path=path)
+            runtime().linear(x_of(m, dtype), [(layer, None)], path=path, stream=0)
         assert runtime().explain(x_of(m, dtype), [(layer, None)], path)[0] == ""
     with pytest.raises(NativeError, match=r"compute capability 7.5 and later, this device has 7.0"):
-        runtime(70, 80).linear(x_of(1), [(layer, None)])
+        runtime(70, 80).linear(x_of(1), [(layer, None)], stream=0)
 
 
 def test_a_mixed_weight_names_all_its_formats():

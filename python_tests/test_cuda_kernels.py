@@ -305,6 +305,22 @@ def test_more_pieces_than_a_launch_holds_are_left_to_scalar(bench):
     assert error(y, x.double() @ q.dequantize().double().T) <= 1e-5 and bench.runtime.explain(x, [(p, None)])[0].startswith("scalar_")
 
 
+@pytest.mark.parametrize("m", (0, 1, 16, 40, 200))
+@pytest.mark.parametrize("dtype", (torch.float16, torch.float32))
+def test_weights_without_rows_or_columns(bench, m, dtype):
+    """Alone, and beside one that has both; where there are no columns the bias is what is left."""
+    no_rows, no_columns, whole = QTensor((0, 64), []), QTensor((3, 0), []), cases.random_qtensor("w4g64", 18, 64)
+    x, bias = cases.random_x(m, 64, dtype), torch.randn(3)
+    (y,) = bench.linear(x, [(bench.pack(no_rows), None)])
+    assert y.shape == (m, 0)
+    y, other = bench.linear(x, [(bench.pack(no_rows), None), (bench.pack(whole), None)], torch.float32)
+    assert y.shape == (m, 0) and error(other, x.double() @ whole.dequantize().double().T) <= (1e-3 if m > 128 and dtype == torch.float16 else 1e-5)
+    p = bench.pack(no_columns)
+    for b, expected in ((None, torch.zeros(3)), (bias, bias)):
+        assert torch.equal(bench.linear(x[:, :0], [(p, b)], torch.float32)[0], expected.expand(m, 3))
+    assert bench.dequantize(bench.pack(no_rows), torch.float16).shape == (0, 64) and bench.dequantize(p, torch.float16).shape == (3, 0)
+
+
 def test_mm_reads_x_itself_where_it_can(bench):
     """fp16 in the order of the weight and in rows of whole 16 bytes is not staged: the same bits as from rows that are not aligned, which are."""
     grid = cases.Layout("grid", (40, 448), ((0, 40, 0, 64, "w4g64"), (0, 40, 64, 256, "w8"), (0, 40, 256, 448, "lut3")))

@@ -72,7 +72,7 @@ def test_failed_launches_are_errors_with_the_reason(packed):
     broken = SimpleNamespace(explain=functions.explain, workspace_nbytes=functions.workspace_nbytes, linear=lambda address: 98,
                              error_text=lambda code: f"words for {code}")
     with pytest.raises(NativeError, match=r"linear of x \(2, 100\).*words for 98"):
-        cuda.Runtime(broken).linear(cases.random_x(2, 100, torch.float16), [(packed[1], None)])
+        cuda.Runtime(broken).linear(cases.random_x(2, 100, torch.float16), [(packed[1], None)], stream=0)
 
 
 def test_shapes_without_computing(packed):
@@ -111,6 +111,11 @@ def test_bytes_are_checked_before_they_are_trusted(packed):
     for blob, head in ((p.blob[:-1], p.head), (p.blob, p.head[:-8]), (p.blob, torch.zeros_like(p.head)), (p.blob, p.head[:16])):
         with pytest.raises(NativeError, match="no weight packed for CUDA"):
             cuda.CudaPacked.of(blob, head, (20, 100))
+    room = torch.empty(p.blob.numel() + 24, dtype=torch.uint8)
+    start = 8 - room.data_ptr() % 16
+    askew = room[start % 16 : start % 16 + p.blob.numel()].copy_(p.blob)
+    with pytest.raises(NativeError, match="packed weight at address 0x.*8: the kernels read it by 16 bytes"):
+        cuda.CudaPacked.of(askew, p.head, (20, 100))
 
 
 #: What opcheck looks at; "test_autograd_registration" would want a derivative of linear_cuda, which has none and says so.

@@ -60,7 +60,7 @@ __device__ __forceinline__ void stage_piece(const Params& p, const PartView& par
       unsigned v[4] = {};
 #pragma unroll
       for (int j = 0; j < 8; j++)
-        if (k + j < filled) v[j / 2] |= unsigned(__ldg(perm ? x + m * p.ldx + __ldg(perm + k + j) : from + m * p.ldx + k + j)) << 16 * (j % 2);
+        if (k + j < filled) v[j / 2] |= unsigned(perm ? x[m * p.ldx + __ldg(perm + k + j)] : from[m * p.ldx + k + j]) << 16 * (j % 2);
       *reinterpret_cast<uint4*>(xs + m * stride + k) = make_uint4(v[0], v[1], v[2], v[3]);
     }
   }

@@ -12,9 +12,10 @@ struct Constant {
   static constexpr int value = N;
 };
 
+// Not by __ldg, which is for memory that nobody writes while the kernel runs: one that starts early has activations that are still being written.
 __device__ __forceinline__ float number_at(const void* p, int64_t i, int type) {
-  if (type == F32) return __ldg(static_cast<const float*>(p) + i);
-  const uint16_t u = __ldg(static_cast<const uint16_t*>(p) + i);
+  if (type == F32) return static_cast<const float*>(p)[i];
+  const uint16_t u = static_cast<const uint16_t*>(p)[i];
   return type == BF16 ? ptx::bf16_to_float(u) : ptx::half_to_float(u);
 }
 __device__ __forceinline__ void store_number(void* p, int64_t i, int type, float v) {

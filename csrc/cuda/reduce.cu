@@ -16,7 +16,7 @@ __global__ void __launch_bounds__(256) reduce(const __grid_constant__ Params p, 
   if (i >= all) return;
   const PartView& part = p.part[find_part(p, unsigned(i / rows))];
   float sum = 0.0f;
-  for (int s = 0; s < p.splits; s++) sum += __ldg(p.partial + (int64_t(s) * p.m + m) * all + i);
+  for (int s = 0; s < p.splits; s++) sum += p.partial[(int64_t(s) * p.m + m) * all + i];  // not __ldg: it may still be written when this kernel begins
   finish(p, part, m, unsigned(i - int64_t(part.first_cta) * rows), sum);
 }
 

@@ -31,21 +31,22 @@ namespace mxq {
 // The error of this launch only: what an earlier call of the process left behind is not taken for it.
 template <class... P, class... A>
 inline int launch(bool early, void (*kernel)(P...), dim3 grid, dim3 block, size_t bytes, void* stream, const A&... args) {
-  if (bytes > 48 * 1024) {  // more has to be asked for, on each device anew
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
-    if (error != cudaSuccess) {
-      cudaGetLastError();
-      return error;
-    }
-  }
-  if (early) {  // code for an older capability runs on a newer device by way of its PTX, and does not know how to wait for the kernel ahead
+  if (early || bytes > 48 * 1024) {
     cudaFuncAttributes code;
-    const cudaError_t error = cudaFuncGetAttributes(&code, kernel);
+    cudaError_t error = cudaFuncGetAttributes(&code, kernel);
+    if (error == cudaSuccess && static_cast<size_t>(code.maxDynamicSharedSizeBytes) < bytes) {
+      // More has to be asked for, on each device anew: all that it gives, and never less again, since another thread may be about to launch with more.
+      int device = 0, most = 0;
+      error = cudaGetDevice(&device);
+      if (error == cudaSuccess) error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+      if (error == cudaSuccess)
+        error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most - static_cast<int>(code.sharedSizeBytes));
+    }
     if (error != cudaSuccess) {
       cudaGetLastError();
       return error;
     }
-    early = code.ptxVersion >= 90;
+    early = early && code.ptxVersion >= 90;  // code for an older capability, brought here as PTX, does not know how to wait for the kernel ahead
   }
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
