@@ -254,4 +254,4 @@ def test_the_built_module():
     if not driver:
         assert count == 0 and code
         with pytest.raises(NativeError, match="driver"):
-            r.linear(x, [(p, None)])
+            r.linear(x, [(p, None)], stream=0)
