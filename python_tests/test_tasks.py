@@ -16,7 +16,7 @@ from mxq_ext.compare import compare
 from mxq_ext.errors import ModelError, MxqError
 from mxq_ext.nn import quantized_modules, replace_linear
 from mxq_ext.plan import Plan
-from mxq_ext.tasks import BUILT_IN, run_tasks
+from mxq_ext.tasks import BUILT_IN, builtin, run_tasks
 from mxq_ext.tasks.builtin import PAIRS, RULES, pairs, passages
 
 needs_lm_eval = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed: pip install 'mxq_ext[tasks]'")
@@ -145,6 +145,7 @@ def test_eval_and_compare_have_the_same_accuracy(tmp_path, monkeypatch):
     make_sharp_model().save_pretrained(tmp_path / "model")
     make_tokenizer().save_pretrained(tmp_path / "model")
     (tmp_path / "held.txt").write_text(texts.heldout_text()[:4_000])
+    monkeypatch.setattr(builtin, "passages", lambda text: passages(text)[:6])
     arguments = dict(bits=[4.6], presets=["rtn"], tasks=["cloze"], timed=False, windows=4, eval_windows=2, length=64, text=tmp_path / "held.txt",
                      held_out=[tmp_path / "held.txt"])
     rows = compare(tmp_path / "model", tmp_path / "out", **arguments)["rows"]

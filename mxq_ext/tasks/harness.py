@@ -61,7 +61,8 @@ def run_tasks(model: nn.Module, tokenizer, tasks: Sequence[str], *, include: str
     if not tasks:
         raise ModelError("running no tasks", "at least one is needed", f"name some of {', '.join(BUILT_IN)}, or of lm-eval's")
     with _quiet():
-        manager = TaskManager(include_path=None if include is None else str(include))
+        others = any(t not in BUILT_IN for t in tasks)  # without them lm-eval need not read its thousands of descriptions, which takes seconds
+        manager = TaskManager(include_path=None if include is None else str(include), include_defaults=others)
         if unknown := [t for t in tasks if t not in BUILT_IN and t not in manager.all_tasks]:
             raise ModelError(f"task {unknown[0]!r}", "lm-eval does not know it", f"there are {', '.join(BUILT_IN)}; `lm-eval ls tasks` lists lm-eval's own; "
                              "--include names a folder of others")
