@@ -173,20 +173,35 @@ def decode_table(result: dict) -> list[str]:
     return [*lines, "", f"{m['cpu']}, {m['target']}; the best of {rounds} rounds in turns, in one process."]
 
 
-def widths_table(result: dict) -> list[str]:
-    """Integer mode at 4096 x 4096, one thread: how many times as fast as the fastest peer of the width."""
-    rows = [r for r in result["rows"] if (r["n"], r["k"], r["threads"]) == (4096, 4096, 1) and r["ours"] and r["name"].endswith(" a8") and r["best_peer"]]
+def widths_lines(result: dict, n: int, k: int) -> list[str]:
+    """Integer mode at one shape, one thread: how many times as fast as the fastest peer of the width."""
+    rows = [r for r in result["rows"] if (r["n"], r["k"], r["threads"]) == (n, k, 1) and r["ours"] and r["name"].endswith(" a8") and r["best_peer"]]
     rows = [r for r in rows if r["bits"] < 16]
     ms = sorted({r["m"] for r in rows})
-    lines = ["| 4096 x 4096, one thread | ms, M=1 | of the read bandwidth | the fastest peer, M=1 | " + " | ".join(f"M={m}" for m in ms) + " |",
+    lines = [f"| {n} x {k}, one thread | ms, M=1 | of the read bandwidth | the fastest peer, M=1 | " + " | ".join(f"M={m}" for m in ms) + " |",
              "| --- | ---: | ---: | --- |" + " ---: |" * len(ms)]
     for name in dict.fromkeys(r["name"] for r in rows):
         at = {r["m"]: r for r in rows if r["name"] == name}
         lines.append(f"| {name.removesuffix(' a8')} | {at[1]['ms']:.3f} | {at[1]['read_share']:.0%} | {at[1]['best_peer']} | "
                      + " | ".join(f"{at[m]['x_best_peer']:.2f}" if m in at else "-" for m in ms) + " |")
+    return lines
+
+
+def widths_source(result: dict) -> list[str]:
     m, peers = result["machine"], ", ".join(f"{name} {version}" for name, version in result["peers"].items())
-    return [*lines, "", "M rows of x, inputs rounded to int8 in groups; the last columns say how many times as fast as the fastest peer of the width.",
+    return ["", "M rows of x, inputs rounded to int8 in groups; the last columns say how many times as fast as the fastest peer of the width.",
             f"{m['cpu']}, {m['target']}; {peers}."]
+
+
+def widths_table(result: dict) -> list[str]:
+    """``widths_lines`` of 4096 x 4096."""
+    return widths_lines(result, 4096, 4096) + widths_source(result)
+
+
+def shapes_table(result: dict) -> list[str]:
+    """``widths_lines`` of every shape."""
+    tables = [widths_lines(result, *shape) for shape in dict.fromkeys((r["n"], r["k"]) for r in result["rows"])]
+    return [line for lines in tables for line in (*lines, "")][:-1] + widths_source(result)
 
 
 def gpu_table(result: dict) -> list[str]:
@@ -210,7 +225,7 @@ TABLES: dict[str, list[tuple[str, Callable[[dict], list[str]]]]] = {
     "README.md": [("demo.json", demo_table), ("frameworks.json", files_table), ("decode-cpu.json", decode_table), ("linear-cpu.json", widths_table),
                   ("linear-cuda.json", gpu_table)],
     "docs/quality.md": [("quality.json", quality_table), ("reconstruction.json", reconstruction_table), ("autoround.json", autoround_table)],
-    "docs/performance.md": [("linear-cpu.json", speed_table), ("attention-cpu.json", attention_table)],
+    "docs/performance.md": [("linear-cpu-zen4.json", shapes_table), ("linear-cpu.json", speed_table), ("attention-cpu.json", attention_table)],
     "docs/kv.md": [("kv-quality.json", kv_table), ("kv-joint.json", joint_table)]}
 
 
