@@ -46,6 +46,11 @@ def without_windows(row: dict) -> dict:
             for k, value in row.items()}
 
 
+def names(text: str) -> list[str]:
+    """``"a,b"`` -> ``["a", "b"]``."""
+    return [name for name in text.split(",") if name]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--out", type=Path, default=Path("mxq-frameworks"))
@@ -59,9 +64,8 @@ def main() -> None:
     options = parser.parse_args()
     with Progress() as progress:
         result = compare(shuffled_model(options.out), options.out, bits=[float(b) for b in options.bits.split(",")],
-                         presets=[p for p in options.presets.split(",") if p], also=options.also,
-                         llama_cpp=[t for t in options.llama_cpp.split(",") if t], tasks=[t for t in options.tasks.split(",") if t], timed=not options.untimed,
-                         progress=progress)
+                         presets=names(options.presets), also=options.also, llama_cpp=names(options.llama_cpp), tasks=names(options.tasks),
+                         timed=not options.untimed, progress=progress)
     write_json(options.results, result | {"rows": [without_windows(r) for r in result["rows"]]})
     print((options.out / "compare.md").read_text(encoding="utf-8"))
 

@@ -117,6 +117,17 @@ def threads():
 
 
 @pytest.fixture
+def new_parameters():
+    """A moved parameter is a new one, not the old one with other data, which would stay a host tensor on the GPU of pretend_gpu.py."""
+    import torch
+
+    before = torch.__future__.get_overwrite_module_params_on_conversion()
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    yield
+    torch.__future__.set_overwrite_module_params_on_conversion(before)
+
+
+@pytest.fixture
 def bench(monkeypatch):
     """bench/run.py as a module; the thread count, the target and sys.path come back."""
     import importlib.util

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import os
@@ -159,6 +160,16 @@ def backends() -> list[str]:
 @functools.cache
 def bench(backend: str) -> Bench:
     return Bench(cuda.Runtime(Functions(library())), "cpu") if backend == "cpu" else Bench(cuda.runtime(torch.device("cuda")), "cuda")
+
+
+@contextlib.contextmanager
+def nothing_waits():
+    """On a real device: whatever makes the host wait for it is an error meanwhile."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def raw(t: torch.Tensor) -> np.ndarray:

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import itertools
 
+import cuda_tools
 import pretend_gpu as gpu
 import pytest
 import torch
@@ -327,15 +328,6 @@ def test_inference_mode_may_begin_a_cache(launches):
 # -- on a real device -------------------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def nothing_waits():
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
 @pytest.mark.skipif(not torch.cuda.is_available() or isinstance(_native.cuda, _native.Missing), reason="needs a GPU and the CUDA module")
 @pytest.mark.parametrize("beside", (False, True), ids=("current stream", "side stream"))
 @pytest.mark.parametrize("spec", [*SPECS, KVSpec(8, 8, residual=10, budget=60000)], ids=str)
@@ -346,7 +338,7 @@ def test_on_a_device(spec, beside):
         layers = there, here = pair(spec, k[:, :, :130], v[:, :, :130])
         states = on_gpu(k, v, q), (k, v, q)
         outs = [[], []]
-        for i, guard in enumerate((nothing_waits, contextlib.nullcontext)):
+        for i, guard in enumerate((cuda_tools.nothing_waits, contextlib.nullcontext)):
             with guard():
                 for n in range(130, 300):
                     new, options = [x[:, :, n : n + 1] for x in states[i]], {"scale": 0.2, "mask": None, "causal": True, "window": 0, "softcap": 0.0}
@@ -354,7 +346,7 @@ def test_on_a_device(spec, beside):
                     outs[i].append(layers[i].attend(new[2], **options))
         torch.testing.assert_close(torch.cat(outs[0], 1).cpu(), torch.cat(outs[1], 1), **CLOSE | ({"atol": 1e-2} if spec.rotate else {}))
         assert same(there, here)
-        for i, guard in enumerate((nothing_waits, contextlib.nullcontext)):
+        for i, guard in enumerate((cuda_tools.nothing_waits, contextlib.nullcontext)):
             with guard():
                 layers[i].crop(-150)
                 layers[i].reorder_cache(torch.tensor([1, 1]))

@@ -7,6 +7,7 @@ import itertools
 import warnings
 import weakref
 
+import cuda_tools
 import pretend_gpu as gpu
 import pytest
 import torch
@@ -21,15 +22,6 @@ from mxq_ext.nn import fuse_layers, fused_cuda, fused_graph, set_compute
 from mxq_ext.plan import KVSpec, Plan
 
 SPEC = KVSpec(4, 2, residual=0)  # pages from the first tokens on
-
-
-@pytest.fixture
-def new_parameters():
-    """A moved parameter is a new one, see test_cuda_nn."""
-    before = torch.__future__.get_overwrite_module_params_on_conversion()
-    torch.__future__.set_overwrite_module_params_on_conversion(True)
-    yield
-    torch.__future__.set_overwrite_module_params_on_conversion(before)
 
 
 @pytest.fixture
@@ -363,7 +355,7 @@ def test_on_a_device(family, graph, monkeypatch):
             if i == 110:
                 cache.crop(-3)
             past, new = cache.get_seq_length(), batch["input_ids"][:, :40] if i == 0 else batch["input_ids"][:, 39 + i : 40 + i]
-            with nothing_waits() if graph == "0" and i else contextlib.nullcontext():
+            with cuda_tools.nothing_waits() if graph == "0" and i else contextlib.nullcontext():
                 out.append(m(new, attention_mask=batch["attention_mask"][:, : past + new.shape[1]], use_cache=True, **{CACHE: cache}).logits[:, -1])
         caches.append(cache)  # or the rows would go with it
         return torch.stack(out).float().cpu()
@@ -373,12 +365,3 @@ def test_on_a_device(family, graph, monkeypatch):
     have = run(fuse_layers(model, "layer"))
     assert path_of(model).native == 149 and (have - want).norm() < 0.02 * want.norm()
     assert (path_of(model).rows[1].repeated.graph is not None) == (graph == "1")
-
-
-@contextlib.contextmanager
-def nothing_waits():
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")

@@ -138,15 +138,6 @@ def test_a_device_that_has_no_kernels():
     assert layer.packed is packed and layer.bias.device.type == "cpu" and torch.equal(layer(x), want)
 
 
-@pytest.fixture
-def new_parameters():
-    """A moved parameter is a new one, not the old one with other data, which would stay a host tensor here."""
-    before = torch.__future__.get_overwrite_module_params_on_conversion()
-    torch.__future__.set_overwrite_module_params_on_conversion(True)
-    yield
-    torch.__future__.set_overwrite_module_params_on_conversion(before)
-
-
 def test_a_whole_model(streams, new_parameters):
     """Logits of a tiny Llama with tied embedding, computed on the device, against those of the same packed model on the CPU."""
     model = replace_linear(make_model(), "w4g32")

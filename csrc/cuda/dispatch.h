@@ -1,4 +1,5 @@
-// Problem -> configuration: what is launched is a pure function of shapes, formats and a few facts about the device. No timing, no state; runs without a GPU.
+// Problem -> configuration: what is launched is a pure function of shapes, formats and a few facts about the device. No timing, and no state but
+// answers that a thread remembers; runs without a GPU.
 #pragma once
 
 #include <string>
