@@ -29,9 +29,11 @@ void fetch_first(const uint8_t* blob) {
 bool uses_gemm(const uint8_t* blob, int64_t m, bool a8) {
   const Header& h = header(blob);
   if (!a8 || !h.slots8) return m > GEMV_ROWS;
-  const Piece* pieces = at<Piece>(blob, h.off_pieces);
-  const bool bytes = std::all_of(pieces, pieces + h.pieces, [](const Piece& p) { return p.format.kind == UNIFORM && p.format.bits == 8; });
-  return m > (bytes && current_target().direct8 ? DIRECT8_ROWS : GEMV8_ROWS);
+  const Target& target = current_target();
+  const Piece *pieces = at<Piece>(blob, h.off_pieces), *end = pieces + h.pieces;
+  const bool bytes = std::all_of(pieces, end, [](const Piece& p) { return p.format.kind == UNIFORM && p.format.bits == 8; });
+  const bool rows = std::none_of(pieces, end, [](const Piece& p) { return column_lanes(p.format); });
+  return m > (bytes && target.direct8 ? DIRECT8_ROWS : rows ? target.gemv8_rows : GEMV8_ROWS);
 }
 
 void linear(const uint8_t* blob, const void* x, int64_t ldx, int type, int64_t m, void* y, const void* bias, int bias_type, bool a8, int threads) {

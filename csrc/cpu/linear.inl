@@ -269,7 +269,8 @@ MXQ_INLINE void fetch_codes(const Job& j, const Piece& p, int64_t tile, int64_t 
   unroll<BYTES / 64>([&](auto i) MXQ_LAMBDA { __builtin_prefetch(j.blob + p.codes + from + 64 * decltype(i)::value, 0, 2); });
 }
 
-static void gemv(const Job& j, int64_t tile0, int64_t tile1, float*) {
+// Blocks b0 .. b1-1 of x times tiles tile0 .. tile1-1.
+static void gemv_blocks(const Job& j, int64_t tile0, int64_t tile1, int64_t b0, int64_t b1) {
   const TileRun run = find_tiles(j.blob, tile0, tile1);
   const int64_t end = tiles(run.band->r1 - run.band->r0);  // prefetching goes on beyond tile1: the next chunk is mostly this thread's as well
   const Piece* pieces = at<Piece>(j.blob, header(j.blob).off_pieces) + run.band->first_piece;
@@ -288,7 +289,7 @@ static void gemv(const Job& j, int64_t tile0, int64_t tile1, float*) {
     fetch_ends(j, row0);
     if (sparse && j.m == 1 && tile + SPARSE_TILES < end) fetch_sparse(j, tile0 + i + SPARSE_TILES);
     for (uint32_t p = 0; p < run.band->pieces; p++) fetch_scales_ahead(j, pieces[p], tile, end);
-    for (int64_t b = 0; b < j.blocks; b++) {
+    for (int64_t b = b0; b < b1; b++) {
       const int64_t m0 = block_start(j, b), mr = block_start(j, b + 1) - m0;
       float acc[GEMV_BLOCK * 16] = {0};
       for (uint32_t piece = 0; piece < run.band->pieces; piece++) {
@@ -307,6 +308,18 @@ static void gemv(const Job& j, int64_t tile0, int64_t tile1, float*) {
       finish(j, row0, rows, m0, mr, nullptr, acc, 16);
     }
   }
+}
+
+// Blocks of x that share a tile's codes while they are in L1 or L2. All of these blocks pass by every tile, so they have to be in L2 themselves.
+static int64_t gemv_pass(const Job& j) {
+  constexpr int64_t BYTES = 256 << 10;
+  const int64_t pass = BYTES / ((int64_t)header(j.blob).k * GEMV8_BLOCK);
+  return !j.a8 ? j.blocks : pass < 1 ? 1 : pass;
+}
+
+static void gemv(const Job& j, int64_t tile0, int64_t tile1, float*) {
+  const int64_t pass = gemv_pass(j);
+  for (int64_t b = 0; b < j.blocks; b += pass) gemv_blocks(j, tile0, tile1, b, b + pass < j.blocks ? b + pass : j.blocks);
 }
 
 static int64_t gemm_scratch(const Job& j) {
@@ -340,7 +353,7 @@ static void gemm(const Job& j, int64_t tile0, int64_t tile1, float* scratch) {
 }  // namespace MXQ_TARGET
 
 extern const Target MXQ_TARGET_TABLE = {MXQ_TARGET_NAME, {MXQ_TARGET::GEMV_BLOCK, MXQ_TARGET::GEMM_BLOCK, MXQ_TARGET::GEMM_TILES},
-                                        {MXQ_TARGET::GEMV8_BLOCK, MXQ_TARGET::GEMM8_BLOCK, MXQ_TARGET::GEMM8_TILES}, MXQ_TARGET::VNNI,
+                                        {MXQ_TARGET::GEMV8_BLOCK, MXQ_TARGET::GEMM8_BLOCK, MXQ_TARGET::GEMM8_TILES}, MXQ_TARGET::GEMV8_MOST, MXQ_TARGET::VNNI,
                                         MXQ_TARGET::prepare, MXQ_TARGET::gemv, MXQ_TARGET::gemm, MXQ_TARGET::gemm_scratch};
 
 }  // namespace mxq

@@ -14,16 +14,31 @@ namespace MXQ_TARGET {
 // VNNI bytes of more than 7 bits are multiplied as signed ones.
 static constexpr int BIAS = VNNI ? 128 : 0;
 
-template <bool SMALL>
 MXQ_INLINE W dot_value(W acc, W u, W x) {
-  if constexpr (SMALL || VNNI) return dot(acc, u, x);
+  if constexpr (VNNI) return dot(acc, u, x);
   else return dot_signed(acc, u, x);
 }
-template <bool SMALL>
-MXQ_INLINE W dot_value_four(W acc, W u, const int8_t* x) {
-  if constexpr (SMALL || VNNI) return dot_four(acc, u, x);
-  else return dot_signed(acc, u, four_bytes(x));
+
+// Quads whose products may be added up in 16 bits, if no byte is larger than `largest` (0: signed bytes of 8 bits, which have none): dot_run().
+static constexpr int run_of(int largest) {
+  constexpr int ROOM = 32767 / (2 * 127);
+  return largest * 8 <= ROOM ? 8 : largest * 4 <= ROOM ? 4 : largest * 2 <= ROOM ? 2 : 1;
 }
+// Adds the Q-th quad of a stripe to `sum`, or to `part` first.
+template <int LARGEST, int Q>
+MXQ_INLINE void dot_quad(W& sum, W& part, W u, W x) {
+  if constexpr (LARGEST || VNNI) dot_run<run_of(LARGEST), Q>(sum, part, u, x);
+  else sum = dot_signed(sum, u, x);
+}
+template <int LARGEST, int Q>
+MXQ_INLINE void dot_quad_four(W& sum, W& part, W u, const int8_t* x) {
+  if constexpr (VNNI) sum = dot_four(sum, u, x);
+  else dot_quad<LARGEST, Q>(sum, part, u, four_bytes(x));
+}
+
+// The top bits of signed codes in a word, inverted at once where field() would take an operation more for each quad.
+template <uint32_t TOPS>
+MXQ_INLINE W flipped(W w) { return TERNARY ? w : ixor(w, ints((int32_t)TOPS)); }
 
 // step() reads a stripe and calls f(Int<quad>, Int<S>, bytes): bytes << S of the values of each of the 8 quads. IN_PLACE leaves codes where
 // they lie in their byte (S > 0) instead of shifting them down: the sums are shifted once a group instead. It needs VNNI's full unsigned bytes.
@@ -31,14 +46,14 @@ template <int BITS, bool IN_PLACE>
 struct Quads {  // uniform 1, 2 and 4 bits
   static_assert(BITS > 1 || !IN_PLACE, "SHIFTS knows 2 and 4 bits");
   static constexpr int OFFSET = 1 << (BITS - 1), BYTES = BITS * 64;
-  static constexpr bool SMALL = true;
+  static constexpr int LARGEST = (1 << BITS) - 1;  // byte that step() hands out; 0: bytes of 8 bits
   static constexpr int SHIFTS = !IN_PLACE ? 1 : BITS == 2 ? 0x55 : 0x11;  // bit S: some quad comes shifted by S
   template <class F>
   MXQ_INLINE void step(const uint8_t* p, const Bytes&, F&& f) {
     constexpr int PER = quads_per_word(BITS);
-    constexpr uint32_t MASK = ((1u << BITS) - 1) * 0x01010101u, FLIP = (1u << (BITS - 1)) * 0x01010101u;
+    constexpr uint32_t MASK = ((1u << BITS) - 1) * 0x01010101u, TOP = (1u << (BITS - 1)) * 0x01010101u, FLIP = TERNARY ? TOP : 0;
     unroll<BITS>([&](auto v) MXQ_LAMBDA {
-      const W w = load_words(p + 64 * decltype(v)::value);
+      const W w = flipped<BITS == 1 ? 0xffffffffu : BITS == 2 ? 0xaaaaaaaau : 0x88888888u>(load_words(p + 64 * decltype(v)::value));
       unroll<PER>([&](auto i) MXQ_LAMBDA {
         constexpr int S = BITS * decltype(i)::value, Q = decltype(v)::value * PER + decltype(i)::value;
         if constexpr (IN_PLACE) f(Int<Q>{}, Int<S>{}, field<(MASK << S), (FLIP << S)>(w));
@@ -50,28 +65,27 @@ struct Quads {  // uniform 1, 2 and 4 bits
 
 template <bool IN_PLACE>
 struct Quads<3, IN_PLACE> {
-  static constexpr int OFFSET = 4, BYTES = 192;
-  static constexpr bool SMALL = true;
+  static constexpr int OFFSET = 4, BYTES = 192, LARGEST = 7;
   static constexpr int SHIFTS = IN_PLACE ? 0x9 : 1;
   template <class F>
   MXQ_INLINE void step(const uint8_t* p, const Bytes&, F&& f) {
-    const W w0 = load_words(p), w1 = load_words(p + 64), w2 = load_words(p + 128);
+    constexpr uint32_t FLIP = TERNARY ? 0x04040404u : 0;
+    const W w0 = flipped<0x24242424u>(load_words(p)), w1 = flipped<0xe4e4e4e4u>(load_words(p + 64)), w2 = flipped<0x24242424u>(load_words(p + 128));
     const auto pair = [&](auto v, W w) MXQ_LAMBDA {
       constexpr int Q = 2 * decltype(v)::value;
-      f(Int<Q>{}, Int<0>{}, field<0x07070707u, 0x04040404u>(w));
-      if constexpr (IN_PLACE) f(Int<Q + 1>{}, Int<3>{}, field<0x38383838u, 0x20202020u>(w));
-      else f(Int<Q + 1>{}, Int<0>{}, field<0x07070707u, 0x04040404u>(shift<3>(w)));
+      f(Int<Q>{}, Int<0>{}, field<0x07070707u, FLIP>(w));
+      if constexpr (IN_PLACE) f(Int<Q + 1>{}, Int<3>{}, field<0x38383838u, (FLIP << 3)>(w));
+      else f(Int<Q + 1>{}, Int<0>{}, field<0x07070707u, FLIP>(shift<3>(w)));
     };
     pair(Int<0>{}, w0), pair(Int<1>{}, w1), pair(Int<2>{}, w2);
-    f(Int<6>{}, Int<0>{}, merge3<true>(shift<6>(w0), shift<4>(w1)));
-    f(Int<7>{}, Int<0>{}, merge3<true>(shift<6>(w2), shift<5>(w1)));
+    f(Int<6>{}, Int<0>{}, merge3<TERNARY>(shift<6>(w0), shift<4>(w1)));
+    f(Int<7>{}, Int<0>{}, merge3<TERNARY>(shift<6>(w2), shift<5>(w1)));
   }
 };
 
 template <int BITS, bool IN_PLACE>
 struct StripeQuads {  // uniform 5 and 6 bits
-  static constexpr int OFFSET = 1 << (BITS - 1), BYTES = BITS * 64, ABOVE = 8 - BITS;
-  static constexpr bool SMALL = true;
+  static constexpr int OFFSET = 1 << (BITS - 1), BYTES = BITS * 64, ABOVE = 8 - BITS, LARGEST = (1 << BITS) - 1;
   static constexpr int SHIFTS = IN_PLACE ? 1 | 1 << ABOVE : 1;
   template <class F>
   MXQ_INLINE void step(const uint8_t* p, const Bytes&, F&& f) {
@@ -94,8 +108,7 @@ struct Quads<6, IN_PLACE> : StripeQuads<6, IN_PLACE> {};
 
 template <bool IN_PLACE>
 struct Quads<8, IN_PLACE> {
-  static constexpr int OFFSET = BIAS, BYTES = 512;
-  static constexpr bool SMALL = false;
+  static constexpr int OFFSET = BIAS, BYTES = 512, LARGEST = 0;
   static constexpr int SHIFTS = 1;
   template <class F>
   MXQ_INLINE void step(const uint8_t* p, const Bytes&, F&& f) {
@@ -107,8 +120,7 @@ struct Quads<8, IN_PLACE> {
 
 // nf4: the table holds 127 * level + BIAS.
 struct NfQuads {
-  static constexpr int OFFSET = BIAS, BYTES = 256;
-  static constexpr bool SMALL = false;
+  static constexpr int OFFSET = BIAS, BYTES = 256, LARGEST = 0;
   static constexpr int SHIFTS = 1;
   template <class F>
   MXQ_INLINE void step(const uint8_t* p, const Bytes& table, F&& f) {
@@ -246,7 +258,7 @@ template <class D, int MR>
 static void gemv8_tile(const Tile& t, const Bytes& table, const Input8& in, bool late, float* acc) {
   // Sums by shift; the last one for the odd quads that come unshifted, when there are registers for it: a sum takes one addition in 4 cycles.
   constexpr int SLOTS = 9;
-  constexpr bool SPLIT = MR < 3 || D::SHIFTS == 1;
+  constexpr bool SPLIT = VNNI && (MR < 3 || D::SHIFTS == 1);
   const uint8_t* codes = t.codes;
   const int8_t* x = in.bytes;
   const int offset = D::OFFSET - (t.format.zero == FLOATZERO ? 1 << (t.format.bits - 1) : 0);
@@ -257,7 +269,7 @@ static void gemv8_tile(const Tile& t, const Bytes& table, const Input8& in, bool
     const int64_t cols = t.padded - c0 < in.group ? t.padded - c0 : in.group;
     const float* units = in.units + g * in.step;
     const int32_t* sums = in.sums + g * in.step;
-    W dots[MR * SLOTS];
+    W dots[MR * SLOTS], parts[SHORT ? MR : 1];
     unroll<MR>([&](auto m) MXQ_LAMBDA {
       constexpr int M = decltype(m)::value;
       dots[M * SLOTS] = ints(-offset * sums[M]);
@@ -269,7 +281,7 @@ static void gemv8_tile(const Tile& t, const Bytes& table, const Input8& in, bool
         constexpr int Q = decltype(q)::value, S = decltype(s)::value == 0 && Q % 2 && SPLIT ? 8 : decltype(s)::value;
         unroll<MR>([&](auto m) MXQ_LAMBDA {
           constexpr int M = decltype(m)::value;
-          dots[M * SLOTS + S] = dot_value_four<D::SMALL>(dots[M * SLOTS + S], u, x + M * in.stride + 4 * Q);
+          dot_quad_four<D::LARGEST, Q>(dots[M * SLOTS + S], parts[SHORT ? M : 0], u, x + M * in.stride + 4 * Q);
         });
       });
     }
@@ -307,7 +319,7 @@ static void gemv8_row(const uint8_t* p, const uint8_t* row, const Input8& in, co
   const auto add_quad = [&](W u, const int8_t* xq) MXQ_LAMBDA {
     unroll<MR>([&](auto m) MXQ_LAMBDA {
       constexpr int M = decltype(m)::value;
-      d[M] = dot_value<false>(d[M], u, load_words(xq + M * in.stride));
+      d[M] = dot_value(d[M], u, load_words(xq + M * in.stride));
     });
   };
   const auto end = [&](auto turn, int64_t g) MXQ_LAMBDA {
@@ -395,7 +407,7 @@ static constexpr int PANEL8 = GEMM8_TILES * TILE8;
 // Columns c0 .. c1 of a tile as bytes. A small integer zero is taken out here already: value - zero + 2^bits lies in 1 .. 2^(bits+1) - 1.
 template <class D>
 static void unpack_tile(const Tile& t, const Bytes& table, int64_t group, int64_t c0, int64_t c1, uint8_t* out) {
-  const bool fold = D::SMALL && t.format.zero == INT;
+  const bool fold = D::LARGEST && t.format.zero == INT;
   W moved = ints(0);
   for (int64_t c = c0; c < c1; c += STRIPE, out += 512) {
     if (fold && (c == c0 || c % group == 0)) {  // code + (2^(bits-1) - stored zero): both below 2^bits
@@ -473,13 +485,13 @@ static void unpack_panel(const Job& j, const Piece& p, int64_t tile, int64_t row
 struct Reading {
   Format format;  // zero: INT only if it has not been folded into the bytes
   int offset;
-  bool small;
+  int run;        // quads that are added up in 16 bits; 0: bytes of 8 bits
   float unit;     // 1/127 for nf
   bool late;      // scales_late()
 };
 static Reading reading(Format f, bool late) {
   const bool small = f.kind == UNIFORM && f.bits < 8, fold = small && f.zero == INT;
-  Reading r{f, small ? 1 << (f.bits - 1) : BIAS, small, f.kind == NF ? 1.0f / 127.0f : 1.0f, late};
+  Reading r{f, small ? 1 << (f.bits - 1) : BIAS, small ? run_of((2 << (f.bits - !fold)) - 1) : 0, f.kind == NF ? 1.0f / 127.0f : 1.0f, late};
   if (fold) r.format.zero = SYM, r.offset = 1 << f.bits;
   if (f.zero == FLOATZERO) r.offset -= 1 << (f.bits - 1);
   return r;
@@ -488,18 +500,19 @@ static Reading reading(Format f, bool late) {
 // acc[m][lda] += one group, or = if it is the `first`: `quads` quads of NV tiles times MR rows of x, `stride` bytes apart. Meanwhile the codes at `next` and `other`,
 // if not null, are prefetched, 64 bytes of each a quad: as one burst while unpacking they would overrun the queue of outstanding loads, and the
 // next panel would wait for memory. A block that is ALONE has no other to share that with: it also fetches what lies `third` bytes behind each of the two.
-template <int NV, int MR, bool SMALL, bool ALONE>
+template <int NV, int MR, int LARGEST, bool ALONE>
 static void gemm8_block(const uint8_t* panel, int64_t tile_step, const int8_t* x, int64_t stride, int64_t quads, Reading how, const GroupScale* scales, const float* units,
                         const int32_t* sums, bool first, float* acc, int64_t lda, const uint8_t* next, const uint8_t* other, int64_t third) {
-  W d[MR * NV];
+  W d[MR * NV], parts[SHORT ? MR * NV : 1];
   unroll<MR>([&](auto m) MXQ_LAMBDA {
     const W start = ints(-how.offset * sums[decltype(m)::value]);
     unroll<NV>([&](auto v) MXQ_LAMBDA { d[decltype(m)::value * NV + decltype(v)::value] = start; });
   });
-  // Four quads a turn: the end of a loop of 64 turns is not foreseen, that of one of 16 is.
-  for (int64_t q = 0; q < quads; q += 4, panel += 256, x += 16) {
+  // Several quads a turn: the end of a loop of 64 turns is not foreseen, that of one of 16 is. Groups are whole stripes of 8 quads.
+  constexpr int TURN = SHORT ? 8 : 4;
+  for (int64_t q = 0; q < quads; q += TURN, panel += 64 * TURN, x += 4 * TURN) {
     if (next) {
-      unroll<4>([&](auto i) MXQ_LAMBDA {
+      unroll<TURN>([&](auto i) MXQ_LAMBDA {
         __builtin_prefetch(next + 64 * decltype(i)::value, 0, 2);
         __builtin_prefetch(other + 64 * decltype(i)::value, 0, 2);
         if constexpr (ALONE) {
@@ -507,9 +520,9 @@ static void gemm8_block(const uint8_t* panel, int64_t tile_step, const int8_t* x
           __builtin_prefetch(other + third + 64 * decltype(i)::value, 0, 2);
         }
       });
-      next += 256, other += 256;
+      next += 64 * TURN, other += 64 * TURN;
     }
-    unroll<4>([&](auto i) MXQ_LAMBDA {
+    unroll<TURN>([&](auto i) MXQ_LAMBDA {
       constexpr int I = decltype(i)::value;
       W u[NV];
       unroll<NV>([&](auto v) MXQ_LAMBDA { u[decltype(v)::value] = load_words(panel + tile_step * decltype(v)::value + 64 * I); });
@@ -519,7 +532,7 @@ static void gemm8_block(const uint8_t* panel, int64_t tile_step, const int8_t* x
         if constexpr (NV > 1) pin(b);  // one load for all tiles
         unroll<NV>([&](auto v) MXQ_LAMBDA {
           constexpr int D = M * NV + decltype(v)::value;
-          d[D] = dot_value<SMALL>(d[D], u[decltype(v)::value], b);
+          dot_quad<LARGEST, I>(d[D], parts[SHORT ? D : 0], u[decltype(v)::value], b);
         });
       });
     });
@@ -568,12 +581,14 @@ struct PanelJob {
   const float* late;                 // what the sums are multiplied with at their end, or null
 };
 
-template <int NV, bool SMALL>
+// NV: the chunk's tiles, or 1, if the micro-kernel takes one after the other.
+template <int NV, int LARGEST>
 static void gemm8_all_blocks(const Job& j, const GemmChunk& k, const PanelJob& a) {
   // No division in here: a micro-kernel takes some 400 cycles, and its addresses would wait for one.
   const Input8& in = a.in;
+  const int64_t count = GEMM8_VECTORS == 1 ? k.count : NV;
   const int64_t size = j.m / j.blocks, larger = j.m % j.blocks, first = a.c0 / in.group;
-  int64_t tile = a.next_bytes ? 0 : NV, fetched = 0;
+  int64_t tile = a.next_bytes ? 0 : count, fetched = 0;
   for (int64_t b = 0, m0 = 0, mr; b < j.blocks; b++, m0 += mr) {
     mr = size + (b < larger);
     const float* units = in.units + first * in.step + m0;
@@ -584,21 +599,23 @@ static void gemm8_all_blocks(const Job& j, const GemmChunk& k, const PanelJob& a
     for (int64_t c = a.c0; c < a.c1; c += in.group, begin = false) {  // the groups of the panel, while the sums are in L1
       const int64_t width = a.c1 - c < in.group ? a.c1 - c : in.group, full = in.stride - c < in.group ? in.stride - c : in.group;
       const int8_t* x = a.x + c * j.m + m0 * full;
-      const uint8_t* panel = a.panel + (c - a.c0) * 16;
-      const uint8_t* next = tile < NV ? a.next[tile] + fetched : nullptr;  // two tiles at a time
-      const uint8_t* other = tile + 1 < NV ? a.next[tile + 1] + fetched : next;
-      unroll<GEMM8_BLOCK>([&](auto m) MXQ_LAMBDA {
-        constexpr int MR = decltype(m)::value + 1;
-        if (mr != MR) return;
-        if constexpr (NV == 4) {
-          if (next && j.blocks == 1)
-            return gemm8_block<NV, MR, SMALL, true>(panel, a.tile_step, x, full, width / 4, a.how, scales, units, sums, begin, acc, k.lda, next, other, a.next[2] - a.next[0]);
-        }
-        gemm8_block<NV, MR, SMALL, false>(panel, a.tile_step, x, full, width / 4, a.how, scales, units, sums, begin, acc, k.lda, next, other, 0);
-      });
+      for (int64_t t = 0; t < count; t += NV) {
+        const uint8_t* panel = a.panel + (c - a.c0) * 16 + t * a.tile_step;
+        const uint8_t* next = tile < count ? a.next[tile] + fetched : nullptr;  // two tiles at a time
+        const uint8_t* other = tile + 1 < count ? a.next[tile + 1] + fetched : next;
+        unroll<GEMM8_BLOCK>([&](auto m) MXQ_LAMBDA {
+          constexpr int MR = decltype(m)::value + 1;
+          if (mr != MR) return;
+          if constexpr (NV == 4) {
+            if (next && j.blocks == 1)
+              return gemm8_block<NV, MR, LARGEST, true>(panel, a.tile_step, x, full, width / 4, a.how, scales, units, sums, begin, acc, k.lda, next, other, a.next[2] - a.next[0]);
+          }
+          gemm8_block<NV, MR, LARGEST, false>(panel, a.tile_step, x, full, width / 4, a.how, scales + t, units, sums, begin, acc + 16 * t, k.lda, next, other, 0);
+        });
+        fetched += width / 4 * 64;
+        if (fetched >= a.next_bytes) tile += 2, fetched = 0;
+      }
       units += in.step, sums += in.step, scales += GEMM8_TILES;
-      fetched += width / 4 * 64;
-      if (fetched >= a.next_bytes) tile += 2, fetched = 0;
     }
     if (a.last) finish_block(j, k, m0, mr, a.late);  // now, while its sums are in L1
   }
@@ -638,11 +655,14 @@ static void gemm8_piece(const Job& j, const GemmChunk& k, uint32_t index, uint32
       for (int64_t t = 0; t < k.count; t++) store(late + 16 * t, scales[t].scale);
       a.late = late;
     }
-    unroll<GEMM8_TILES>([&](auto n) MXQ_LAMBDA {
+    unroll<GEMM8_VECTORS>([&](auto n) MXQ_LAMBDA {
       constexpr int NV = decltype(n)::value + 1;
-      if (k.count != NV) return;
-      if (a.how.small) gemm8_all_blocks<NV, true>(j, k, a);
-      else gemm8_all_blocks<NV, VNNI>(j, k, a);
+      if (GEMM8_VECTORS > 1 && k.count != NV) return;
+      if (VNNI || !a.how.run) return gemm8_all_blocks<NV, 0>(j, k, a);
+      if constexpr (SHORT) {
+        if (a.how.run == 8) return gemm8_all_blocks<NV, 15>(j, k, a);
+      }
+      if constexpr (!VNNI) gemm8_all_blocks<NV, 127>(j, k, a);  // the largest that there is: 6 bits with a zero folded in
     });
   }
 }

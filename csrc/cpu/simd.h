@@ -133,6 +133,7 @@ MXQ_INLINE W ixor(W a, W b) { return _mm512_xor_si512(a, b); }
 template <int S>
 MXQ_INLINE W sra(W a) { return S ? _mm512_srai_epi32(a, S) : a; }
 MXQ_INLINE V to_float(W a) { return _mm512_cvtepi32_ps(a); }
+static constexpr bool TERNARY = true;  // and with a constant, xor with another: one operation
 template <uint32_t MASK, uint32_t FLIP>
 MXQ_INLINE W field(W w) {  // (w & MASK) ^ FLIP
   if constexpr (FLIP == 0) return _mm512_and_si512(w, ints((int32_t)MASK));  // leaves w alone, where a ternary operation needs a copy of it
@@ -286,6 +287,7 @@ MXQ_INLINE W ixor(W x, W y) { return {_mm256_xor_si256(x.a, y.a), _mm256_xor_si2
 template <int S>
 MXQ_INLINE W sra(W w) { return {_mm256_srai_epi32(w.a, S), _mm256_srai_epi32(w.b, S)}; }
 MXQ_INLINE V to_float(W w) { return {_mm256_cvtepi32_ps(w.a), _mm256_cvtepi32_ps(w.b)}; }
+static constexpr bool TERNARY = false;
 MXQ_INLINE W mask_words(W w, uint32_t mask) {
   const __m256i m = _mm256_set1_epi32((int32_t)mask);
   return {_mm256_and_si256(w.a, m), _mm256_and_si256(w.b, m)};
@@ -311,10 +313,20 @@ MXQ_INLINE Bytes load_bytes(const void* p) { return _mm256_broadcastsi128_si256(
 MXQ_INLINE W lookup_bytes(Bytes t, W i) { return {_mm256_shuffle_epi8(t, i.a), _mm256_shuffle_epi8(t, i.b)}; }
 MXQ_INLINE Bytes reordered(Bytes t, Bytes index) { return _mm256_shuffle_epi8(t, index); }
 MXQ_INLINE void store_words(void* p, W w) { _mm256_storeu_si256((__m256i*)p, w.a); _mm256_storeu_si256((__m256i*)p + 1, w.b); }
-MXQ_INLINE __m256i pairs(__m256i u, __m256i x) { return _mm256_madd_epi16(_mm256_maddubs_epi16(u, x), _mm256_set1_epi16(1)); }
-MXQ_INLINE W dot(W acc, W u, W x) { return iadd(acc, {pairs(u.a, x.a), pairs(u.b, x.b)}); }
+MXQ_INLINE W short_products(W u, W x) { return {_mm256_maddubs_epi16(u.a, x.a), _mm256_maddubs_epi16(u.b, x.b)}; }
+// Not the intrinsics: gcc 12 brings a chain of their additions into another order, and keeps all terms of it in memory until the end.
+MXQ_INLINE W add_short(W x, W y) {
+  __asm__("vpaddw %2, %0, %0\n\tvpaddw %3, %1, %1" : "+x"(x.a), "+x"(x.b) : "x"(y.a), "x"(y.b));
+  return x;
+}
+MXQ_INLINE W widen(W acc, W s) {
+  const __m256i one = _mm256_set1_epi16(1), a = _mm256_madd_epi16(s.a, one), b = _mm256_madd_epi16(s.b, one);
+  __asm__("vpaddd %2, %0, %0\n\tvpaddd %3, %1, %1" : "+x"(acc.a), "+x"(acc.b) : "x"(a), "x"(b));
+  return acc;
+}
+MXQ_INLINE W dot(W acc, W u, W x) { return widen(acc, short_products(u, x)); }
 MXQ_INLINE W dot_signed(W acc, W s, W x) {
-  return iadd(acc, {pairs(_mm256_abs_epi8(s.a), _mm256_sign_epi8(x.a, s.a)), pairs(_mm256_abs_epi8(s.b), _mm256_sign_epi8(x.b, s.b))});
+  return dot(acc, {_mm256_abs_epi8(s.a), _mm256_abs_epi8(s.b)}, {_mm256_sign_epi8(x.a, s.a), _mm256_sign_epi8(x.b, s.b)});
 }
 template <class I>
 MXQ_INLINE V gather(const float* x, const I* index) { return {gather_eight(x, index), gather_eight(x, index + 8)}; }
@@ -324,13 +336,59 @@ MXQ_INLINE W max_bits(W most, V v) {
           _mm256_max_epu32(most.b, _mm256_and_si256(_mm256_castps_si256(v.b), mask))};
 }
 MXQ_INLINE W round_to_ints(V v) { return {_mm256_cvtps_epi32(v.a), _mm256_cvtps_epi32(v.b)}; }
-MXQ_INLINE void transpose(V* r) {
-  float t[16][16];
-  for (int i = 0; i < 16; i++) store(t[i], r[i]);
-  float u[16][16];
-  for (int i = 0; i < 16; i++)
-    for (int j = 0; j < 16; j++) u[i][j] = t[j][i];
-  for (int i = 0; i < 16; i++) r[i] = load(u[i]);
+MXQ_INLINE __m128i lower(__m256i v) { return _mm256_castsi256_si128(v); }
+MXQ_INLINE __m128i upper(__m256i v) { return _mm256_extracti128_si256(v, 1); }
+MXQ_INLINE uint32_t max_lane(W w) {
+  __m256i m = _mm256_max_epu32(w.a, w.b);
+  __m128i q = _mm_max_epu32(lower(m), upper(m));
+  q = _mm_max_epu32(q, _mm_shuffle_epi32(q, 0x4e));
+  return (uint32_t)_mm_cvtsi128_si32(_mm_max_epu32(q, _mm_shuffle_epi32(q, 0xb1)));
+}
+MXQ_INLINE int32_t sum_lanes(W w) {
+  const __m256i s = _mm256_add_epi32(w.a, w.b);
+  __m128i q = _mm_add_epi32(lower(s), upper(s));
+  q = _mm_add_epi32(q, _mm_shuffle_epi32(q, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(q, _mm_shuffle_epi32(q, 0xb1)));
+}
+MXQ_INLINE void store_s8(int8_t* p, W w) {  // -128 .. 127, so that saturation changes nothing
+  const __m256i s = _mm256_packs_epi32(w.a, w.b);  // 4 of a, 4 of b, 4 of a, 4 of b
+  const __m128i b = _mm_packs_epi16(lower(s), upper(s));
+  _mm_storeu_si128((__m128i*)p, _mm_shuffle_epi32(b, 0xd8));
+}
+// 8 x 8: r[i] lane j <-> r[j] lane i
+MXQ_INLINE void transpose8(__m256* r) {
+  __m256 t[8];
+  unroll<4>([&](auto i) MXQ_LAMBDA {
+    constexpr int I = 2 * decltype(i)::value;
+    t[I] = _mm256_unpacklo_ps(r[I], r[I + 1]);
+    t[I + 1] = _mm256_unpackhi_ps(r[I], r[I + 1]);
+  });
+  unroll<2>([&](auto i) MXQ_LAMBDA {
+    constexpr int I = 4 * decltype(i)::value;
+    r[I] = _mm256_shuffle_ps(t[I], t[I + 2], 0x44);
+    r[I + 1] = _mm256_shuffle_ps(t[I], t[I + 2], 0xee);
+    r[I + 2] = _mm256_shuffle_ps(t[I + 1], t[I + 3], 0x44);
+    r[I + 3] = _mm256_shuffle_ps(t[I + 1], t[I + 3], 0xee);
+  });
+  unroll<4>([&](auto i) MXQ_LAMBDA {
+    constexpr int I = decltype(i)::value;
+    const __m256 low = r[I], high = r[I + 4];
+    r[I] = _mm256_permute2f128_ps(low, high, 0x20);
+    r[I + 4] = _mm256_permute2f128_ps(low, high, 0x31);
+  });
+}
+MXQ_INLINE void transpose(V* r) {  // four blocks, one after the other: 16 registers hold one
+  __m256 t[8], u[8];
+  const auto take = [&](__m256* to, int first, bool b) MXQ_LAMBDA {
+    for (int i = 0; i < 8; i++) to[i] = b ? r[first + i].b : r[first + i].a;
+    transpose8(to);
+  };
+  take(t, 0, false);
+  for (int i = 0; i < 8; i++) r[i].a = t[i];
+  take(t, 8, true);
+  for (int i = 0; i < 8; i++) r[8 + i].b = t[i];
+  take(t, 0, true), take(u, 8, false);
+  for (int i = 0; i < 8; i++) r[8 + i].a = t[i], r[i].b = u[i];
 }
 
 #else
@@ -422,6 +480,7 @@ MXQ_INLINE W sra(W w) { return MXQ_EACH(MXQ_F); }
 #define MXQ_F(m) to_float((S4)w.m)
 MXQ_INLINE V to_float(W w) { return MXQ_EACH(MXQ_F); }
 #undef MXQ_F
+static constexpr bool TERNARY = false;
 #define MXQ_F(m) (w.m & MASK) ^ FLIP
 template <uint32_t MASK, uint32_t FLIP>
 MXQ_INLINE W field(W w) { return MXQ_EACH(MXQ_F); }
@@ -501,6 +560,8 @@ MXQ_INLINE Book make_book(V v) {
 #if !defined(MXQ_AVX512)
 static constexpr bool PAIRS = false;
 MXQ_INLINE Book upper_code(const Book& book) { return book; }  // not used
+#endif
+#if !defined(MXQ_AVX512) && !defined(MXQ_AVX2)
 MXQ_INLINE uint32_t max_lane(W w) {
   uint32_t u[16], most = 0;
   store_words(u, w);
@@ -525,6 +586,21 @@ MXQ_INLINE W as_words(V v) { W w; memcpy(&w, &v, sizeof w); return w; }
 MXQ_INLINE W four_bytes(const int8_t* p) { int32_t v; memcpy(&v, p, 4); return ints(v); }
 #if !defined(MXQ_VNNI)
 MXQ_INLINE W dot_four(W acc, W u, const int8_t* x) { return dot(acc, u, four_bytes(x)); }
+#endif
+// sum += u * x as dot() does, of the Q-th of RUN quads that follow one another. Where products come out as 16 bits they are added up in `part` as
+// such, and widened once a run: u * x of a run's 2 RUN bytes to a lane must fit 16 bits. SHORT: the target does so. (AVX-512 without VNNI could;
+// its micro-kernel has no registers left for it.)
+#if defined(MXQ_AVX2)
+static constexpr bool SHORT = true;
+template <int RUN, int Q>
+MXQ_INLINE void dot_run(W& sum, W& part, W u, W x) {
+  part = Q % RUN == 0 ? short_products(u, x) : add_short(part, short_products(u, x));
+  if constexpr (Q % RUN == RUN - 1) sum = widen(sum, part);
+}
+#else
+static constexpr bool SHORT = false;
+template <int RUN, int Q>
+MXQ_INLINE void dot_run(W& sum, W&, W u, W x) { sum = dot(sum, u, x); }
 #endif
 MXQ_INLINE V load_scale(const void* p, bool bf16) { return bf16 ? load_bf16(p) : load_half(p); }
 MXQ_INLINE V load_any(const void* p, int64_t i, int type) {
