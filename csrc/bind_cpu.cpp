@@ -69,8 +69,10 @@ py::dict describe(uintptr_t blob, int64_t nbytes) {
   return d;
 }
 
-// (side, bits, group, head dimension)
-PageFormat page_format_of(const py::tuple& t) { return {t[0].cast<uint8_t>(), t[1].cast<uint8_t>(), t[2].cast<int32_t>(), t[3].cast<int32_t>()}; }
+// (side, bits, group, head dimension, outliers)
+PageFormat page_format_of(const py::tuple& t) {
+  return {t[0].cast<uint8_t>(), t[1].cast<uint8_t>(), t[2].cast<int32_t>(), t[3].cast<int32_t>(), t[4].cast<int32_t>()};
+}
 
 // (data, type, tokens, strides of batch, head and token)
 Rows rows_of(const py::tuple& t) {
@@ -238,7 +240,8 @@ PYBIND11_MODULE(_cpu, m) {
     const Format g = format_of(f);
     return py::make_tuple(code_row_bytes(g, cols), scale_row_bytes(g, cols), zero_row_bytes(g, cols));
   });
-  m.def("kv_page", [](const py::tuple& f) {  // bytes of codes, fp16 numbers of params
+  m.attr("OUTLIER_BYTES") = OUTLIER_BYTES;
+  m.def("kv_page", [](const py::tuple& f) {  // bytes of codes and outliers, fp16 numbers of params
     const PageFormat g = page_format_of(f);
     return py::make_tuple(page_bytes(g), page_params(g));
   });

@@ -59,6 +59,23 @@ belongs to the plan; the bytes of a page are the same. Then `number = s * level[
     z = fp16((largest + smallest) / 2)                  within +-65504
     q = how many of the middles of neighbouring levels lie below (number - z) * (1 / s)          0 if s is 0: then below 0
 
+### Outliers
+
+The page of a side may keep the numbers that its grids fit least beside their codes, `n` of them in every page, so that all pages are of one size: a spec's share
+of the `64 D` numbers, to the nearest multiple of 16 that is not 0, which fills whole cache lines. Behind the codes of each head lie
+
+    uint16 index[n]      64 * channel + token, ascending
+    fp16   delta[n]      number - (s * q + z)
+
+4 bytes each, so that a share of 1/100 costs 0.32 bits a number. They are the `n` numbers of the page that are furthest from the mean of their group,
+
+    mean     = float32(sum of the group's numbers, in float64 and in their order / count)
+    distance = |number - mean|      in float32, more than 0; of equal ones the lower index counts as further
+
+and `s` and `z` come from what is left of the group; both are 0 where nothing is. Outliers have codes too, the nearest ones as above, and `delta` is what is missing,
+in float32 and then rounded to fp16: attention adds one product for it. A group that holds a number beyond +-16384, an infinity or a NaN has no outliers, so that a
+delta is always finite. Entries that a page does not need are the first ones, with index and delta 0.
+
 ### Keys before their rotary embedding
 
 A page may hold keys before the rotary embedding, which turns the pair of channels `d` and `d + half` by an angle of position times frequency; it is applied when
@@ -89,14 +106,19 @@ struct PageFormat {
   uint8_t bits;   // 2 3 4 8 16
   int32_t group;  // rows that share a column's scale: tokens of keys, channels of values; 0: all
   int32_t head;   // D
+  int32_t outliers = 0;  // of a page: a multiple of 16
 };
+static constexpr int64_t OUTLIER_BYTES = 4;
+static constexpr float MOST_OUTLIER = 16384.0f;  // numbers of a group that has outliers
 
 static constexpr bool has_params(PageFormat f) { return f.bits != 16; }
 static constexpr int64_t page_rows(PageFormat f) { return f.side == KEYS ? PAGE : f.head; }
 static constexpr int64_t page_cols(PageFormat f) { return f.side == KEYS ? f.head : PAGE; }
 static constexpr int64_t padded_page_cols(PageFormat f) { return f.bits == 16 ? page_cols(f) : round_up(page_cols(f), STRIPE); }
 static constexpr int64_t page_tile_bytes(PageFormat f) { return padded_page_cols(f) * LANES * f.bits / 8; }
-static constexpr int64_t page_bytes(PageFormat f) { return tiles(page_rows(f)) * page_tile_bytes(f); }
+static constexpr int64_t page_code_bytes(PageFormat f) { return tiles(page_rows(f)) * page_tile_bytes(f); }
+// Of the codes and of the outliers behind them.
+static constexpr int64_t page_bytes(PageFormat f) { return page_code_bytes(f) + OUTLIER_BYTES * f.outliers; }
 static constexpr int64_t page_group_rows(PageFormat f) { return f.group && f.group < page_rows(f) ? f.group : page_rows(f); }
 static constexpr int64_t page_groups(PageFormat f) { return has_params(f) ? ceil_div(page_rows(f), page_group_rows(f)) : 0; }
 // fp16 numbers of one page's params.
@@ -110,6 +132,8 @@ static_assert(whole_page_bytes({VALUES, 3, 0, 128}) * 8 == PAGE * 128 * 3.25, "3
 static_assert(whole_page_bytes({KEYS, 16, 64, 80}) == PAGE * 80 * 2, "16 bits: no params, no padding");
 static_assert(page_bytes({KEYS, 4, 64, 80}) == PAGE * 96 / 2 && page_bytes({VALUES, 4, 64, 80}) == PAGE * 80 / 2, "80 channels are padded as columns only");
 static_assert(page_groups({VALUES, 4, 64, 80}) == 2, "a ragged last group");
+static_assert(whole_page_bytes({KEYS, 4, 64, 128, 80}) * 8 == PAGE * 128 * (4.5 + 0.3125), "80 outliers of 8192 numbers: 0.3125 bits more");
+static_assert(PAGE * MAX_HEAD <= 65536, "an index is 16 bits");
 
 // Addresses of one page of all B * Hkv heads, each part contiguous over the heads.
 struct PageParts {

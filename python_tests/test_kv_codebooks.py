@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import poison_memory
-from test_kv_ops import LENGTHS, LIMIT, OPTIONS, ROWS, check_packing, numbers, packed, peculiar
+from test_kv_ops import LENGTHS, LIMIT, OPTIONS, ROWS, check_packing, heavy, numbers, packed, peculiar
 
 from mxq_ext.errors import FormatError
 from mxq_ext.kv import ops, reference
@@ -35,10 +35,10 @@ def rope(half, seed=0):
     return Rope(tuple(np.random.default_rng(seed).uniform(1e-4, 1.5, half).astype(np.float32).tolist()))
 
 
-def formats(key, value, d, groups=(64, 64), books=(True, True)):
+def formats(key, value, d, groups=(64, 64), books=(True, True), outliers=(0, 0)):
     """Formats of both sides; ``books``: which have a codebook, where the bits allow one."""
     made = [levels(b, i) if book and b in ops.LEVEL_BITS else None for i, (b, book) in enumerate(zip((key, value), books, strict=True))]
-    return PageFormat("keys", key, groups[0], d, made[0]), PageFormat("values", value, groups[1], d, made[1])
+    return PageFormat("keys", key, groups[0], d, made[0], outliers[0]), PageFormat("values", value, groups[1], d, made[1], outliers[1])
 
 
 def cache(key, value, turns, batch, heads, sink, pages, tail, seed=0, dtype=torch.float32):
@@ -48,7 +48,7 @@ def cache(key, value, turns, batch, heads, sink, pages, tail, seed=0, dtype=torc
     parts = [numbers(batch, heads, n, d, seed=seed + i).to(dtype) for i, n in enumerate((sink, sink, tail, tail))]
     whole = [[parts[0].double().numpy()], [parts[1].double().numpy()]]
     for p in range(pages):
-        sides = [packed(numbers(batch, heads, 64, d, seed=seed + 10 + 2 * p + i), fmt) for i, fmt in enumerate((key, value))]
+        sides = [packed((heavy if fmt.outliers else numbers)(batch, heads, 64, d, seed=seed + 10 + 2 * p + i), fmt) for i, fmt in enumerate((key, value))]
         table.append(*sides[0], *sides[1])
         for i, (fmt, (codes, params)) in enumerate(zip((key, value), sides, strict=True)):
             x = np.stack([reference.unpack(codes[h].numpy().tobytes(), params[h].numpy(), fmt) for h in range(batch * heads)])
@@ -66,7 +66,7 @@ def cache(key, value, turns, batch, heads, sink, pages, tail, seed=0, dtype=torc
 def test_pages_are_what_the_document_says(bits):
     for (side, groups), d in itertools.product((("keys", ops.KEY_GROUPS), ("values", ops.VALUE_GROUPS)), (16, 80, 128)):
         for group in groups:
-            fmt, x = PageFormat(side, bits, group, d, levels(bits)), peculiar(d)
+            fmt, x = PageFormat(side, bits, group, d, levels(bits), 32 * (group == 64)), peculiar(d)
             codes, params = packed(x, fmt, ops.pack_page_ref)
             read = ops.unpack_page_ref(codes, params, fmt)
             for h in range(x.shape[1]):
@@ -79,6 +79,7 @@ def test_pages_are_what_the_document_says(bits):
 @pytest.mark.parametrize("bits", ops.LEVEL_BITS)
 def test_packing_is_the_same_to_the_bit(bits, target):
     check_packing(bits, (16, 48, 64, 80, 128, 256), levels(bits))
+    check_packing(bits, (48, 64), levels(bits), outliers=48)
 
 
 def test_every_number_gets_the_nearest_level():
@@ -153,6 +154,28 @@ def test_attention_is_that_over_the_dequantized_cache(key_bits, value_bits, book
     numeric.check(torch.cat(twin), np.concatenate(want), LIMIT, f"{key_bits}/{value_bits} twin")
 
 
+#: (bits of keys, of values, whether there are codebooks, outliers of keys and of values)
+SPARSE = [(2, 3, True, (48, 48)), (3, 2, True, (16, 0)), (4, 4, False, (0, 80)), (8, 2, False, (128, 64)), (4, 16, True, (64, 0))]
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("key_bits, value_bits, book, outliers", SPARSE)
+def test_attention_with_outliers_is_that_over_the_dequantized_cache(key_bits, value_bits, book, outliers, turned, target):
+    got, twin, want = [], [], []
+    for i, queries, ratio, d, turns in turned_cases(turned, key_bits + value_bits):
+        d = 64 if d < max(outliers) // 8 else 256 if d == 128 else d
+        key, value = formats(key_bits, value_bits, d, ((64, 32)[i % 2], (0, 32, 64, 128)[i % 4]), (book, book), outliers)
+        args, k, v = cache(key, value, turns, 1 + i % 2, 1 + i % 3 // 2, *LENGTHS[(i + key_bits) % len(LENGTHS)], seed=i)
+        q = numbers(k.shape[0], k.shape[1] * ratio, queries, d, seed=50 + i)
+        options = OPTIONS[(i + value_bits) % len(OPTIONS)]
+        want.append(reference.attend(q.numpy(), k, v, **options).ravel())
+        got.append(ops.attend(q, *args, **options).flatten())
+        twin.append(ops.attend_ref(q, *args, **options).flatten())
+        assert numeric.error(got[-1], want[-1]) < 10 * LIMIT, (q.shape, key, value, options)
+    numeric.check(torch.cat(got), np.concatenate(want), LIMIT, f"{key_bits}/{value_bits} with {outliers} outliers {target}")
+    numeric.check(torch.cat(twin), np.concatenate(want), LIMIT, f"{key_bits}/{value_bits} twin")
+
+
 def test_far_positions(target):
     """Angles of far pages come from float64: their error does not grow with the position."""
     key, value = formats(8, 8, 64)
@@ -178,7 +201,7 @@ def test_turning_back_is_the_inverse_and_moves_no_other_channel():
 
 
 def test_result_does_not_depend_on_threads(target, threads):
-    args, *_ = cache(*formats(3, 2, 64), rope(32), 1, 2, 5, 34, 40)
+    args, *_ = cache(*formats(3, 2, 64, outliers=(48, 48)), rope(32), 1, 2, 5, 34, 40)
     for queries in (1, 4, 40):
         q = numbers(1, 6, queries, 64)
         threads(1)

@@ -37,6 +37,13 @@ def numbers(*shape, seed=0) -> torch.Tensor:
     return torch.randn(shape, generator=g) * (0.2 + channel.abs()) + channel
 
 
+def heavy(*shape, seed=0) -> torch.Tensor:
+    """The same with heavy tails: one number in a hundred is far from the others of its channel."""
+    g = torch.Generator().manual_seed(seed)
+    far = torch.rand(shape, generator=g) < 0.01
+    return numbers(*shape, seed=seed) + 20 * far * torch.randn(shape, generator=g)
+
+
 def packed(x, fmt, pack=None):
     page = fmt.empty_page(x.shape[0] * x.shape[1])
     (pack or ops.pack_page)(x, fmt, *page)
@@ -93,11 +100,11 @@ def peculiar(d) -> torch.Tensor:
     return x
 
 
-def check_packing(bits, heads, levels=None):
+def check_packing(bits, heads, levels=None, outliers=0):
     """Pages of every side and group, of heads of these dimensions: the fast kernels write and read the same bits as the twin."""
     for d, (side, groups) in itertools.product(heads, (("keys", ops.KEY_GROUPS), ("values", ops.VALUE_GROUPS))):
         for i, group in enumerate(groups):
-            fmt = PageFormat(side, bits, group, d, levels)
+            fmt = PageFormat(side, bits, group, d, levels, outliers)
             x = (peculiar(d) if i else numbers(2, 4, 64, d, seed=d)).to(DTYPES[(i + d // 16) % 3])
             codes, params = packed(x, fmt)
             want_codes, want_params = packed(x, fmt, ops.pack_page_ref)
@@ -110,6 +117,54 @@ def check_packing(bits, heads, levels=None):
 @pytest.mark.parametrize("bits", ops.BITS)
 def test_packing_is_the_same_to_the_bit(bits, target):
     check_packing(bits, (16, 48, 64, 80, 96, 128, 256))
+
+
+@pytest.mark.parametrize("bits", (2, 3, 4, 8))
+def test_pages_with_outliers_are_what_the_document_says(bits):
+    for (side, groups), (d, outliers) in itertools.product((("keys", ops.KEY_GROUPS), ("values", (0, 64))), ((16, 16), (16, 128), (80, 48))):
+        for group in groups:
+            fmt, x = PageFormat(side, bits, group, d, None, outliers), torch.cat([peculiar(d), heavy(1, 2, 64, d)], 1)
+            codes, params = packed(x, fmt, ops.pack_page_ref)
+            values = ops.unpack_page_ref(codes, params, fmt)
+            for h in range(x.shape[1]):
+                want_codes, want_params = reference.pack(x[0, h].numpy(), fmt)
+                assert codes[h].numpy().tobytes() == want_codes and params[h].numpy().tobytes() == want_params.tobytes(), (fmt, h)
+                want = reference.unpack(want_codes, want_params, fmt).astype(np.float32)
+                assert np.array_equal(values[0, h].numpy(), want, equal_nan=True), (fmt, h)
+
+
+@pytest.mark.parametrize("bits", (2, 3, 4, 8))
+def test_packing_outliers_is_the_same_to_the_bit(bits, target):
+    check_packing(bits, (16, 80, 128), outliers=32)
+    check_packing(bits, (64,), outliers=512)  # an eighth of all: some groups have nothing left
+
+
+def test_outliers_are_the_furthest_numbers_and_leave_the_scales_alone():
+    x = numbers(1, 1, 64, 64)
+    far = {(3, 7): 60.0, (50, 7): -45.0, (20, 31): 80.0}
+    for (t, d), v in far.items():
+        x[0, 0, t, d] = v
+    for side, bits in itertools.product(ops.SIDES, (2, 4)):
+        fmt, plain = PageFormat(side, bits, 64 if side == "keys" else 0, 64, None, 16), PageFormat(side, bits, 64 if side == "keys" else 0, 64)
+        page, y = packed(x, fmt), packed(x, plain)
+        index, delta = ops.outliers_of(page[0], fmt)
+        assert index.shape == delta.shape == (1, 16) and torch.equal(index, index.sort(1).values) and {64 * d + t for t, d in far} <= set(index[0].tolist())
+        read = ops.unpack_page(*page, fmt)
+        for t, d in ((i % 64, i // 64) for i in index[0].tolist()):
+            assert abs(read[0, 0, t, d] - x[0, 0, t, d]) <= abs(x[0, 0, t, d]) * 2**-10
+        step, wide = page[1][0, 0, 0].max(), y[1][0, 0, 0].max()
+        assert step < wide / 3 and (read - x).square().mean() < (ops.unpack_page(*y, plain) - x).square().mean() / 2
+        calm = torch.full((1, 1, 64, 64), 1.5)
+        index, delta = ops.outliers_of(packed(calm, fmt)[0], fmt)
+        assert not index.any() and not delta.any() and torch.equal(ops.unpack_page(*packed(calm, fmt), fmt), calm)
+
+
+def test_outliers_make_heavy_tails_harmless():
+    x = heavy(1, 4, 64, 128)
+    for side, bits in itertools.product(ops.SIDES, (2, 3, 4, 8)):
+        error = [float((ops.unpack_page(*packed(x, fmt), fmt) - x).square().mean())
+                 for fmt in (PageFormat(side, bits, 64, 128, None, outliers) for outliers in (0, 80, 160))]
+        assert error[2] < error[1] < error[0] / 4, (side, bits, error)
 
 
 def test_error_of_a_page_is_half_a_step():
@@ -151,6 +206,9 @@ def test_sizes_are_those_of_the_header():
             assert (fmt.code_bytes, np.prod(fmt.params_shape)) == _native.cpu.kv_page(fmt.native)
             codes, params = fmt.empty_page(3)
             assert codes.nbytes + params.nbytes == 3 * fmt.page_bytes
+            if bits < 16:
+                sparse = PageFormat(side, bits, group, d, None, 16)
+                assert sparse.page_bytes == fmt.page_bytes + 64 and (sparse.code_bytes, np.prod(sparse.params_shape)) == _native.cpu.kv_page(sparse.native)
     assert PageFormat("keys", 2, 64, 128).page_bytes == PageFormat("values", 2, 64, 128).page_bytes == 2560
     assert [ops.value_group(d, g) for d, g in ((128, 64), (128, 128), (80, 64), (96, 32), (64, 128), (256, 128))] == [64, 0, 0, 32, 0, 128]
 
@@ -397,6 +455,14 @@ def test_a_table_keeps_its_pages_and_copies_are_their_own():
 def test_formats_that_do_not_exist(arguments, rule):
     with pytest.raises(FormatError, match=rule):
         PageFormat(*arguments)
+
+
+def test_numbers_of_outliers():
+    assert [ops.outlier_count(0.01, 4, d) for d in (16, 64, 80, 96, 128, 256, 512)] == [16, 48, 48, 64, 80, 160, 320]
+    assert [ops.outlier_count(share, b, 64) for share, b in ((0.0, 4), (0.01, 16), (0.001, 2), (0.1, 8))] == [0, 0, 16, 416]
+    for bits, outliers, most in ((4, 8, 512), (4, 528, 512), (4, -16, 512), (4, 16.0, 512), (16, 16, 0)):
+        with pytest.raises(FormatError, match=f"the outliers of a page must be a multiple of 16 up to {most}, found {outliers}; leave outliers out"):
+            PageFormat("keys", bits, 64, 64, None, outliers)
 
 
 def test_pages_that_do_not_fit_are_refused():

@@ -2,6 +2,7 @@
 #include "attention.h"
 
 #include <algorithm>
+#include <functional>
 
 #include "parallel.h"
 #include "scratch.h"
@@ -26,6 +27,11 @@ const AttentionKernels& kernels() {
 constexpr int64_t ITEMS = 64, CHUNKS = 8;
 
 }  // namespace
+
+uint32_t nth_largest(uint32_t* words, int64_t count, int64_t n) {
+  std::nth_element(words, words + n - 1, words + count, std::greater<uint32_t>());
+  return words[n - 1];
+}
 
 void attend(Attend a, int threads) {
   const AttentionKernels& k = kernels();

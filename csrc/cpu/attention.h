@@ -111,6 +111,9 @@ namespace avx512 { extern const AttentionKernels attention_kernels; }
 namespace avx512vnni { extern const AttentionKernels attention_kernels; }
 #endif
 
+// The nth largest of `count` words (1: the largest), whose order is lost. Compiled for any CPU: the standard library has no place in the files of the targets.
+uint32_t nth_largest(uint32_t* words, int64_t count, int64_t n);
+
 // The ops as the binding calls them; everything was checked in Python. Throw std::bad_alloc.
 void attend(Attend a, int threads);  // without the fields that the driver makes
 void pack_page(PageFormat f, const float* levels, const Rows& x, int64_t batch, int64_t heads, uint8_t* codes, uint16_t* params, int threads);

@@ -200,8 +200,17 @@ static void page_product(const PageView& p, bool panels, int64_t rows, const flo
   }
 }
 
+// The outliers' part of a product with a page: a number for each outlier and row, of which there are few beside the codes.
+static void add_outliers(const PageView& p, int64_t rows, const float* v, float* out) {
+  prefetch_lines(p.codes + page_code_bytes(p.format), p.codes_ahead, OUTLIER_BYTES * p.format.outliers);
+  each_outlier(p.format, p.codes, [&](int64_t row, int64_t col, float delta) MXQ_LAMBDA {
+    for (int64_t m = 0; m < rows; m++) out[m * LDX + row] += delta * v[m * LDX + col];
+  });
+}
+
 static void multiply_page(const PageView& p, bool panels, int64_t rows, const float* v, const float* keep, float* out, const Room& s) {
   with_decoder(p.format.bits, p.grid.levels, [&](auto decoder) { page_product<decltype(decoder)>(p, panels, rows, v, keep, out, s); });
+  if (p.format.outliers) add_outliers(p, rows, v, out);
 }
 
 // ------------------------------------------------------------------------- keys that were stored before their rotary embedding
@@ -236,6 +245,25 @@ static void turn_tile(const float* tokens, int64_t half, int64_t d, const float*
   for (int64_t c = 2 * half; c < d; c++) store(panel + c * PANEL, number(c));
 }
 
+// Outliers are turned by themselves and added to keys that are: to those of `count` tiles from `first` on, in the panel.
+static void turn_outliers(const PageView& p, const Turns& turns, int64_t first, int64_t count, float* panel) {
+  const int64_t half = turns.half;
+  each_outlier(p.format, p.codes, [&](int64_t token, int64_t channel, float delta) MXQ_LAMBDA {
+    const int64_t tile = token / LANES, lane = token % LANES;
+    if (tile < first || tile >= first + count) return;
+    float* at = panel + (tile - first) * LANES + lane;
+    if (channel >= 2 * half) {
+      at[channel * PANEL] += delta;
+      return;
+    }
+    const int64_t c = channel < half ? channel : channel - half;
+    const float* turn = turns.tokens + (tile * half + c) * 2 * LANES + lane;
+    const float cos = turn[0] * delta, sin = turn[LANES] * delta;
+    at[c * PANEL] += channel < half ? cos : -sin;
+    at[(c + half) * PANEL] += channel < half ? sin : cos;
+  });
+}
+
 static void multiply_turned(const PageView& p, const Turns& turns, int64_t page, int64_t rows, const float* q, float* out, const Room& s) {
   const int64_t d = p.format.head, step = page_tile_bytes(p.format), all = tiles(PAGE);
   const int64_t group = has_params(p.format) ? page_group_rows(p.format) / LANES : all;  // in tiles
@@ -249,6 +277,7 @@ static void multiply_turned(const PageView& p, const Turns& turns, int64_t page,
     }
   turn_back(turns.pages + page * 2 * turns.half, turns.half, d, rows, q, s.x);
   prefetch_lines(p.params, p.params_ahead, 2 * page_params(p.format));
+  prefetch_lines(p.codes + page_code_bytes(p.format), p.codes_ahead, OUTLIER_BYTES * p.format.outliers);
   for (int64_t t = 0; t < all;) {
     const int64_t count = t + GEMM_TILES <= all ? GEMM_TILES : 1;
     for (int64_t i = t; i < t + count; i++) {
@@ -259,6 +288,7 @@ static void multiply_turned(const PageView& p, const Turns& turns, int64_t page,
       const int64_t of_group = i / group * MAX_HEAD;
       turn_tile(turns.tokens + i * turns.half * 2 * LANES, turns.half, d, scales ? scales + of_group : nullptr, offsets + of_group, panel);
     }
+    if (p.format.outliers) turn_outliers(p, turns, t, count, s.panel);
     many_rows(s.panel, count, d, rows, s.x, none, nullptr, out + t * LANES);
     t += count;
   }

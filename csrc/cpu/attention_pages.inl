@@ -1,5 +1,6 @@
 // Packing and unpacking of one head's page. Included by attention.inl.
-// Packing reads each number twice, for the range and for the codes, and writes each word of codes once; both loops run on vectors of 16 lanes.
+// Packing reads each number twice, for the range and for the codes, and writes each word of codes once; both loops run on vectors of 16 lanes. Outliers are found
+// before, number by number: a page is packed once and read hundreds of times.
 
 namespace mxq {
 namespace MXQ_TARGET {
@@ -61,6 +62,94 @@ static void pack_params(PageFormat f, bool levels, const Source& x, uint16_t* pa
         }
         to[t] = range_of(min_of(least), max_of(most), max_lane(size) < 0x7f800000u, f.bits, levels, s + t, z + t);
       }
+    }
+  }
+}
+
+// Which of the page's numbers are outliers: their indices, ascending, behind entries that are not needed. Returns how many of those there are. `x`: [64][head],
+// of which each outlier is replaced by a number that is left in its group (0: there is none), so that ranges can be taken of it.
+static int64_t take_outliers(PageFormat f, float* x, uint16_t* index) {
+  const int64_t d = f.head, cols = page_cols(f), rows = page_rows(f), height = page_group_rows(f);
+  const int64_t by_row = f.side == KEYS ? d : 1, by_col = f.side == KEYS ? 1 : d;  // strides in x
+  float means[PAGE * MAX_HEAD / 32];  // [group][column], as Range; a NaN where there are no outliers
+  for (int64_t r0 = 0, g = 0; r0 < rows; r0 += height, g++) {
+    const int64_t r1 = r0 + height < rows ? r0 + height : rows;
+    for (int64_t c0 = 0; c0 < cols; c0 += 16) {
+      double sum[16] = {0};
+      bool odd[16] = {false};
+      for (int64_t r = r0; r < r1; r++)
+        for (int64_t i = 0; i < 16; i++) {
+          const float v = x[r * by_row + (c0 + i) * by_col];
+          sum[i] += (double)v, odd[i] |= !(__builtin_fabsf(v) <= MOST_OUTLIER);
+        }
+      for (int64_t i = 0; i < 16; i++) means[g * cols + c0 + i] = odd[i] ? __builtin_nanf("") : (float)(sum[i] / (double)(r1 - r0));
+    }
+  }
+  const auto distance = [&](int64_t token, int64_t channel) {  // as bits, which have the order of the numbers; 0: no outlier
+    const float mean = f.side == KEYS ? means[token / height * cols + channel] : means[channel / height * cols + token];
+    const float far = __builtin_fabsf(x[token * d + channel] - mean);
+    return far > 0.0f ? float_to_bits(far) : 0u;
+  };
+  uint32_t words[PAGE * MAX_HEAD];
+  const int64_t all = PAGE * d;
+  for (int64_t t = 0; t < PAGE; t++)
+    for (int64_t c = 0; c < d; c++) words[t * d + c] = distance(t, c);
+  const uint32_t least = nth_largest(words, all, f.outliers);
+  int64_t equal = least ? f.outliers : 0, count = 0;  // how many with just this distance
+  for (int64_t i = 0; i < f.outliers && least; i++) equal -= words[i] > least;
+  for (int64_t c = 0; c < d; c++)
+    for (int64_t t = 0; t < PAGE; t++) {
+      const uint32_t far = distance(t, c);
+      if (far > least || (least && far == least && equal-- > 0)) index[count++] = (uint16_t)(PAGE * c + t);
+    }
+  const int64_t none = f.outliers - count;
+  memmove(index + none, index, sizeof(uint16_t) * count);
+  memset(index, 0, sizeof(uint16_t) * none);
+
+  memset(words, 0, sizeof(uint32_t) * all);
+  for (int64_t i = none; i < f.outliers; i++) words[index[i] % PAGE * d + index[i] / PAGE] = 1;
+  for (int64_t i = none; i < f.outliers; i++) {
+    const int64_t t = index[i] % PAGE, c = index[i] / PAGE, row = f.side == KEYS ? t : c, col = f.side == KEYS ? c : t;
+    const int64_t r0 = row / height * height, r1 = r0 + height < rows ? r0 + height : rows;
+    int64_t r = r0;
+    while (r < r1 && words[r * by_row + col * by_col]) r++;
+    x[t * d + c] = r < r1 ? x[r * by_row + col * by_col] : 0.0f;
+  }
+  return none;
+}
+
+// What is missing of outliers, whose numbers are in `x`; `ranges` and `params` are those of the whole page, `bounds` as pack_tile has them.
+static void put_deltas(PageFormat f, const float* levels, const float* bounds, const Source& x, const Range* ranges, const uint16_t* params, int64_t none,
+                       const uint16_t* index, uint16_t* deltas) {
+  const int64_t cols = page_cols(f), height = page_group_rows(f);
+  const int top = (1 << f.bits) - 1;
+  for (int64_t i = 0; i < f.outliers; i++) {
+    deltas[i] = 0;
+    if (i < none) continue;
+    const int64_t t = index[i] % PAGE, c = index[i] / PAGE, g = (f.side == KEYS ? t : c) / height, col = f.side == KEYS ? c : t;
+    const Range r = ranges[g * cols + col];
+    const float v = load_one(x.x, t * x.token + c, x.type), steps = (v - r.zero) * r.inverse;
+    float level = __builtin_nearbyintf(steps < 0.0f ? 0.0f : steps > (float)top ? (float)top : steps);
+    if (levels) {
+      int code = 0;
+      for (int b = 0; b < top; b++) code += steps > bounds[b];
+      level = levels[code];
+    }
+    deltas[i] = float_to_half(v - (half_to_float(params[2 * g * cols + col]) * level + r.zero) + 0.0f);  // -0 becomes 0
+  }
+}
+
+// Calls f(row, column, delta) for each outlier of the page whose codes lie at `codes`; those that were not needed have delta 0.
+template <class F>
+MXQ_INLINE void each_outlier(PageFormat f, const uint8_t* codes, F&& call) {
+  const uint16_t *index = (const uint16_t*)(codes + page_code_bytes(f)), *deltas = index + f.outliers;
+  for (int64_t i = 0; i < f.outliers; i += 16) {
+    float delta[16];
+    store(delta, load_half(deltas + i));
+    for (int64_t l = 0; l < 16; l++) {
+      const int64_t channel = index[i + l] / PAGE, token = index[i + l] % PAGE;
+      if (f.side == KEYS) call(token, channel, delta[l]);
+      else call(channel, token, delta[l]);
     }
   }
 }
@@ -139,13 +228,26 @@ static void pack_halves(PageFormat f, const Source& x, int64_t tile, uint8_t* co
   }
 }
 
+// The outliers, and the params of what is left. Not inlined: its room on the stack is for pages that have some.
+__attribute__((noinline)) static void pack_outliers(PageFormat f, const float* levels, const float* bounds, const Source& x, uint8_t* codes, uint16_t* params,
+                                                    Range* ranges) {
+  float left[PAGE * MAX_HEAD];
+  for (int64_t t = 0; t < PAGE; t++)
+    for (int64_t c = 0; c < f.head; c += 16) store(left + t * f.head + c, load_numbers(x, t, c));
+  uint16_t *index = (uint16_t*)(codes + page_code_bytes(f)), *deltas = index + f.outliers;
+  const int64_t none = take_outliers(f, left, index);
+  pack_params(f, levels, {left, F32, f.head}, params, ranges);
+  put_deltas(f, levels, bounds, x, ranges, params, none, index, deltas);
+}
+
 static void pack_head(PageFormat f, const float* levels, const void* numbers, int type, int64_t token, uint8_t* codes, uint16_t* params) {
   const Source x{numbers, type, token};
   Range ranges[PAGE * MAX_HEAD / 32];  // keys: 2 groups of up to 512 channels; values: up to 16 groups of 64 tokens
-  if (has_params(f)) pack_params(f, levels, x, params, ranges);
   float bounds[16];
   if (levels)
     for (int i = 0; i + 1 < 1 << f.bits; i++) bounds[i] = 0.5f * (levels[i] + levels[i + 1]);
+  if (f.outliers) pack_outliers(f, levels, bounds, x, codes, params, ranges);
+  else if (has_params(f)) pack_params(f, levels, x, params, ranges);
   const int64_t count = tiles(page_rows(f)), group = page_group_rows(f) / LANES, cols = page_cols(f);
   for (int64_t t = 0; t < count; t++, codes += page_tile_bytes(f)) {
     const Range* r = ranges + t / group * cols;
@@ -185,9 +287,10 @@ MXQ_INLINE void with_decoder(int bits, bool levels, F&& f) {
   }
 }
 
-// Columns of a tile, back to tokens and channels; s and z of its group.
+// Columns of a tile, back to tokens and channels; s and z of its group; `page`: where the codes of all tiles begin.
 template <class D>
-static void unpack_tile(PageFormat f, const uint8_t* codes, const Grid& grid, int64_t tile, const uint16_t* s, const uint16_t* z, void* out, int type) {
+static void unpack_tile(PageFormat f, const uint8_t* page, const uint8_t* codes, const Grid& grid, int64_t tile, const uint16_t* s, const uint16_t* z, void* out,
+                        int type) {
   const int64_t cols = page_cols(f);
   const V centre = set1(grid.centre);
   float columns[MAX_HEAD * LANES];
@@ -198,6 +301,9 @@ static void unpack_tile(PageFormat f, const uint8_t* codes, const Grid& grid, in
       if constexpr (D::SCALED) w = add(mul(add(w, centre), set1(half_to_float(s[c]))), set1(half_to_float(z[c])));  // the product is exact
       store(columns + c * LANES, w);
     });
+  each_outlier(f, page, [&](int64_t row, int64_t col, float delta) {
+    if (row / LANES == tile) columns[col * LANES + row % LANES] += delta;
+  });
   for (int64_t c0 = 0; c0 < cols; c0 += 16) {
     V block[16];
     for (int i = 0; i < 16; i++) block[i] = load(columns + (c0 + i) * LANES);
@@ -212,9 +318,9 @@ static void unpack_tile(PageFormat f, const uint8_t* codes, const Grid& grid, in
 static void unpack_head(PageFormat f, const float* levels, const uint8_t* codes, const uint16_t* params, void* out, int type) {
   const int64_t count = tiles(page_rows(f)), group = page_group_rows(f) / LANES, cols = page_cols(f);
   const Grid grid = grid_of(f, levels);
-  for (int64_t t = 0; t < count; t++, codes += page_tile_bytes(f)) {
+  for (int64_t t = 0; t < count; t++) {
     const uint16_t *s = params + t / group * 2 * cols, *z = s + cols;
-    with_decoder(f.bits, grid.levels, [&](auto decoder) { unpack_tile<decltype(decoder)>(f, codes, grid, t, s, z, out, type); });
+    with_decoder(f.bits, grid.levels, [&](auto decoder) { unpack_tile<decltype(decoder)>(f, codes, codes + t * page_tile_bytes(f), grid, t, s, z, out, type); });
   }
 }
 

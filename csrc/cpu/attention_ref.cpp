@@ -1,6 +1,7 @@
 // The plain-loop twins of the KV cache ops: one number at a time, by the drawings in formats.h and kv_formats.h.
 #include <algorithm>
 #include <cmath>
+#include <utility>
 #include <vector>
 
 #include "attention.h"
@@ -47,6 +48,13 @@ float number_at(PageFormat f, const float* levels, const uint8_t* codes, const u
   return half_to_float(s[col]) * (levels ? levels[code] : float(code)) + half_to_float(s[cols + col]);
 }
 
+// Calls f(token, channel, delta) for the outliers of a page.
+template <class F>
+void each_outlier(PageFormat f, const uint8_t* codes, F&& call) {
+  const uint8_t *index = codes + page_code_bytes(f), *delta = index + 2 * f.outliers;
+  for (int64_t i = 0; i < f.outliers; i++) call(load_u16(index + 2 * i) % PAGE, load_u16(index + 2 * i) / PAGE, half_to_float(load_u16(delta + 2 * i)));
+}
+
 // Keys of one page [64][head], turned by their places in it and then by the page's own position.
 void turn_page(const Turns& turns, int64_t page, int64_t head, double* keys) {
   const float* of_page = turns.pages + page * 2 * turns.half;
@@ -72,6 +80,32 @@ int nearest(const float* levels, int n, float v) {
 
 float clamp(float v, float low, float high) { return v < low ? low : v > high ? high : v; }
 
+// Whether each number of a page is an outlier: [row][column]; `number` gives them.
+template <class N>
+std::vector<bool> outliers_of(PageFormat f, N&& number) {
+  const int64_t rows = page_rows(f), cols = page_cols(f), height = page_group_rows(f);
+  std::vector<bool> out(size_t(rows * cols));
+  std::vector<std::pair<float, int64_t>> far;  // (-distance, index): the first ones are the furthest
+  for (int64_t r0 = 0; r0 < rows && f.outliers; r0 += height) {
+    const int64_t r1 = std::min(rows, r0 + height);
+    for (int64_t col = 0; col < cols; col++) {
+      double sum = 0.0;
+      bool fits = true;
+      for (int64_t row = r0; row < r1; row++) sum += double(number(row, col)), fits = fits && std::fabs(number(row, col)) <= MOST_OUTLIER;
+      const float mean = float(sum / double(r1 - r0));
+      for (int64_t row = r0; row < r1 && fits; row++)
+        if (const float distance = std::fabs(number(row, col) - mean); distance > 0.0f)
+          far.emplace_back(-distance, f.side == KEYS ? PAGE * col + row : PAGE * row + col);
+    }
+  }
+  std::sort(far.begin(), far.end());
+  for (size_t i = 0; i < far.size() && i < size_t(f.outliers); i++) {
+    const int64_t token = far[i].second % PAGE, channel = far[i].second / PAGE;
+    out[size_t(f.side == KEYS ? token * cols + channel : channel * cols + token)] = true;
+  }
+  return out;
+}
+
 }  // namespace
 
 void pack_page(PageFormat f, const float* levels, const Rows& x, int64_t batch, int64_t heads, uint8_t* codes, uint16_t* params) {
@@ -81,6 +115,8 @@ void pack_page(PageFormat f, const float* levels, const Rows& x, int64_t batch, 
       return float(f.side == KEYS ? read(x, i / heads, i % heads, row, col) : read(x, i / heads, i % heads, col, row));
     };
     std::fill(codes, codes + page_bytes(f), uint8_t(0));
+    const std::vector<bool> outlier = outliers_of(f, number);
+    std::vector<std::pair<int64_t, uint16_t>> kept;  // (index, delta)
     for (int64_t r0 = 0; r0 < rows; r0 += height) {
       const int64_t r1 = std::min(rows, r0 + height);
       for (int64_t col = 0; col < cols; col++) {
@@ -92,12 +128,13 @@ void pack_page(PageFormat f, const float* levels, const Rows& x, int64_t batch, 
           }
           continue;
         }
-        float least = number(r0, col), most = least;
+        float least = HUGE_VALF, most = -HUGE_VALF;
         bool finite = true;
         for (int64_t row = r0; row < r1; row++) {
-          least = std::min(least, number(row, col)), most = std::max(most, number(row, col));
           finite = finite && std::isfinite(number(row, col));
+          if (!outlier[size_t(row * cols + col)]) least = std::min(least, number(row, col)), most = std::max(most, number(row, col));
         }
+        if (finite && least > most) least = most = 0.0f;  // all of them are outliers
         least += 0.0f, most += 0.0f;  // -0 becomes 0
         const float top = float((1 << f.bits) - 1);
         uint16_t* s = params + r0 / height * 2 * cols;
@@ -113,17 +150,30 @@ void pack_page(PageFormat f, const float* levels, const Rows& x, int64_t batch, 
             const Bit b = bit_of(f, row, col, j);
             codes[b.byte] |= uint8_t((code >> j & 1) << b.bit);
           }
+          if (outlier[size_t(row * cols + col)]) {
+            const float read = scale * (levels ? levels[nearest_code] : float(nearest_code)) + zero;
+            kept.emplace_back(f.side == KEYS ? PAGE * col + row : PAGE * row + col, float_to_half(number(row, col) - read + 0.0f));
+          }
         }
       }
+    }
+    std::sort(kept.begin(), kept.end());
+    uint8_t *const index = codes + page_code_bytes(f), *const delta = index + 2 * f.outliers;
+    for (size_t i = 0, at = size_t(f.outliers) - kept.size(); i < kept.size(); i++, at++) {
+      store_u16(index + 2 * at, uint16_t(kept[i].first));
+      store_u16(delta + 2 * at, kept[i].second);
     }
   }
 }
 
 void unpack_page(PageFormat f, const float* levels, const uint8_t* codes, const uint16_t* params, int64_t heads, void* out, int type) {
-  for (int64_t i = 0; i < heads; i++)
+  for (int64_t i = 0; i < heads; i++, codes += page_bytes(f), params += page_params(f)) {
     for (int64_t t = 0; t < PAGE; t++)
-      for (int64_t d = 0; d < f.head; d++)
-        write_number(out, (i * PAGE + t) * f.head + d, type, number_at(f, levels, codes + i * page_bytes(f), params + i * page_params(f), t, d));
+      for (int64_t d = 0; d < f.head; d++) write_number(out, (i * PAGE + t) * f.head + d, type, number_at(f, levels, codes, params, t, d));
+    each_outlier(f, codes, [&](int64_t t, int64_t d, float delta) {
+      if (delta != 0.0f) write_number(out, (i * PAGE + t) * f.head + d, type, number_at(f, levels, codes, params, t, d) + delta);
+    });
+  }
 }
 
 void attend(const Attend& a) {
@@ -148,6 +198,14 @@ void attend(const Attend& a) {
                               token, d);
           }
         }
+      }
+      for (int64_t i = 0; i < a.page_count; i++) {
+        const PageKind& kind = kind_of(a, i);
+        const int64_t start = a.sink_k.tokens + PAGE * i;
+        each_outlier(kind.key, a.pages[i].k_codes + pair * page_bytes(kind.key),
+                     [&](int64_t t, int64_t d, float delta) { k[size_t((start + t) * dim + d)] += double(delta); });
+        each_outlier(kind.value, a.pages[i].v_codes + pair * page_bytes(kind.value),
+                     [&](int64_t t, int64_t d, float delta) { v[size_t((start + t) * dim + d)] += double(delta); });
       }
       if (a.turns.half)
         for (int64_t i = 0; i < a.page_count; i++) turn_page(a.turns, i, dim, k.data() + (a.sink_k.tokens + PAGE * i) * dim);

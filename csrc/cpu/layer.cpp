@@ -119,8 +119,8 @@ struct Step {
   void attend_to(const LayerWeights& w, const LayerCache& c) const {
     const int64_t dim = stack.dim, width = stack.q_heads * dim;
     Attend a{};
-    a.kind = {{KEYS, uint8_t(c.key_bits), int32_t(c.key_group), int32_t(dim)}, {VALUES, uint8_t(c.value_bits), int32_t(c.value_group), int32_t(dim)},
-              numbers(c.key_levels), numbers(c.value_levels)};
+    a.kind = {{KEYS, uint8_t(c.key_bits), int32_t(c.key_group), int32_t(dim), int32_t(c.key_outliers)},
+              {VALUES, uint8_t(c.value_bits), int32_t(c.value_group), int32_t(dim), int32_t(c.value_outliers)}, numbers(c.key_levels), numbers(c.value_levels)};
     a.turns = {numbers(c.page_turns), numbers(c.token_turns), c.turn_half};
     a.batch = call.batch, a.q_heads = stack.q_heads, a.kv_heads = stack.kv_heads, a.queries = call.tokens;
     a.q = {room.q, stack.type, call.tokens, call.tokens * width, dim, width};

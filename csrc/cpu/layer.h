@@ -43,8 +43,9 @@ struct LayerCache {
   int64_t dropped;  // tokens before all of these, which a sliding window let go; a mask still has them
   int64_t key_levels, value_levels;           // float*, 0 for none
   int64_t page_turns, token_turns, turn_half;  // Turns
+  int64_t key_outliers, value_outliers;
 };
-static_assert(sizeof(LayerCache) == 25 * sizeof(int64_t), "Python writes twenty-five numbers");
+static_assert(sizeof(LayerCache) == 27 * sizeof(int64_t), "Python writes twenty-seven numbers");
 
 struct LayerCall {
   void* x;               // [batch][tokens][hidden]; holds the result

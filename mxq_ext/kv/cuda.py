@@ -27,6 +27,11 @@ PageDesc = cuda._struct("PageDesc", "side", "bits", "group", "head")
 Rows = cuda._struct("Rows", "data", "type", "tokens", "batch", "head", "token")
 
 
+def desc_of(fmt: PageFormat) -> PageDesc:
+    """A format of pages that a GPU may hold, as native code takes it: there are no outliers there."""
+    return PageDesc(*fmt.native[:4])
+
+
 class AttendCall(ctypes.Structure):
     """csrc/cuda/attention.h, struct AttendCall."""
 
@@ -47,6 +52,9 @@ def check_format(fmt: PageFormat) -> None:
     if fmt.levels is not None:
         raise FormatError(f"a KV page of {fmt.bits}-bit {fmt.side} with a codebook on a GPU", "the CUDA kernels read uniform grids and float16",
                           "keep the model on the CPU, or choose a cache without codebooks")
+    if fmt.outliers:
+        raise FormatError(f"a KV page of {fmt.bits}-bit {fmt.side} with {fmt.outliers} outliers on a GPU", "the CUDA kernels read codes alone",
+                          "keep the model on the CPU, or choose a cache without outliers")
 
 
 def check_formats(key: PageFormat, value: PageFormat, *, pre_rope: bool, mixed: bool) -> None:
@@ -157,7 +165,7 @@ class Kernels:
         check_format(fmt)
         x = ops._check_pack(x, fmt, codes, params, x.device)
         if x.numel():
-            desc, rows = PageDesc(*fmt.native), Rows(*ops._rows(x))
+            desc, rows = desc_of(fmt), Rows(*ops._rows(x))
             code = self.runtime.library.kv_pack(ctypes.addressof(desc), ctypes.addressof(rows), x.shape[0], x.shape[1], codes.data_ptr(), params.data_ptr(),
                                                 stream)
             self.runtime.run(code, f"packing a page of {fmt.side} of {tuple(x.shape)}")
@@ -192,7 +200,7 @@ class Kernels:
         q = q if q.stride(3) == 1 else q.contiguous()
         parts = {name: _aligned(t) for name, t in parts.items()}
         mask = mask if mask is None or mask.stride(-1) == 1 else mask.contiguous()
-        call = AttendCall(key=PageDesc(*pages.key.native), value=PageDesc(*pages.value.native),
+        call = AttendCall(key=desc_of(pages.key), value=desc_of(pages.value),
                           batch=batch, q_heads=heads, kv_heads=pages.heads // batch, queries=queries,
                           q=Rows(*ops._rows(q)), out=Rows(out.data_ptr(), TYPES[out.dtype], queries, *out.stride()[:3]),
                           **{name: Rows(*ops._rows(t)) for name, t in parts.items()}, pages=pages.address, page_count=len(pages) if most is None else most,

@@ -29,12 +29,20 @@ KEY_GROUPS = (32, 64)  #: tokens that share a channel's scale
 VALUE_GROUPS = (0, 32, 64, 128)  #: channels that share a token's scale; 0: the whole head
 MAX_HEAD = 512
 LEVEL_BITS = (2, 3, 4)  #: code bits that a codebook may have
+OUTLIER_STEP = 16  #: outliers of a page come in so many, which with their indices fill a cache line
+OUTLIER_BYTES = 4  #: of one: uint16 index and fp16 delta
 CPU = torch.device("cpu")
 
 
 def value_group(head_dim: int, group: int) -> int:
     """The group of values nearest to what a spec asks for: ``group`` channels where they divide the head, else the whole head (0)."""
     return group if group in VALUE_GROUPS and group < head_dim and head_dim % max(group, 1) == 0 else 0
+
+
+def outlier_count(share: float, bits: int, head_dim: int) -> int:
+    """Outliers of a page for a spec's share of its numbers: the nearest multiple of :data:`OUTLIER_STEP` that is not 0; none for 16 bits, where every number
+    has as many."""
+    return 0 if not share or bits == 16 else OUTLIER_STEP * max(1, round(share * PAGE * head_dim / OUTLIER_STEP))
 
 
 @dataclass(frozen=True)
@@ -48,6 +56,7 @@ class PageFormat:
             the whole head; the last group may be ragged.
         head_dim: channels D, a multiple of 16 up to 512.
         levels: a codebook, 2^bits ascending numbers that float16 holds, within -1 .. 1; None: codes are numbers.
+        outliers: numbers of a page that are kept beside their codes, those furthest from the mean of their group: a multiple of 16, up to an eighth of all.
 
     Raises FormatError.
     """
@@ -57,6 +66,7 @@ class PageFormat:
     group: int
     head_dim: int
     levels: tuple[float, ...] | None = None
+    outliers: int = 0
 
     def __post_init__(self):
         asked = f"a KV page of {self.bits}-bit {self.side}, group {self.group}, head dimension {self.head_dim}"
@@ -72,6 +82,9 @@ class PageFormat:
                               "keep the cache of this model in floating point")
         if self.levels is not None and (self.bits not in LEVEL_BITS or len(self.levels) != 2**self.bits):
             raise FormatError(asked, f"a codebook has 2^bits levels at {', '.join(map(str, LEVEL_BITS))} bits, found {len(self.levels)}", "leave levels out")
+        most = 0 if self.bits == 16 else PAGE * self.head_dim // 8
+        if not isinstance(self.outliers, int) or self.outliers not in range(0, most + 1, OUTLIER_STEP):
+            raise FormatError(asked, f"the outliers of a page must be a multiple of {OUTLIER_STEP} up to {most}, found {self.outliers!r}", "leave outliers out")
 
     @property
     def rows(self) -> int:
@@ -83,9 +96,9 @@ class PageFormat:
 
     @property
     def code_bytes(self) -> int:
-        """Bytes of the codes of one head's page."""
+        """Bytes of the codes of one head's page, and of the outliers behind them."""
         columns = self.columns if self.bits == 16 else -(-self.columns // 32) * 32
-        return -(-self.rows // 16) * 16 * columns * self.bits // 8
+        return -(-self.rows // 16) * 16 * columns * self.bits // 8 + OUTLIER_BYTES * self.outliers
 
     @property
     def params_shape(self) -> tuple[int, int, int]:
@@ -95,7 +108,7 @@ class PageFormat:
 
     @property
     def page_bytes(self) -> int:
-        """Bytes of one head's page, params included."""
+        """Bytes of one head's page, params and outliers included."""
         groups, two, columns = self.params_shape
         return self.code_bytes + 2 * groups * two * columns
 
@@ -105,9 +118,9 @@ class PageFormat:
                 torch.empty(heads, *self.params_shape, dtype=torch.float16, device=device))
 
     @cached_property
-    def native(self) -> tuple[int, int, int, int]:
+    def native(self) -> tuple[int, int, int, int, int]:
         """The format as native code takes it, without its codebook."""
-        return SIDES.index(self.side), self.bits, self.group, self.head_dim
+        return SIDES.index(self.side), self.bits, self.group, self.head_dim, self.outliers
 
     @property
     def levels_pointer(self) -> int:
@@ -209,6 +222,14 @@ def unpack_page(codes: torch.Tensor, params: torch.Tensor, fmt: PageFormat, batc
 def unpack_page_ref(codes: torch.Tensor, params: torch.Tensor, fmt: PageFormat, batch: int = 1, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """The twin of :func:`unpack_page`."""
     return _unpack(_native.cpu.kv_unpack_ref, codes, params, fmt, batch, dtype)
+
+
+def outliers_of(codes: torch.Tensor, fmt: PageFormat) -> tuple[torch.Tensor, torch.Tensor]:
+    """The outliers of a page: which tokens and channels they are, as int64 [heads, outliers] of 64 * channel + token, and what they add to what the codes stand
+    for, float16 [heads, outliers]; entries that the page did not need have 0 for both."""
+    both = codes[:, fmt.code_bytes - OUTLIER_BYTES * fmt.outliers :].contiguous()
+    index, delta = both.view(torch.int16).view(-1, 2, fmt.outliers).unbind(1)
+    return index.long() & 0xFFFF, delta.contiguous().view(torch.float16)
 
 
 # ----------------------------------------------------------------------------------------------------------------- page table

@@ -1,7 +1,7 @@
 """What a packed KV cache means, read from docs/formats.md alone: numpy, float64 wherever the document does not say float32.
 
 Deliberately naive: it shares no line with the C++ sources, so that a mistake in one of them shows up as a difference. ``fmt`` is anything
-with ``side``, ``bits``, ``group``, ``head_dim`` and ``levels``, such as ``ops.PageFormat``.
+with ``side``, ``bits``, ``group``, ``head_dim``, ``levels`` and ``outliers``, such as ``ops.PageFormat``.
 """
 
 from __future__ import annotations
@@ -33,12 +33,37 @@ def _geometry(fmt) -> tuple[int, int, int, int]:
     return rows, columns, group, -(-rows // group)
 
 
-def quantize(matrix: np.ndarray, bits: int, levels: tuple[float, ...] | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """One group [rows, columns] float32 as (codes 0 .. 2^bits - 1, scales fp16 [columns], zeros fp16 [columns]); ``levels``: a codebook."""
+def outliers(matrix: np.ndarray, fmt) -> np.ndarray:
+    """Which numbers of a page [rows, columns] float32 are outliers: bool [rows, columns]."""
+    rows, columns, group, groups = _geometry(fmt)
+    distance = np.zeros(matrix.shape, np.float32)
+    for g in range(groups):
+        part = slice(g * group, min((g + 1) * group, rows))
+        numbers = matrix[part]
+        fits = (np.abs(numbers) <= 16384).all(axis=0)  # not a NaN
+        total = np.zeros(columns)
+        for row in np.where(fits, numbers, 0):
+            total += row  # float64, in order
+        mean = (total / len(numbers)).astype(np.float32)
+        distance[part] = np.where(fits, np.abs(np.where(fits, numbers, 0) - mean), 0)
+    by_channel = distance.T if fmt.side == "keys" else distance  # [channels, 64]: the order of indices
+    found = np.zeros(by_channel.shape, bool)
+    for i in np.argsort(-by_channel.ravel(), kind="stable")[: fmt.outliers]:
+        found.flat[i] = by_channel.flat[i] > 0
+    return found.T if fmt.side == "keys" else found
+
+
+def quantize(matrix: np.ndarray, bits: int, levels: tuple[float, ...] | None = None,
+             apart: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """One group [rows, columns] float32 as (codes 0 .. 2^bits - 1, scales fp16 [columns], zeros fp16 [columns]); ``levels``: a codebook; ``apart``: numbers
+    that do not count for scale and zero, bool [rows, columns]."""
     top = np.float32(2**bits - 1)
     bad = ~np.isfinite(matrix).all(axis=0)
     number = np.where(bad, np.float32(0), matrix)
-    smallest, largest = number.min(axis=0) + np.float32(0), number.max(axis=0) + np.float32(0)  # -0 + 0 = 0
+    apart = np.zeros(matrix.shape, bool) if apart is None else apart
+    none = apart.all(axis=0)
+    smallest = np.where(none, 0, np.where(apart, np.inf, number).min(axis=0)).astype(np.float32) + np.float32(0)  # -0 + 0 = 0
+    largest = np.where(none, 0, np.where(apart, -np.inf, number).max(axis=0)).astype(np.float32) + np.float32(0)
     with np.errstate(over="ignore", divide="ignore"):
         half = np.float32(0.5)
         step, zero = ((largest - smallest) / top, smallest) if levels is None else (half * largest - half * smallest, half * largest + half * smallest)
@@ -56,7 +81,7 @@ def quantize(matrix: np.ndarray, bits: int, levels: tuple[float, ...] | None = N
 
 
 def pack(x: np.ndarray, fmt) -> tuple[bytes, np.ndarray]:
-    """One head's page, x [64, D] float32: (the bytes of its codes, params fp16 [groups, 2, columns])."""
+    """One head's page, x [64, D] float32: (the bytes of its codes and outliers, params fp16 [groups, 2, columns])."""
     rows, columns, group, groups = _geometry(fmt)
     matrix = x.astype(np.float32) if fmt.side == "keys" else x.astype(np.float32).T
     if fmt.bits == 16:
@@ -66,9 +91,10 @@ def pack(x: np.ndarray, fmt) -> tuple[bytes, np.ndarray]:
     padded = -(-columns // 32) * 32
     stored = np.zeros((rows, padded), np.uint32)
     params = np.empty((groups, 2, columns), np.float16)
+    apart = outliers(matrix, fmt)
     for g in range(groups):
         part = slice(g * group, min((g + 1) * group, rows))
-        codes, params[g, 0], params[g, 1] = quantize(matrix[part], fmt.bits, fmt.levels)
+        codes, params[g, 0], params[g, 1] = quantize(matrix[part], fmt.bits, fmt.levels, apart[part])
         stored[part, :columns] = codes ^ (1 << (fmt.bits - 1))
     words = np.zeros((rows // 16, padded // 32, fmt.bits, 16), "<u4")
     for tile in range(rows // 16):
@@ -77,12 +103,30 @@ def pack(x: np.ndarray, fmt) -> tuple[bytes, np.ndarray]:
                 lanes = stored[16 * tile : 16 * tile + 16, 32 * stripe + code]
                 for word, bit, first, count in parts:
                     words[tile, stripe, word] |= (lanes >> first & ((1 << count) - 1)) << bit
-    return words.tobytes(), params
+    if not fmt.outliers:
+        return words.tobytes(), params
+    rest = matrix - _read(stored[:, :columns], params, fmt).astype(np.float32)
+    index, delta = np.zeros(fmt.outliers, "<u2"), np.zeros(fmt.outliers, "<f2")
+    where = zip(*apart.nonzero(), strict=True)
+    found = sorted((64 * col + row if fmt.side == "keys" else 64 * row + col, rest[row, col] + np.float32(0)) for row, col in where)
+    for i, (at, missing) in enumerate(found, fmt.outliers - len(found)):
+        index[i], delta[i] = at, missing
+    return words.tobytes() + index.tobytes() + delta.tobytes(), params
+
+
+def _read(stored: np.ndarray, params: np.ndarray, fmt) -> np.ndarray:
+    """What stored codes [rows, columns] stand for, float64, nothing rounded."""
+    q = stored ^ (1 << (fmt.bits - 1))
+    q = q.astype(np.float64) if fmt.levels is None else np.asarray(fmt.levels, np.float64)[q]
+    of_row = np.arange(len(stored)) // _geometry(fmt)[2]
+    return params[of_row, 0].astype(np.float64) * q + params[of_row, 1].astype(np.float64)
 
 
 def unpack(codes: bytes, params: np.ndarray, fmt) -> np.ndarray:
-    """What one head's page stands for, float64 [64, D], nothing rounded."""
-    rows, columns, group, _ = _geometry(fmt)
+    """What one head's page stands for, float64 [64, D], nothing rounded but what an outlier's delta is added to, which is float32."""
+    rows, columns, _, _ = _geometry(fmt)
+    sparse = codes[len(codes) - 4 * fmt.outliers :]
+    codes = codes[: len(codes) - len(sparse)]
     if fmt.bits == 16:
         matrix = np.frombuffer(codes, "<f2").reshape(rows // 16, columns, 16).transpose(0, 2, 1).reshape(rows, columns).astype(np.float64)
         return matrix if fmt.side == "keys" else matrix.T
@@ -93,11 +137,13 @@ def unpack(codes: bytes, params: np.ndarray, fmt) -> np.ndarray:
             for code, parts in enumerate(places(fmt.bits)):
                 for word, bit, first, count in parts:
                     stored[16 * tile : 16 * tile + 16, 32 * stripe + code] |= (words[tile, stripe, word] >> bit & ((1 << count) - 1)) << first
-    q = (stored[:, :columns] ^ (1 << (fmt.bits - 1))).astype(np.float64) if fmt.levels is None else \
-        np.asarray(fmt.levels, np.float64)[stored[:, :columns] ^ (1 << (fmt.bits - 1))]
-    of_row = np.arange(rows) // group
-    matrix = params[of_row, 0].astype(np.float64) * q + params[of_row, 1].astype(np.float64)
-    return matrix if fmt.side == "keys" else matrix.T
+    matrix = _read(stored[:, :columns], params, fmt)
+    x = matrix if fmt.side == "keys" else matrix.T
+    half = len(sparse) // 2
+    for at, delta in zip(np.frombuffer(sparse[:half], "<u2"), np.frombuffer(sparse[half:], "<f2"), strict=True):
+        if delta:
+            x[at % 64, at // 64] = float(np.float32(x[at % 64, at // 64])) + float(delta)
+    return x
 
 
 def turn(x: np.ndarray, start: int, frequencies: np.ndarray) -> np.ndarray:

@@ -23,7 +23,10 @@ _LARGEST = 65504.0  # of fp16
 
 
 def shrunk(fmt: ops.PageFormat) -> ops.PageFormat:
-    """The format at half the bits. Raises FormatError for 2 and 3 bits, which have no half."""
+    """The format at half the bits. Raises FormatError for 2 and 3 bits, which have no half, and for pages with outliers."""
+    if fmt.outliers:
+        raise FormatError(f"shrinking {fmt.bits}-bit {fmt.side} with {fmt.outliers} outliers", "what outliers add belongs to the codes as they are",
+                          "leave outliers out")
     if fmt.bits not in HALF:
         raise FormatError(f"shrinking {fmt.bits}-bit {fmt.side}", f"pages of {', '.join(map(str, HALF))} bits can be halved", "begin with one of those")
     return dataclasses.replace(fmt, bits=HALF[fmt.bits])

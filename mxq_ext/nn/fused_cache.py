@@ -24,9 +24,9 @@ from ..kv.ops import CPU
 from ..plan.kv import KVSpec
 
 ROOM = 256  #: tokens of room in a fresh buffer; a full one is replaced by one with room for half as many tokens again
-FIELDS = 25  #: numbers of a ``LayerCache`` (csrc/cpu/layer.h)
+FIELDS = 27  #: numbers of a ``LayerCache`` (csrc/cpu/layer.h)
 #: Settings of a KVSpec that native layers follow; any other one must have its default.
-_FOLLOWED = {"key", "value", "group", "residual", "sink", "pre_rope", "levels"}
+_FOLLOWED = {"key", "value", "group", "residual", "sink", "pre_rope", "levels", "outliers"}
 
 
 class RoomyLayer(DynamicLayer):
@@ -259,7 +259,7 @@ class CacheRows:
     def _write_roomy(self, i: int, layer: RoomyLayer) -> None:
         k, v = layer.k, layer.v
         tail = (k.data_ptr(), v.data_ptr(), *k.stride()[:3], layer.tokens)
-        self.rows[i * FIELDS : (i + 1) * FIELDS] = array("q", (16, PAGE, 16, 0, 0, 0, 0, 0, 0, 0, 0, 0, *tail, 0, layer.dropped, *(0,) * 5))
+        self.rows[i * FIELDS : (i + 1) * FIELDS] = array("q", (16, PAGE, 16, 0, 0, 0, 0, 0, 0, 0, 0, 0, *tail, 0, layer.dropped, *(0,) * 7))
         self.seen[i] = (k, v, layer.tokens)
 
     def _write_packed(self, i: int, layer: MxqCacheLayer, into_sink: bool) -> None:
@@ -267,10 +267,10 @@ class CacheRows:
         sink, tail = ((k.data_ptr(), v.data_ptr(), *k.stride()[:3], n) for (k, v), n in ((layer.sink, layer.sink_tokens), (layer.tail, layer.tail_tokens)))
         self.rows[i * FIELDS : (i + 1) * FIELDS] = array("q", (pages.key.bits, pages.key.group, pages.value.bits, pages.value.group,
                                                                pages.pointers if len(pages) else 0, len(pages), *sink, *tail, int(into_sink), 0,
-                                                               *pages.reading))
+                                                               *pages.reading, pages.key.outliers, pages.value.outliers))
         self.seen[i] = (layer.tail, pages, len(pages), layer.sink_tokens, layer.tail_tokens)
 
 
 def float_rows(keys: torch.Tensor, values: torch.Tensor) -> array:
     """One row: an empty float layer whose buffers are ``keys`` and ``values`` [B, Hkv, tokens, D], of equal strides."""
-    return array("q", (16, PAGE, 16, 0, *(0,) * 8, keys.data_ptr(), values.data_ptr(), *keys.stride()[:3], 0, 0, 0, *(0,) * 5))
+    return array("q", (16, PAGE, 16, 0, *(0,) * 8, keys.data_ptr(), values.data_ptr(), *keys.stride()[:3], 0, 0, 0, *(0,) * 7))

@@ -18,7 +18,7 @@ from ..cuda import CudaPacked
 from ..errors import ModelError, NativeError
 from ..formats import PAGE
 from ..kv.cache import MxqCache, MxqCacheLayer, tail_room
-from ..kv.cuda import PageDesc, Rows
+from ..kv.cuda import PageDesc, Rows, desc_of
 from ..kv.ops import _rows
 from . import fused_cache
 from .fused_graph import Repeated
@@ -197,7 +197,7 @@ class CudaRows:
             tail, table, *room = self.seen[i]
             if tail is not layer.tail or table is not pages or room != [pages.address, pages.capacity]:
                 desc, moved = self.descs[i], True
-                desc.key, desc.value = PageDesc(*pages.key.native), PageDesc(*pages.value.native)
+                desc.key, desc.value = desc_of(pages.key), desc_of(pages.value)
                 for name, t in zip(("sink_k", "sink_v", "tail_k", "tail_v"), (*layer.sink, *layer.tail), strict=True):
                     setattr(desc, name, Rows(*_rows(t)))
                 desc.pages, desc.page_room, desc.counts = pages.address, pages.capacity, self.state.data_ptr() + 8 * i
