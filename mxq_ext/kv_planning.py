@@ -18,7 +18,8 @@ from .sensitivity.kv import watch_kv
 
 def make_kv_table(model: nn.Module, tokens: torch.Tensor, spec: KVSpec | None = None, *, bits: tuple[int, ...] = BITS, metric: str = "fisher",
                   anchored: bool = False, by_head: bool = False, progress: Progress = SILENT) -> KVTable:
-    """What cached keys and values cost, on windows such as ``kv_tokens`` makes; ``spec`` gives group, residual, sink, rotate and pre_rope.
+    """What cached keys and values cost, on windows such as ``kv_tokens`` makes; ``spec`` gives group, residual, sink, rotate, pre_rope and
+    outliers.
 
     ``anchored``: in nats that can stand beside those of weights, see :func:`anchor_kv`. ``by_head``: a cost for each key/value head, so that a plan gives each
     of them bits of its own.
@@ -59,7 +60,8 @@ def anchor_kv(model: nn.Module, table: KVTable, tokens: torch.Tensor, *, progres
 def plan_kv(model: nn.Module, tokens: torch.Tensor, policy: str = "layerwise", *, bits: float | None = None, nbytes: int | None = None, context: int = 4096,
             batch: int = 1, by_head: bool = False, progress: Progress = SILENT) -> KVPlan:
     """The KV section that a policy of ``presets.KV_POLICIES`` chooses within a budget: average code ``bits``, or bytes of a cache (``plan.joint.solve_kv``).
-    ``kvquant`` wants 2, 3 or 4 ``bits``, those of all layers. ``by_head``: bits for each key/value head, and not for a layer's heads together.
+    ``kvquant`` and ``kvquant_dense`` want 2, 3 or 4 ``bits``, those of all layers. ``by_head``: bits for each key/value head, and not for a layer's heads
+    together.
 
     ``tokens``: windows such as ``kv_tokens`` makes. Raises PlanError for an unknown policy, BudgetError if nothing fits.
     """

@@ -161,7 +161,7 @@ def quantize_model(model: nn.Module, tokenizer, *, bits: float | None = None, nb
         work: directory of intermediate files; kept, and reused by a later call. A temporary one when None.
         context, batch: with them ``nbytes`` is a budget of the weights and of a cache of that many tokens and sequences together, and the plan has a KV
             section: more bits wherever, in weights or cache, they bring most.
-        kv: group, residual, sink, rotate and pre_rope of that section.
+        kv: group, residual, sink, rotate, pre_rope and outliers of that section.
         transform: a change of the float model that keeps its function: ``"rotate"`` (``transforms.rotate_residual``) or ``"awq"``
             (``transforms.scale_activations``); None: the preset's.
         reconstruct: training steps per block (``quantizers.blocks``) after the quantizer; 0 quantizes on the real inputs and trains nothing; None: the

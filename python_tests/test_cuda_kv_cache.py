@@ -501,10 +501,11 @@ def test_a_quantized_model_and_its_checkpoint(launches, tmp_path):
 LEVELS = ((-1.0, 0.0, 0.5, 1.0),) * 2
 REFUSED = [(KVSpec(pre_rope=True), "keys before the rotary embedding on a GPU: .*; keep the model on the CPU, or choose a cache of keys behind the embedding"),
            (KVSpec(2, 2, levels=LEVELS), "a KV page of 2-bit keys with a codebook on a GPU: the CUDA kernels read uniform grids and float16; keep the model"),
+           (KVSpec(outliers=0.01), "a KV page of 4-bit keys with 16 outliers on a GPU: the CUDA kernels read codes alone; keep the model on the CPU"),
            (KVSpec(mixed=Mixed()), "pages in two widths on a GPU: .*; keep the model on the CPU, or choose one pair of bits for all tokens")]
 
 
-@pytest.mark.parametrize("spec, text", REFUSED, ids=["pre_rope", "levels", "mixed"])
+@pytest.mark.parametrize("spec, text", REFUSED, ids=["pre_rope", "levels", "outliers", "mixed"])
 def test_what_has_no_kernel_is_refused(launches, spec, text):
     here = replace_attention(build("llama"), spec)
     there = copy.deepcopy(here).to("cuda")

@@ -14,12 +14,12 @@ from mxq_ext import _native
 from mxq_ext.errors import FormatError, ModelError, NativeError, PlanError, ShapeError
 from mxq_ext.kv import ops
 from mxq_ext.kv import reference as numpy_pages
-from mxq_ext.kv.cache import MARK, MxqCache, MxqCacheLayer, cache_nbytes, rotated
+from mxq_ext.kv.cache import MARK, MxqCache, MxqCacheLayer, cache_nbytes, page_formats, rotated
 from mxq_ext.kv.shrink import shrink_codes, shrink_page, shrunk
 from mxq_ext.plan import KVPlan, KVSpec, Plan
 
 SPECS = [KVSpec(4, 2, residual=0), KVSpec(3, 8, group=32, residual=32, sink=5), KVSpec(2, 3, residual=100), KVSpec(16, 4, sink=70, rotate=True),
-         KVSpec(16, 16, residual=10)]
+         KVSpec(16, 16, residual=10), KVSpec(3, 2, residual=0, sink=3, outliers=0.02), KVSpec(4, 16, residual=20, rotate=True, outliers=0.01)]
 
 
 def numbers(tokens, batch=2, heads=3, dim=32, dtype=torch.float32, seed=0):
@@ -283,7 +283,7 @@ def test_a_copy_stands_by_itself(copied):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("dim", [64, 80, 128])
-@pytest.mark.parametrize("spec", SPECS[:3] + SPECS[4:], ids=str)
+@pytest.mark.parametrize("spec", SPECS[:3] + SPECS[4:6], ids=str)
 def test_bytes_are_those_of_the_tensors_and_as_predicted(spec, dim, dtype):
     for tokens in (1, 63, 64, 128, 200, 331):
         layer = filled(spec, *numbers(tokens, batch=1, heads=2, dim=dim, dtype=dtype))
@@ -378,6 +378,14 @@ def test_refusals(config):
         layer.offload()
 
 
+def test_outliers_on_a_gpu_are_refused():
+    for spec, side in ((KVSpec(4, 16, outliers=0.01), "keys"), (KVSpec(16, 2, outliers=0.01), "values")):
+        rule = "the CUDA kernels read codes alone; keep the model on the CPU, or choose a cache without outliers"
+        with pytest.raises(FormatError, match=f"layer 5: a KV page of .-bit {side} with 48 outliers on a GPU: {rule}"):
+            page_formats(spec, 64, "layer 5", torch.device("cuda"))
+    assert [f.outliers for f in page_formats(KVSpec(4, 16, outliers=0.01), 64, "layer")] == [48, 0]
+
+
 def test_without_kernels_there_is_no_cache(config, monkeypatch):
     monkeypatch.setattr(_native, "cpu", _native.Missing(ModuleNotFoundError("no _cpu")))
     with pytest.raises(NativeError, match="was not built"):
@@ -412,7 +420,8 @@ def test_differences_of_two_sections():
 
 
 @pytest.mark.parametrize(("kv", "text"), [
-    ({"k": 4}, "plan: kv: key 'k': a spec has the keys key, value, group, residual, sink, rotate, budget, pre_rope, levels, mixed, heads; write for example"),
+    ({"k": 4}, "plan: kv: key 'k': a spec has the keys key, value, group, residual, sink, rotate, budget, pre_rope, levels, mixed, heads, "
+                 "outliers; write for example"),
     ("k4v4", "plan: kv 'k4v4': an object with bits of keys and values is expected, found str"),
     ({"key": 5}, "plan: kv: key 5: it must be one of 2, 3, 4, 8, 16; choose"),
     ({"key": True}, "key True"),
@@ -503,3 +512,5 @@ def test_budget_of_unequal_sides_and_bad_budgets():
     for bad in ({"budget": 0}, {"budget": True}, {"key": 3, "budget": 100}):
         with pytest.raises(PlanError, match="kv spec: budget"):
             KVSpec(**bad)
+    with pytest.raises(FormatError, match="shrinking 8-bit keys with 16 outliers: what outliers add belongs to the codes as they are; leave outliers out"):
+        shrunk(ops.PageFormat("keys", 8, 64, 32, None, 16))

@@ -26,7 +26,7 @@ APART = ((8, 4), (2, 16), (2, 16), (8, 4))
 SPECS = [KVSpec(heads=((4, 2), (4, 2), (8, 3), (8, 3)), residual=0), KVSpec(heads=APART, group=32, residual=30, sink=5),
          KVSpec(heads=((16, 2), (3, 8), (16, 2), (4, 4)), residual=100, sink=70), KVSpec(heads=APART[::-1], residual=10, rotate=True),
          KVSpec(heads=((4, 2), (3, 3), (4, 2), (4, 3)), residual=20, sink=3, pre_rope=True), KVSpec(heads=((2, 4), (2, 4), (2, 4), (4, 2)), levels="normal"),
-         KVSpec(heads=((4, 4),) * 4, residual=33)]
+         KVSpec(heads=((4, 4),) * 4, residual=33), KVSpec(heads=((4, 2), (2, 16), (4, 2), (3, 3)), residual=0, sink=2, pre_rope=True, outliers=0.02)]
 HEADS, QUERIES = 4, 8
 
 

@@ -22,7 +22,8 @@ from mxq_ext.plan import KVPlan, KVSpec
 ROPE = Rope(tuple(np.float32(10000.0) ** -(np.arange(0, 24, 2, dtype=np.float32) / 24)))  # of 32 channels 24 are turned
 SPECS = [KVSpec(4, 2, residual=0, pre_rope=True), KVSpec(3, 8, group=32, residual=32, sink=5, pre_rope=True),
          KVSpec(2, 3, residual=100, sink=70, pre_rope=True, levels="normal"), KVSpec(16, 16, residual=10, pre_rope=True),
-         KVSpec(4, 4, residual=0, levels=(tuple(np.linspace(-1, 0.5, 16)), tuple(np.linspace(-0.25, 1, 16))))]
+         KVSpec(4, 4, residual=0, levels=(tuple(np.linspace(-1, 0.5, 16)), tuple(np.linspace(-0.25, 1, 16)))),
+         KVSpec(3, 4, residual=20, sink=4, pre_rope=True, levels="normal", outliers=0.01)]
 
 
 def made(spec, *states):
@@ -233,7 +234,8 @@ def test_other_pairs_of_channels_are_refused():
 
 
 @pytest.mark.parametrize("spec", [KVSpec(4, 3, residual=0, sink=4, pre_rope=True, levels="normal"), KVSpec(8, 4, residual=20, pre_rope=True),
-                                  KVSpec(3, 3, residual=0, levels="normal")], ids=str)
+                                  KVSpec(3, 3, residual=0, levels="normal"), KVSpec(3, 2, residual=0, sink=4, pre_rope=True, levels="normal", outliers=0.05),
+                                  KVSpec(4, 8, residual=0, outliers=0.02)], ids=str)
 def test_native_layers_read_the_same_pages(spec):
     model = make_sharp_model()
     mxq.replace_linear(model, mxq.Plan(default="w8g32", kv=spec), fuse="layer")
@@ -257,19 +259,26 @@ def test_native_layers_read_the_same_pages(spec):
 
 
 def test_names_and_json():
-    for spec in (*SPECS[:4], KVSpec(3, 3, pre_rope=True), KVSpec(2, 4, residual=0, sink=4, levels="normal"), KVSpec(4, 4, budget=10**6, pre_rope=True)):
+    for spec in (*SPECS[:4], SPECS[5], KVSpec(3, 3, pre_rope=True), KVSpec(8, 2, outliers=0.0125),
+                 KVSpec(2, 4, residual=0, sink=4, levels="normal"), KVSpec(4, 4, budget=10**6, pre_rope=True)):
         assert KVSpec.named(spec.name) == spec == KVSpec.parse(spec.to_json()), spec
     assert KVSpec(3, 3, residual=0, sink=4, pre_rope=True, levels="normal").name == "k3v3g64_r0_s4_pre_normal"
+    assert KVSpec(3, 3, residual=0, sink=4, pre_rope=True, levels="normal", outliers=0.01).name == "k3v3g64_r0_s4_pre_normal_o0.01"
     book = SPECS[4]
     assert KVSpec.parse(book.to_json()) == book and book.name == "k4v4g64_r0_book" and KVPlan.parse(KVPlan(book).to_json()) == KVPlan(book)
     assert all(x == float(np.float16(x)) for side in book.levels for x in side)
-    assert not {"pre_rope", "levels"} & set(KVSpec().to_json())
+    assert not {"pre_rope", "levels", "outliers"} & set(KVSpec().to_json()) and SPECS[5].to_json()["outliers"] == 0.01
     with pytest.raises(PlanError, match="codebooks of its own are in the plan's file"):
         KVSpec.named(book.name)
 
 
 @pytest.mark.parametrize(("values", "rule"), [
-    ({"outliers": 0.01}, "outliers 0.01: pages hold codes alone, there is no room for sparse numbers"),
+    ({"outliers": 0.2}, "outliers 0.2: it is a share of the numbers, 0.001 to 0.1, or 0 for none; write for example 0.01"),
+    ({"outliers": 1e-4}, "outliers 0.0001: it is a share"),
+    ({"outliers": True}, "outliers True: it is a share"),
+    ({"outliers": "1%"}, "outliers '1%': it is a share"),
+    ({"outliers": 0.01, "budget": 10**6}, "outliers 0.01: pages are halved from their codes alone.*; leave outliers or budget out"),
+    ({"outliers": 0.01, "mixed": {"key": 2}}, "outliers 0.01: pages of tokens in two widths have no room for outliers; leave outliers or mixed out"),
     ({"pre_rope": 1}, "pre_rope 1: it must be true or false"),
     ({"pre_rope": True, "rotate": True}, "the Hadamard matrix of rotate mixes the channels"),
     ({"levels": "nf4"}, "levels 'nf4': it is 'normal', or the levels of keys and those of values"),

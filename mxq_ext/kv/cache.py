@@ -44,7 +44,7 @@ MARK = "mxq_cache_layer"  #: attribute of the keys that ``update`` returns: the 
 
 def need_native() -> None:
     """Raises NativeError if the compiled extension is missing or older than the packed cache: there is no slower way."""
-    if not hasattr(_native.cpu, "kv_attend"):
+    if not hasattr(_native.cpu, "kv_attend") or not hasattr(_native.cpu, "OUTLIER_BYTES"):
         raise NativeError("a quantized KV cache", "the compiled extension has no kernels for it", "build it again with `pip install .` in the source folder")
     if isinstance(_native.cpu, _native.Missing):
         _native.cpu.kv_attend()
@@ -56,8 +56,9 @@ def page_formats(spec: KVSpec, head_dim: int, layer: str, place: torch.device = 
     Raises FormatError, which names the layer, for head dimensions that do not go and for what the device's kernels do not read; NativeError without kernels.
     """
     try:
-        key = ops.PageFormat("keys", spec.key, min(spec.group, PAGE), head_dim, spec.codebook(0))
-        value = ops.PageFormat("values", spec.value, ops.value_group(head_dim, spec.group), head_dim, spec.codebook(1))
+        outliers = [ops.outlier_count(spec.outliers, bits, head_dim) for bits in (spec.key, spec.value)]
+        key = ops.PageFormat("keys", spec.key, min(spec.group, PAGE), head_dim, spec.codebook(0), outliers[0])
+        value = ops.PageFormat("values", spec.value, ops.value_group(head_dim, spec.group), head_dim, spec.codebook(1), outliers[1])
         device.check(place, key, value, pre_rope=spec.pre_rope, mixed=spec.mixed is not None)
     except FormatError as e:
         raise FormatError(f"{layer}: {e.asked}", e.rule, e.fix) from None

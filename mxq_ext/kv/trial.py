@@ -20,7 +20,7 @@ class CacheTrial:
 
     Args:
         model: whose keys and values; its config gives heads and head dimension, its parameters the dtype of exact tokens.
-        spec: group, residual, sink, rotate and pre_rope of all candidates; its bits do not matter.
+        spec: group, residual, sink, rotate, pre_rope and outliers of all candidates; its bits do not matter.
 
     Raises NativeError without the compiled extension, FormatError for a head dimension that pages cannot hold, PlanError for codebooks, ModelError for
     pre_rope if there is no rotary embedding that all layers share.
@@ -40,6 +40,7 @@ class CacheTrial:
             raise PlanError(f"trying widths of {spec}", "widths are tried for all heads alike, and measured for each of them where that is asked for",
                             "leave heads out")
         self.settings = {name: getattr(spec, name) for name in ("group", "residual", "sink", "rotate")} | ({"pre_rope": True} if spec.pre_rope else {})
+        self.settings |= {"outliers": spec.outliers} if spec.outliers else {}
         ropes = {rope_of(config, i) for i in range(config.num_hidden_layers)} if spec.pre_rope else {None}
         if len(ropes) > 1:
             raise ModelError(f"trying widths of {spec} on {type(model).__name__}", "its layers differ in their rotary embeddings", "leave pre_rope out")

@@ -114,6 +114,9 @@ class KVSpec:
             rounded to float16. Only with 2, 3 or 4 bits on both sides. None: uniform grids.
         mixed: bits by token: ``key`` and ``value`` are those of salient tokens, the others have fewer. Not with pre_rope, whose pages are of neighbours, nor
             with a budget or codebooks of a plan's own, which are made for one width. None: all tokens alike.
+        outliers: share of a page's numbers that are kept beside their codes, those furthest from the mean of their group (KVQuant): 0.001 to 0.1, rounded to
+            what fills cache lines (``kv.ops.outlier_count``). Scales are taken of the others. Sides of 16 bits have none, which keep every number as well as
+            that. Not with a budget or with mixed. 0: none.
         heads: bits by head: (bits of keys, bits of values) of each key/value head of the layer in order, or groups of heads with their bits as in a plan's
             JSON. ``key`` and ``value`` are left out then, and become the most that a head has. Not with a budget, with mixed, or with codebooks of a plan's
             own, which are made for one pair. None: all heads alike.
@@ -130,6 +133,7 @@ class KVSpec:
     levels: str | tuple[tuple[float, ...], tuple[float, ...]] | None = None
     mixed: Mixed | None = None
     heads: tuple[tuple[int, int], ...] | None = None
+    outliers: float = 0.0
 
     def __post_init__(self):
         where = "kv spec"
@@ -155,6 +159,14 @@ class KVSpec:
                 raise _refuse(where, "budget", self.budget, "pages of 3 bits cannot be halved", "begin with 16, 8 or 4 bits")
             if self.levels is not None:
                 raise _refuse(where, "budget", self.budget, "pages are halved from codes of uniform grids, these have codebooks", "leave one of them out")
+        if isinstance(self.outliers, bool) or not isinstance(self.outliers, int | float) or not (self.outliers == 0 or 0.001 <= self.outliers <= 0.1):
+            raise _refuse(where, "outliers", self.outliers, "it is a share of the numbers, 0.001 to 0.1, or 0 for none", "write for example 0.01")
+        object.__setattr__(self, "outliers", float(self.outliers))
+        for name in ("budget", "mixed"):
+            if self.outliers and getattr(self, name) is not None:
+                why = {"budget": "pages are halved from their codes alone, and what outliers add belongs to the codes as they were",
+                       "mixed": "pages of tokens in two widths have no room for outliers"}
+                raise _refuse(where, "outliers", self.outliers, why[name], f"leave outliers or {name} out")
         if self.levels is not None:
             for pair in self.heads or ((self.key, self.value),):
                 object.__setattr__(self, "levels", _checked_levels(self.levels, pair, where))
@@ -213,6 +225,7 @@ class KVSpec:
         rest = [f"r{self.residual}"] * (self.residual != default.residual) + [f"s{self.sink}"] * (self.sink != default.sink) + ["rot"] * self.rotate
         rest += [f"b{self.budget}"] * (self.budget is not None) + ["pre"] * self.pre_rope
         rest += [] if self.levels is None else ["normal" if self.levels == NORMAL else "book"]
+        rest += [f"o{self.outliers}"] * (self.outliers > 0)
         rest += [] if self.mixed is None else [self.mixed.name]
         bits = f"k{self.key}v{self.value}" if self.heads is None else _heads_name(self.heads)
         return "_".join([f"{bits}g{self.group}", *rest])
@@ -224,16 +237,16 @@ class KVSpec:
     def named(name: str) -> KVSpec:
         """The spec of a :attr:`name`; what is left out of it has its default, so ``k4v2`` will do. Raises PlanError."""
         found = re.fullmatch(r"((?:k\d+v\d+(?:x\d+)?-)*k\d+v\d+(?:x\d+)?)(?:g(\d+))?(?:_r(\d+))?(?:_s(\d+))?(_rot)?(?:_b(\d+))?(_pre)?(_normal)?"
-                             r"(?:_mix(\d+)\.(\d+)k(\d+)v(\d+)(a)?)?", name)
+                             r"(?:_o(0\.\d+))?(?:_mix(\d+)\.(\d+)k(\d+)v(\d+)(a)?)?", name)
         if found is None:
             raise PlanError(f"kv spec {name!r}", "it is k, bits of keys, v, bits of values (of one head after the other, as k8v4-k2v2x2, where they "
                             "differ), and what differs from the defaults of g (group), _r (residual), _s (sink), _rot, _b (budget), _pre (pre_rope), "
-                            "_normal (levels), _mix (mixed), in this order; codebooks of its own are in the plan's file",
+                            "_normal (levels), _o (outliers), _mix (mixed), in this order; codebooks of its own are in the plan's file",
                             "write for example k4v2g64 or k4v2g32_r128_s4, or name the file")
-        bits, *three, rotate, budget, pre_rope, normal, high, low, low_key, low_value, accumulated = found.groups()
+        bits, *three, rotate, budget, pre_rope, normal, outliers, high, low, low_key, low_value, accumulated = found.groups()
         numbers = zip(("group", "residual", "sink", "budget"), (*three, budget), strict=True)
         return KVSpec(**_bits_named(bits), **{field: int(n) for field, n in numbers if n is not None}, rotate=rotate is not None,
-                      pre_rope=pre_rope is not None, levels=NORMAL if normal else None,
+                      pre_rope=pre_rope is not None, levels=NORMAL if normal else None, outliers=float(outliers or 0),
                       mixed=None if high is None else Mixed(int(low_key), int(low_value), int(high), int(low), accumulated is not None))
 
     @staticmethod
@@ -245,8 +258,6 @@ class KVSpec:
             raise PlanError(f"{where} {value!r}", f"an object with bits of keys and values is expected, found {type(value).__name__}", _FIX)
         names = [f.name for f in fields(KVSpec)]
         for key in value:
-            if key == "outliers":
-                raise _refuse(where, key, value[key], "pages hold codes alone, there is no room for sparse numbers", "leave it out, or use a width more")
             if key not in names:
                 raise PlanError(f"{where}: key {key!r}", f"a spec has the keys {', '.join(names)}", _FIX)
         if value.get("heads") is not None and (beside := [n for n in ("key", "value") if n in value]):
@@ -259,7 +270,7 @@ class KVSpec:
     def to_json(self) -> dict:
         """Every field, but those that came later only where they differ from their defaults: plans that were written before read the same. With ``heads``
         there are no bits beside them."""
-        out = {k: v for k, v in asdict(self).items() if k not in ("budget", "pre_rope", "levels", "mixed", "heads") or v not in (None, False)}
+        out = {k: v for k, v in asdict(self).items() if k not in ("budget", "pre_rope", "levels", "mixed", "heads", "outliers") or v not in (None, False, 0.0)}
         if self.heads is not None:
             del out["key"], out["value"]
             out["heads"] = {_ranges(heads): {"key": key, "value": value} for (key, value), heads in self.pairs.items()}

@@ -45,7 +45,7 @@ _NAME = "mxq_kv_sense"
 class KVTrial(Protocol):
     """What a cache would do to one layer's keys or values; handed in, since this module knows no cache. All layers are alike."""
 
-    settings: dict  #: the fields of a KVSpec beside its bits: group, residual, sink, rotate, and pre_rope where it is so
+    settings: dict  #: the fields of a KVSpec beside its bits: group, residual, sink, rotate, and pre_rope and outliers where there are
     heads: int  #: key/value heads
     token_bytes: int  #: of one exact token, one side, all heads
 

@@ -34,7 +34,7 @@ class KVTable:
             i = layer * H + head.
         page_bytes: int64, as ``loss``, a page of one sequence, all heads of the row.
         token_bytes: of one exact token, one side of one layer, all heads of a row.
-        settings: group, residual, sink, rotate: what all candidates have in common; and pre_rope where it is so.
+        settings: group, residual, sink, rotate: what all candidates have in common; and pre_rope and outliers where there are.
         meta: metric, seed, windows; plain JSON.
         heads: H; None: rows are of all heads of a layer.
 
@@ -68,7 +68,8 @@ class KVTable:
              f"{len(self.bits)} widths]")
         need(len(self.loss) and np.isfinite(self.loss).all() and (self.loss >= 0).all(), "losses must be finite and not negative")
         need((self.page_bytes > 0).all() and self.token_bytes > 0, "bytes must be positive")
-        need(isinstance(self.settings, dict) and set(self.settings) - {"pre_rope"} == set(self.SETTINGS), f"its settings are {', '.join(self.SETTINGS)}")
+        need(isinstance(self.settings, dict) and set(self.settings) - {"pre_rope", "outliers"} == set(self.SETTINGS),
+             f"its settings are {', '.join(self.SETTINGS)}")
 
     @property
     def layers(self) -> int:
