@@ -21,7 +21,7 @@ from mxq_ext.errors import BudgetError, ModelError, PlanError  # noqa: E402
 from mxq_ext.evaluate import evaluate  # noqa: E402
 from mxq_ext.kv import reference as numpy_pages  # noqa: E402
 from mxq_ext.kv.attention import replace_attention  # noqa: E402
-from mxq_ext.kv.cache import MxqCache, page_formats  # noqa: E402
+from mxq_ext.kv.cache import MxqCache, cache_nbytes, page_formats  # noqa: E402
 from mxq_ext.kv.codebooks import fit_codebooks  # noqa: E402
 from mxq_ext.kv.rope import Rope  # noqa: E402
 from mxq_ext.kv.trial import CacheTrial  # noqa: E402
@@ -165,7 +165,7 @@ def test_rounding_is_the_cache_s_own():
 
 
 def test_rounding_before_the_embedding_is_the_cache_s_own():
-    spec, model = KVSpec(3, 3, residual=0, sink=5, pre_rope=True), make_sharp_model()
+    spec, model = KVSpec(3, 3, residual=0, sink=5, pre_rope=True, outliers=0.02), make_sharp_model()
     layer = MxqCache(model.config, spec).layers[0]
     x = torch.randn(1, 2, 5 + 128 + 7, 16, generator=torch.Generator().manual_seed(8)) * 3
     layer.append(x, x)
@@ -177,7 +177,11 @@ def test_rounding_before_the_embedding_is_the_cache_s_own():
         frequencies = 10000.0 ** (-np.arange(0, 16, 2) / 16)
         np.testing.assert_allclose(got[0, :, first : first + 64].numpy(), numpy_pages.turn(want, first, frequencies), atol=1e-4)
     assert trial.settings["pre_rope"] and sense_kv(model, windows(), (2, 4), trial=CacheTrial(model, KVSpec(residual=0, pre_rope=True))).settings["pre_rope"]
-    assert all(s.pre_rope for s in solve_kv(sense_kv(model, windows(), (2, 4), trial=trial), bits=3).resolve(2))
+    table = sense_kv(model, windows(), (2, 4, 16), trial=trial)
+    assert table.settings["outliers"] == 0.02 and all(s.pre_rope and s.outliers == 0.02 for s in solve_kv(table, bits=3).resolve(2))
+    for b, width in enumerate(table.bits):  # 16 bits have none
+        counted = cache_nbytes(dataclasses.replace(spec, key=width, value=width), 300, 2, 16, batch=3, float_bytes=4)
+        assert table.nbytes(300, 3)[:2, b].sum() == counted
     with pytest.raises(PlanError, match="codebooks belong to one width"):
         CacheTrial(model, KVSpec(levels="normal"))
     shared = transformers.Gemma3TextConfig(vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
@@ -440,12 +444,14 @@ def test_a_policy_by_head_of_a_model():
 def test_calibrated_codebooks_of_a_model():
     model, tokens = make_sharp_model(), windows(2, 300)
     got = kv_planning.plan_kv(model, tokens, "kvquant", bits=2.0)
-    assert all((s.key, s.value, s.pre_rope, s.sink) == (2, 2, True, 4) and isinstance(s.levels, tuple) for s in got.resolve(2))
+    assert all((s.key, s.value, s.pre_rope, s.sink, s.outliers) == (2, 2, True, 4, 0.01) and isinstance(s.levels, tuple) for s in got.resolve(2))
     assert got == KVPlan.parse(json.loads(json.dumps(got.to_json()))) and len({s.levels for s in got.resolve(2)}) == 2
+    dense = kv_planning.plan_kv(model, tokens, "kvquant_dense", bits=2)
+    assert all(s.outliers == 0 and s.levels != own.levels for s, own in zip(dense.resolve(2), got.resolve(2), strict=True))
     kl = {}
-    for name, kv in {"fitted": got, "normal": find_kv("kvquant2"), "uniform": KVPlan(KVSpec(2, 2, residual=0, sink=4, pre_rope=True))}.items():
+    for name, kv in {"fitted": got, "dense": dense, "normal": find_kv("kvquant2"), "uniform": KVPlan(KVSpec(2, 2, residual=0, sink=4, pre_rope=True))}.items():
         kl[name] = evaluate(replace_attention(make_sharp_model(), kv), model, windows(4, 300, seed=9)).kl
-    assert 0 < kl["fitted"] < kl["uniform"] and 0 < kl["normal"] < kl["uniform"]
+    assert 0 < kl["fitted"] < kl["dense"] < kl["uniform"] and 0 < kl["normal"] < kl["uniform"]
     for bad in ({"bits": 5}, {"bits": 2.5}, {"nbytes": 10**6}, {}):
         with pytest.raises(PlanError, match="all of its layers have the same bits: 2, 3 or 4"):
             kv_planning.plan_kv(model, tokens, "kvquant", **bad)

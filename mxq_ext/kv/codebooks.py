@@ -2,7 +2,8 @@
 
 Numbers are scaled to -1 .. 1 as pages scale them, by the middle and half the range of their group, and weighted by their share in the second order of
 the loss: an error e of a level moves a number by s e and the loss by 1/2 (g s e)^2, with g the gradient that reaches the number. The levels are the
-weighted means of exact one-dimensional k-means over all numbers of a layer, gathered in BINS bins.
+weighted means of exact one-dimensional k-means over all numbers of a layer, gathered in BINS bins. Numbers that pages keep beside their codes count for
+nothing: not in the range of their group, and not in the bins.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from ..formats import PAGE
 from ..plan.kv import KVPlan, KVSpec
 from ..quantizers.kmeans import kmeans_table
 from .cache import page_formats
-from .ops import SIDES, PageFormat
+from .ops import SIDES, PageFormat, outliers_of, pack_page
 from .rope import Rope
 
 BINS = 4096  #: of -1 .. 1; a bin counts with its weighted mean, so that their width only matters where a level's border falls into one
@@ -54,8 +55,24 @@ def _groups(x: torch.Tensor, fmt: PageFormat) -> torch.Tensor:
     return torch.nn.functional.pad(x, (0, -fmt.head_dim % group), value=torch.nan).unflatten(2, (-1, group)).flatten(0, 2)
 
 
+def _without_outliers(x: torch.Tensor, fmt: PageFormat) -> torch.Tensor:
+    """x [H, pages * 64, D] float32 with a NaN for each number that its page keeps beside the codes: pages are packed to see which."""
+    if not fmt.outliers:
+        return x
+    out = []
+    for part in x.split(PAGE, 1):
+        page = fmt.empty_page(len(part))
+        pack_page(part[None], fmt, *page)
+        index, delta = outliers_of(page[0], fmt)
+        head, entry = delta.nonzero(as_tuple=True)  # one that adds nothing may be an entry that was not needed
+        by_channel = part.mT.reshape(len(part), -1).clone()
+        by_channel[head, index[head, entry]] = torch.nan
+        out.append(by_channel.view(len(part), -1, PAGE).mT)
+    return torch.cat(out, 1)
+
+
 def _add(histogram: _Histogram, x: torch.Tensor, gradient: torch.Tensor, fmt: PageFormat) -> None:
-    x, gradient = (_groups(t, fmt) for t in (x.float(), gradient.float()))
+    x, gradient = (_groups(t, fmt) for t in (_without_outliers(x.float(), fmt), gradient.float()))
     there = ~x.isnan()
     least, most = x.nan_to_num(torch.inf).amin(1, keepdim=True), torch.where(there, x, -torch.inf).amax(1, keepdim=True)
     step = (most - least) / 2

@@ -94,16 +94,16 @@ class KVPreset:
 
 _KIVI = ("KIVI (Liu et al. 2024, arXiv 2402.02750): keys per channel by 32 tokens, values per token by 32 channels, float zeros, the newest 128 tokens exact. "
          "Pages of 64 leave that window one by one, where KIVI packs 128 keys at once and values one by one")
-_KVQUANT = ("KVQuant (Hooper et al. 2024, arXiv 2401.18079): keys before the rotary embedding, codebooks, the first tokens exact. Levels for normal numbers "
-            "instead of calibrated ones (the policy kvquant calibrates), scales of keys by 64 tokens instead of one from calibration, no sparse outliers, no "
-            "Q-Norm; up to 63 of the newest tokens are exact until their page is full")
+_KVQUANT = ("KVQuant (Hooper et al. 2024, arXiv 2401.18079): keys before the rotary embedding, codebooks, 1 % of outliers beside the codes, the first tokens "
+            "exact. Levels for normal numbers instead of calibrated ones (the policy kvquant calibrates), scales of keys by 64 tokens instead of one from "
+            "calibration, outliers counted by page instead of by vector, no Q-Norm; up to 63 of the newest tokens are exact until their page is full")
 _TOKENS = ("the newest 64 tokens exact, and those that still wait for a round of pages; keys per channel, values per token; probes are every 16th query and "
            "the newest 16 before a round. Tokens keep their bits")
 #: name -> policy
 KV_PRESETS: dict[str, KVPreset] = {
     "kivi4": KVPreset(KVSpec(4, 4, group=32, residual=128), _KIVI),
     "kivi2": KVPreset(KVSpec(2, 2, group=32, residual=128), _KIVI),
-    **{f"kvquant{bits}": KVPreset(KVSpec(bits, bits, residual=0, sink=4, pre_rope=True, levels=NORMAL), _KVQUANT) for bits in (4, 3, 2)},
+    **{f"kvquant{bits}": KVPreset(KVSpec(bits, bits, residual=0, sink=4, pre_rope=True, levels=NORMAL, outliers=0.01), _KVQUANT) for bits in (4, 3, 2)},
     "zipcache": KVPreset(KVSpec(4, 4, mixed=Mixed(2, 2, 3, 2)),
                          "ZipCache (He et al. 2024, arXiv 2405.14256): 3 of 5 tokens with 4 bits, by the mean attention of those queries that could see "
                          f"them, the others with 2, without its scales by channel of values; {_TOKENS}"),
@@ -135,16 +135,17 @@ KV_POLICIES: dict[str, KVPolicy] = {
     "pm_kvq": KVPolicy("first_order", ((4, 4), (2, 2)), KVSpec(group=64, residual=128, sink=1),
                        "PM-KVQ (Liu et al. 2025): 4 or 2 bits a layer by |g dK| + |g dV|, one sink token, 128 exact tokens. Labels are drawn from the model, "
                        "keys are grouped per channel, positions are not stretched and keys not smoothed; the shrink in place is KVSpec.budget"),
-    "kvquant": KVPolicy(CODEBOOK, None, KVSpec(residual=0, sink=4, pre_rope=True, levels=NORMAL),
-                        "KVQuant (Hooper et al. 2024, arXiv 2401.18079): keys before the rotary embedding, a codebook for the keys and one for the values of "
-                        "each layer by Fisher-weighted k-means. Scales of keys come from each 64 tokens instead of from calibration; no sparse outliers, no "
-                        "Q-Norm"),
+    "kvquant": KVPolicy(CODEBOOK, None, KVSpec(residual=0, sink=4, pre_rope=True, levels=NORMAL, outliers=0.01),
+                        "KVQuant (Hooper et al. 2024, arXiv 2401.18079): keys before the rotary embedding, 1 % of outliers beside the codes, a codebook for "
+                        "the keys and one for the values of each layer by Fisher-weighted k-means over the others. Scales of keys come from each 64 tokens "
+                        "instead of from calibration, outliers are counted by page instead of by vector; no Q-Norm"),
+    "kvquant_dense": KVPolicy(CODEBOOK, None, KVSpec(residual=0, sink=4, pre_rope=True, levels=NORMAL), "kvquant without outliers, as KVQuant calls it"),
 }
 
 #: Policies that pages cannot hold, and why. They are refused instead of being imitated.
 _REFUSED = {
     "qaq": ("the bits of its tokens follow from a bound on the error of each; pages have two kinds of tokens, in fixed shares", "zipcache is the nearest"),
-    "gear": ("it adds a low-rank part to what was rounded; pages hold codes alone", "use a width more, for example k4v4g32"),
+    "gear": ("it adds a low-rank part to what was rounded; pages hold codes and sparse outliers", "use a width more, for example k4v4g32"),
 }
 
 
