@@ -44,10 +44,12 @@ KINDS = ("technical", "literary")
 #: Ours: with the default window of 64 exact tokens, without one, and as the literature has them.
 OURS = ("k16v16", "k8v8", "k4v4", "k4v4g32", "k3v3", "k4v2", "k2v2", "k2v2g32", "k8v8_r0", "k4v4_r0", "k3v3_r0", "k4v2_r0", "k2v2_r0", "k4v4g32_r0",
         "k2v2g32_r0", "k4v4_s4", "k2v2_s4")
-#: Policies of the literature (``--only literature``), each beside the same bits on plain pages; what KVQuant's keys and its levels do by themselves.
+#: Policies of the literature (``--only literature``), each beside the same bits on plain pages; what KVQuant's keys, levels and outliers do by themselves.
 LITERATURE = ("kivi4", "kivi2", "layerwise 3 bits", "kvtuner 3 bits", "pm_kvq 3 bits",
-              "k4v4_r0_s4", "kvquant4", "kvquant 4 bits", "k3v3_r0_s4", "kvquant3", "kvquant 3 bits",
-              "k2v2_r0_s4", "k2v2_r0_s4_pre", "k2v2_r0_s4_normal", "kvquant2", "kvquant 2 bits", "zipcache", "mikv")
+              "k4v4_r0_s4", "k4v4_r0_s4_pre_normal", "kvquant4", "kvquant_dense 4 bits", "kvquant 4 bits",
+              "k3v3_r0_s4", "k3v3_r0_s4_pre_normal", "kvquant3", "kvquant_dense 3 bits", "kvquant 3 bits",
+              "k2v2_r0_s4", "k2v2_r0_s4_pre", "k2v2_r0_s4_normal", "k2v2_r0_s4_o0.01", "k2v2_r0_s4_pre_normal", "kvquant2", "kvquant_dense 2 bits",
+              "kvquant 2 bits", "zipcache", "mikv")
 #: transformers' own: name -> (backend, bits, axis of keys, axis of values). The first of a backend's bits has its default axes.
 PEERS = {f"{backend} {bits} bits, axes {key}/{value}": (backend, bits, key, value)
          for backend, bits, key, value in (("quanto", 4, 0, 0), ("quanto", 4, -1, 0), ("quanto", 2, 0, 0), ("quanto", 2, -1, 0),
@@ -96,7 +98,8 @@ class Bench:
         setup = {"length": length, "windows": windows, "group": GROUP, "residual": RESIDUAL, "texts": texts.describe()}
         if self.record.get("setup", setup) != setup:
             raise MxqError(f"results {out}", "they are of other texts, windows or lengths", "name another file, or remove this one")
-        self.record |= {"setup": setup, "machine": machine()}
+        self.record["setup"], self.here = setup, machine()
+        self.record.setdefault("machine", self.here)  # that of the first rows; rows from elsewhere have their own
 
     def row(self, name: str) -> dict | None:
         return next((r for r in self.record["rows"] if r["name"] == name), None)
@@ -154,10 +157,14 @@ class Bench:
         if base is not None and "failed" not in row:
             for k in KINDS:
                 row[k] |= {f"paired_{n}": v for n, v in paired(Evaluation.from_dict(row[k]), Evaluation.from_dict(base[k])).items()}
-        self.record["rows"].append(row)
+        self.record["rows"].append(row | self.elsewhere())
         write_json(self.out, self.record)
         cells = row.get("failed") or "  ".join(f"{k}: ppl {row[k]['perplexity']:.3f} KL {row[k]['kl']:.5f}" for k in KINDS) + f"  {row['nbytes'] / 1e6:.2f} MB"
         self.progress.note(f"{row['name']:32} {cells}")
+
+    def elsewhere(self) -> dict:
+        """The machine, for a row that the file's own did not make."""
+        return {"machine": self.here} if any(self.here[n] != self.record["machine"][n] for n in ("cpu", "system", "torch")) else {}
 
     def speed(self, wanted: list[str], contexts: list[int], rounds: int, seconds: float) -> None:
         """Milliseconds of one step of the whole model, in turns."""
@@ -177,7 +184,7 @@ class Bench:
             times = in_turns(calls, rounds, seconds)
             base = times[NONE]
             self.record["speed"] += [{"name": name, "ours": name not in PEERS, "context": n, "threads": torch.get_num_threads(), "ms": t.minimum * 1e3,
-                                      "ms_median": t.median * 1e3, "more_ms": (t.minimum - base.minimum) * 1e3} for name, t in times.items()]
+                                      "ms_median": t.median * 1e3, "more_ms": (t.minimum - base.minimum) * 1e3} | self.elsewhere() for name, t in times.items()]
             write_json(self.out, self.record)
             for name, t in times.items():
                 self.progress.note(f"{n:6} tokens  {name:32} {t.minimum * 1e3:.2f} ms ({t.median * 1e3:.2f})")
