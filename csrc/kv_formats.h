@@ -64,7 +64,7 @@ belongs to the plan; the bytes of a page are the same. Then `number = s * level[
 The page of a side may keep the numbers that its grids fit least beside their codes, `n` of them in every page, so that all pages are of one size: a spec's share
 of the `64 D` numbers, to the nearest multiple of 16 that is not 0, which fills whole cache lines. Behind the codes of each head lie
 
-    uint16 index[n]      64 * channel + token, ascending
+    uint16 index[n]      512 * token + channel, ascending
     fp16   delta[n]      number - (s * q + z)
 
 4 bytes each, so that a share of 1/100 costs 0.32 bits a number. They are the `n` numbers of the page that are furthest from the mean of their group,
@@ -109,6 +109,7 @@ struct PageFormat {
   int32_t outliers = 0;  // of a page: a multiple of 16
 };
 static constexpr int64_t OUTLIER_BYTES = 4;
+static constexpr int64_t OUTLIER_TOKEN = MAX_HEAD;  // an index is so many times the token and the channel: nothing is divided by the head dimension
 static constexpr float MOST_OUTLIER = 16384.0f;  // numbers of a group that has outliers
 
 static constexpr bool has_params(PageFormat f) { return f.bits != 16; }
@@ -133,7 +134,7 @@ static_assert(whole_page_bytes({KEYS, 16, 64, 80}) == PAGE * 80 * 2, "16 bits: n
 static_assert(page_bytes({KEYS, 4, 64, 80}) == PAGE * 96 / 2 && page_bytes({VALUES, 4, 64, 80}) == PAGE * 80 / 2, "80 channels are padded as columns only");
 static_assert(page_groups({VALUES, 4, 64, 80}) == 2, "a ragged last group");
 static_assert(whole_page_bytes({KEYS, 4, 64, 128, 80}) * 8 == PAGE * 128 * (4.5 + 0.3125), "80 outliers of 8192 numbers: 0.3125 bits more");
-static_assert(PAGE * MAX_HEAD <= 65536, "an index is 16 bits");
+static_assert(PAGE * OUTLIER_TOKEN <= 65536, "an index is 16 bits");
 
 // Addresses of one page of all B * Hkv heads, each part contiguous over the heads.
 struct PageParts {

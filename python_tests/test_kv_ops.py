@@ -148,9 +148,9 @@ def test_outliers_are_the_furthest_numbers_and_leave_the_scales_alone():
         fmt, plain = PageFormat(side, bits, 64 if side == "keys" else 0, 64, None, 16), PageFormat(side, bits, 64 if side == "keys" else 0, 64)
         page, y = packed(x, fmt), packed(x, plain)
         index, delta = ops.outliers_of(page[0], fmt)
-        assert index.shape == delta.shape == (1, 16) and torch.equal(index, index.sort(1).values) and {64 * d + t for t, d in far} <= set(index[0].tolist())
+        assert index.shape == delta.shape == (1, 16) and torch.equal(index, index.sort(1).values) and {64 * t + d for t, d in far} <= set(index[0].tolist())
         read = ops.unpack_page(*page, fmt)
-        for t, d in ((i % 64, i // 64) for i in index[0].tolist()):
+        for t, d in ((i // 64, i % 64) for i in index[0].tolist()):
             assert abs(read[0, 0, t, d] - x[0, 0, t, d]) <= abs(x[0, 0, t, d]) * 2**-10
         step, wide = page[1][0, 0, 0].max(), y[1][0, 0, 0].max()
         assert step < wide / 3 and (read - x).square().mean() < (ops.unpack_page(*y, plain) - x).square().mean() / 2

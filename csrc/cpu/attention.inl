@@ -245,23 +245,26 @@ static void turn_tile(const float* tokens, int64_t half, int64_t d, const float*
   for (int64_t c = 2 * half; c < d; c++) store(panel + c * PANEL, number(c));
 }
 
-// Outliers are turned by themselves and added to keys that are: to those of `count` tiles from `first` on, in the panel.
-static void turn_outliers(const PageView& p, const Turns& turns, int64_t first, int64_t count, float* panel) {
+// Outliers are turned by themselves and added to keys that are: those from the `i`-th on whose tokens are in the panel, of `count` tiles from `first` on. Returns
+// the next one.
+static int64_t turn_outliers(const PageView& p, const Turns& turns, int64_t i, int64_t first, int64_t count, float* panel) {
   const int64_t half = turns.half;
-  each_outlier(p.format, p.codes, [&](int64_t token, int64_t channel, float delta) MXQ_LAMBDA {
-    const int64_t tile = token / LANES, lane = token % LANES;
-    if (tile < first || tile >= first + count) return;
+  const uint16_t *index = (const uint16_t*)(p.codes + page_code_bytes(p.format)), *deltas = index + p.format.outliers;
+  for (; i < p.format.outliers && index[i] < (first + count) * LANES * OUTLIER_TOKEN; i++) {
+    const int64_t token = index[i] / OUTLIER_TOKEN, channel = index[i] % OUTLIER_TOKEN, tile = token / LANES, lane = token % LANES;
+    const float delta = half_to_float(deltas[i]);
     float* at = panel + (tile - first) * LANES + lane;
     if (channel >= 2 * half) {
       at[channel * PANEL] += delta;
-      return;
+      continue;
     }
     const int64_t c = channel < half ? channel : channel - half;
     const float* turn = turns.tokens + (tile * half + c) * 2 * LANES + lane;
     const float cos = turn[0] * delta, sin = turn[LANES] * delta;
     at[c * PANEL] += channel < half ? cos : -sin;
     at[(c + half) * PANEL] += channel < half ? sin : cos;
-  });
+  }
+  return i;
 }
 
 static void multiply_turned(const PageView& p, const Turns& turns, int64_t page, int64_t rows, const float* q, float* out, const Room& s) {
@@ -278,7 +281,7 @@ static void multiply_turned(const PageView& p, const Turns& turns, int64_t page,
   turn_back(turns.pages + page * 2 * turns.half, turns.half, d, rows, q, s.x);
   prefetch_lines(p.params, p.params_ahead, 2 * page_params(p.format));
   prefetch_lines(p.codes + page_code_bytes(p.format), p.codes_ahead, OUTLIER_BYTES * p.format.outliers);
-  for (int64_t t = 0; t < all;) {
+  for (int64_t t = 0, outlier = 0; t < all;) {
     const int64_t count = t + GEMM_TILES <= all ? GEMM_TILES : 1;
     for (int64_t i = t; i < t + count; i++) {
       float* panel = s.panel + LANES * (i - t);
@@ -288,7 +291,7 @@ static void multiply_turned(const PageView& p, const Turns& turns, int64_t page,
       const int64_t of_group = i / group * MAX_HEAD;
       turn_tile(turns.tokens + i * turns.half * 2 * LANES, turns.half, d, scales ? scales + of_group : nullptr, offsets + of_group, panel);
     }
-    if (p.format.outliers) turn_outliers(p, turns, t, count, s.panel);
+    if (p.format.outliers) outlier = turn_outliers(p, turns, outlier, t, count, s.panel);
     many_rows(s.panel, count, d, rows, s.x, none, nullptr, out + t * LANES);
     t += count;
   }

@@ -85,8 +85,10 @@ static int64_t take_outliers(PageFormat f, float* x, uint16_t* index) {
       for (int64_t i = 0; i < 16; i++) means[g * cols + c0 + i] = odd[i] ? __builtin_nanf("") : (float)(sum[i] / (double)(r1 - r0));
     }
   }
-  const auto distance = [&](int64_t token, int64_t channel) {  // as bits, which have the order of the numbers; 0: no outlier
-    const float mean = f.side == KEYS ? means[token / height * cols + channel] : means[channel / height * cols + token];
+  int32_t group[MAX_HEAD];  // of each row, where its means begin
+  for (int64_t r = 0; r < rows; r++) group[r] = (int32_t)(r / height * cols);
+  const auto distance = [&](int64_t token, int64_t channel) MXQ_LAMBDA {  // as bits, which have the order of the numbers; 0: no outlier
+    const float mean = f.side == KEYS ? means[group[token] + channel] : means[group[channel] + token];
     const float far = __builtin_fabsf(x[token * d + channel] - mean);
     return far > 0.0f ? float_to_bits(far) : 0u;
   };
@@ -97,19 +99,19 @@ static int64_t take_outliers(PageFormat f, float* x, uint16_t* index) {
   const uint32_t least = nth_largest(words, all, f.outliers);
   int64_t equal = least ? f.outliers : 0, count = 0;  // how many with just this distance
   for (int64_t i = 0; i < f.outliers && least; i++) equal -= words[i] > least;
-  for (int64_t c = 0; c < d; c++)
-    for (int64_t t = 0; t < PAGE; t++) {
+  for (int64_t t = 0; t < PAGE; t++)
+    for (int64_t c = 0; c < d; c++) {
       const uint32_t far = distance(t, c);
-      if (far > least || (least && far == least && equal-- > 0)) index[count++] = (uint16_t)(PAGE * c + t);
+      if (far > least || (least && far == least && equal-- > 0)) index[count++] = (uint16_t)(OUTLIER_TOKEN * t + c);
     }
   const int64_t none = f.outliers - count;
   memmove(index + none, index, sizeof(uint16_t) * count);
   memset(index, 0, sizeof(uint16_t) * none);
 
   memset(words, 0, sizeof(uint32_t) * all);
-  for (int64_t i = none; i < f.outliers; i++) words[index[i] % PAGE * d + index[i] / PAGE] = 1;
+  for (int64_t i = none; i < f.outliers; i++) words[index[i] / OUTLIER_TOKEN * d + index[i] % OUTLIER_TOKEN] = 1;
   for (int64_t i = none; i < f.outliers; i++) {
-    const int64_t t = index[i] % PAGE, c = index[i] / PAGE, row = f.side == KEYS ? t : c, col = f.side == KEYS ? c : t;
+    const int64_t t = index[i] / OUTLIER_TOKEN, c = index[i] % OUTLIER_TOKEN, row = f.side == KEYS ? t : c, col = f.side == KEYS ? c : t;
     const int64_t r0 = row / height * height, r1 = r0 + height < rows ? r0 + height : rows;
     int64_t r = r0;
     while (r < r1 && words[r * by_row + col * by_col]) r++;
@@ -126,7 +128,7 @@ static void put_deltas(PageFormat f, const float* levels, const float* bounds, c
   for (int64_t i = 0; i < f.outliers; i++) {
     deltas[i] = 0;
     if (i < none) continue;
-    const int64_t t = index[i] % PAGE, c = index[i] / PAGE, g = (f.side == KEYS ? t : c) / height, col = f.side == KEYS ? c : t;
+    const int64_t t = index[i] / OUTLIER_TOKEN, c = index[i] % OUTLIER_TOKEN, g = (f.side == KEYS ? t : c) / height, col = f.side == KEYS ? c : t;
     const Range r = ranges[g * cols + col];
     const float v = load_one(x.x, t * x.token + c, x.type), steps = (v - r.zero) * r.inverse;
     float level = __builtin_nearbyintf(steps < 0.0f ? 0.0f : steps > (float)top ? (float)top : steps);
@@ -147,7 +149,7 @@ MXQ_INLINE void each_outlier(PageFormat f, const uint8_t* codes, F&& call) {
     float delta[16];
     store(delta, load_half(deltas + i));
     for (int64_t l = 0; l < 16; l++) {
-      const int64_t channel = index[i + l] / PAGE, token = index[i + l] % PAGE;
+      const int64_t token = index[i + l] / OUTLIER_TOKEN, channel = index[i + l] % OUTLIER_TOKEN;
       if (f.side == KEYS) call(token, channel, delta[l]);
       else call(channel, token, delta[l]);
     }

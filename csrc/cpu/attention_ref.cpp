@@ -52,7 +52,7 @@ float number_at(PageFormat f, const float* levels, const uint8_t* codes, const u
 template <class F>
 void each_outlier(PageFormat f, const uint8_t* codes, F&& call) {
   const uint8_t *index = codes + page_code_bytes(f), *delta = index + 2 * f.outliers;
-  for (int64_t i = 0; i < f.outliers; i++) call(load_u16(index + 2 * i) % PAGE, load_u16(index + 2 * i) / PAGE, half_to_float(load_u16(delta + 2 * i)));
+  for (int64_t i = 0; i < f.outliers; i++) call(load_u16(index + 2 * i) / OUTLIER_TOKEN, load_u16(index + 2 * i) % OUTLIER_TOKEN, half_to_float(load_u16(delta + 2 * i)));
 }
 
 // Keys of one page [64][head], turned by their places in it and then by the page's own position.
@@ -95,12 +95,12 @@ std::vector<bool> outliers_of(PageFormat f, N&& number) {
       const float mean = float(sum / double(r1 - r0));
       for (int64_t row = r0; row < r1 && fits; row++)
         if (const float distance = std::fabs(number(row, col) - mean); distance > 0.0f)
-          far.emplace_back(-distance, f.side == KEYS ? PAGE * col + row : PAGE * row + col);
+          far.emplace_back(-distance, f.side == KEYS ? OUTLIER_TOKEN * row + col : OUTLIER_TOKEN * col + row);
     }
   }
   std::sort(far.begin(), far.end());
   for (size_t i = 0; i < far.size() && i < size_t(f.outliers); i++) {
-    const int64_t token = far[i].second % PAGE, channel = far[i].second / PAGE;
+    const int64_t token = far[i].second / OUTLIER_TOKEN, channel = far[i].second % OUTLIER_TOKEN;
     out[size_t(f.side == KEYS ? token * cols + channel : channel * cols + token)] = true;
   }
   return out;
@@ -152,7 +152,7 @@ void pack_page(PageFormat f, const float* levels, const Rows& x, int64_t batch, 
           }
           if (outlier[size_t(row * cols + col)]) {
             const float read = scale * (levels ? levels[nearest_code] : float(nearest_code)) + zero;
-            kept.emplace_back(f.side == KEYS ? PAGE * col + row : PAGE * row + col, float_to_half(number(row, col) - read + 0.0f));
+            kept.emplace_back(f.side == KEYS ? OUTLIER_TOKEN * row + col : OUTLIER_TOKEN * col + row, float_to_half(number(row, col) - read + 0.0f));
           }
         }
       }

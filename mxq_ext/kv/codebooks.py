@@ -65,9 +65,9 @@ def _without_outliers(x: torch.Tensor, fmt: PageFormat) -> torch.Tensor:
         pack_page(part[None], fmt, *page)
         index, delta = outliers_of(page[0], fmt)
         head, entry = delta.nonzero(as_tuple=True)  # one that adds nothing may be an entry that was not needed
-        by_channel = part.mT.reshape(len(part), -1).clone()
-        by_channel[head, index[head, entry]] = torch.nan
-        out.append(by_channel.view(len(part), -1, PAGE).mT)
+        part = part.clone(memory_format=torch.contiguous_format)
+        part.view(len(part), -1)[head, index[head, entry]] = torch.nan
+        out.append(part)
     return torch.cat(out, 1)
 
 

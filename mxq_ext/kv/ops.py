@@ -225,11 +225,12 @@ def unpack_page_ref(codes: torch.Tensor, params: torch.Tensor, fmt: PageFormat, 
 
 
 def outliers_of(codes: torch.Tensor, fmt: PageFormat) -> tuple[torch.Tensor, torch.Tensor]:
-    """The outliers of a page: which tokens and channels they are, as int64 [heads, outliers] of 64 * channel + token, and what they add to what the codes stand
-    for, float16 [heads, outliers]; entries that the page did not need have 0 for both."""
+    """The outliers of a page: their places in a page [64, D], int64 [heads, outliers], ascending, and what they add to what the codes stand for there, float16
+    [heads, outliers]; entries that the page did not need have 0 for both."""
     both = codes[:, fmt.code_bytes - OUTLIER_BYTES * fmt.outliers :].contiguous()
     index, delta = both.view(torch.int16).view(-1, 2, fmt.outliers).unbind(1)
-    return index.long() & 0xFFFF, delta.contiguous().view(torch.float16)
+    index = index.long() & 0xFFFF
+    return index // MAX_HEAD * fmt.head_dim + index % MAX_HEAD, delta.contiguous().view(torch.float16)
 
 
 # ----------------------------------------------------------------------------------------------------------------- page table

@@ -46,11 +46,11 @@ def outliers(matrix: np.ndarray, fmt) -> np.ndarray:
             total += row  # float64, in order
         mean = (total / len(numbers)).astype(np.float32)
         distance[part] = np.where(fits, np.abs(np.where(fits, numbers, 0) - mean), 0)
-    by_channel = distance.T if fmt.side == "keys" else distance  # [channels, 64]: the order of indices
-    found = np.zeros(by_channel.shape, bool)
-    for i in np.argsort(-by_channel.ravel(), kind="stable")[: fmt.outliers]:
-        found.flat[i] = by_channel.flat[i] > 0
-    return found.T if fmt.side == "keys" else found
+    by_token = distance if fmt.side == "keys" else distance.T  # [64, channels]: the order of indices
+    found = np.zeros(by_token.shape, bool)
+    for i in np.argsort(-by_token.ravel(), kind="stable")[: fmt.outliers]:
+        found.flat[i] = by_token.flat[i] > 0
+    return found if fmt.side == "keys" else found.T
 
 
 def quantize(matrix: np.ndarray, bits: int, levels: tuple[float, ...] | None = None,
@@ -108,7 +108,7 @@ def pack(x: np.ndarray, fmt) -> tuple[bytes, np.ndarray]:
     rest = matrix - _read(stored[:, :columns], params, fmt).astype(np.float32)
     index, delta = np.zeros(fmt.outliers, "<u2"), np.zeros(fmt.outliers, "<f2")
     where = zip(*apart.nonzero(), strict=True)
-    found = sorted((64 * col + row if fmt.side == "keys" else 64 * row + col, rest[row, col] + np.float32(0)) for row, col in where)
+    found = sorted((512 * row + col if fmt.side == "keys" else 512 * col + row, rest[row, col] + np.float32(0)) for row, col in where)
     for i, (at, missing) in enumerate(found, fmt.outliers - len(found)):
         index[i], delta[i] = at, missing
     return words.tobytes() + index.tobytes() + delta.tobytes(), params
@@ -142,7 +142,7 @@ def unpack(codes: bytes, params: np.ndarray, fmt) -> np.ndarray:
     half = len(sparse) // 2
     for at, delta in zip(np.frombuffer(sparse[:half], "<u2"), np.frombuffer(sparse[half:], "<f2"), strict=True):
         if delta:
-            x[at % 64, at // 64] = float(np.float32(x[at % 64, at // 64])) + float(delta)
+            x[at // 512, at % 512] = float(np.float32(x[at // 512, at % 512])) + float(delta)
     return x
 
 
