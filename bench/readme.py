@@ -108,9 +108,9 @@ def kv_table(result: dict) -> list[str]:
             cells = (f"{by[name, n]['ms']:.2f} ({by[name, n]['ms_median']:.2f})" if (name, n) in by else "-" for n in contexts)
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
     setup, m, peers = result["setup"], result["machine"], ", ".join(f"{n} {v}" for n, v in result["peers"].items())
-    others = Counter(r["machine"]["cpu"] for r in result["rows"] if "machine" in r)
+    others = Counter(r["machine"]["cpu"] for r in result["rows"] if r.get("machine", m)["cpu"] != m["cpu"])
     elsewhere = "".join(f", {n} rows on {cpu}" for cpu, n in others.items())
-    return [*lines, "", f"{setup['windows']} windows of {setup['length']} tokens of each held-out text; {m['cpu']}{elsewhere}, versions in the file; {peers}."]
+    return [*lines, "", f"{setup['windows']} windows of {setup['length']} tokens of each held-out text; {m['cpu']}{elsewhere}, target and versions in the file; {peers}."]
 
 
 def linears_table(rows: list[dict], names: dict[str, str]) -> list[str]:
