@@ -110,7 +110,8 @@ def kv_table(result: dict) -> list[str]:
     setup, m, peers = result["setup"], result["machine"], ", ".join(f"{n} {v}" for n, v in result["peers"].items())
     others = Counter(r["machine"]["cpu"] for r in result["rows"] if r.get("machine", m)["cpu"] != m["cpu"])
     elsewhere = "".join(f", {n} rows on {cpu}" for cpu, n in others.items())
-    return [*lines, "", f"{setup['windows']} windows of {setup['length']} tokens of each held-out text; {m['cpu']}{elsewhere}, target and versions in the file; {peers}."]
+    return [*lines, "", f"{setup['windows']} windows of {setup['length']} tokens of each held-out text; {m['cpu']}{elsewhere}, target and versions in the file; "
+            f"{peers}."]
 
 
 def linears_table(rows: list[dict], names: dict[str, str]) -> list[str]:
@@ -228,7 +229,8 @@ TABLES: dict[str, list[tuple[str, Callable[[dict], list[str]]]]] = {
     "README.md": [("demo.json", demo_table), ("frameworks.json", files_table), ("decode-cpu.json", decode_table), ("linear-cpu.json", widths_table),
                   ("linear-cuda.json", gpu_table)],
     "docs/quality.md": [("quality.json", quality_table), ("reconstruction.json", reconstruction_table), ("autoround.json", autoround_table)],
-    "docs/performance.md": [("linear-cpu-zen4.json", shapes_table), ("linear-cpu.json", speed_table), ("attention-cpu.json", attention_table)],
+    "docs/performance.md": [("linear-cpu-zen4.json", shapes_table), ("linear-cpu-avx2.json", shapes_table), ("linear-cpu.json", speed_table),
+                            ("attention-cpu.json", attention_table)],
     "docs/kv.md": [("kv-quality.json", kv_table), ("kv-joint.json", joint_table)]}
 
 
