@@ -110,8 +110,8 @@ def kv_table(result: dict) -> list[str]:
     setup, m, peers = result["setup"], result["machine"], ", ".join(f"{n} {v}" for n, v in result["peers"].items())
     others = Counter(r["machine"]["cpu"] for r in result["rows"] if r.get("machine", m)["cpu"] != m["cpu"])
     elsewhere = "".join(f", {n} rows on {cpu}" for cpu, n in others.items())
-    return [*lines, "", f"{setup['windows']} windows of {setup['length']} tokens of each held-out text; {m['cpu']}{elsewhere}, target and versions in the file; "
-            f"{peers}."]
+    return [*lines, "", f"{setup['windows']} windows of {setup['length']} tokens of each held-out text; {m['cpu']}{elsewhere}, target and versions in the "
+            f"file; {peers}."]
 
 
 def linears_table(rows: list[dict], names: dict[str, str]) -> list[str]:

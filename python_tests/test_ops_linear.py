@@ -476,21 +476,21 @@ def test_explain_names_the_kernel(target):
     half = ops.prepack(QTensor.from_float(torch.ones(4, 8)))
     assert ops.explain(half, 9, compute="a8") == ops.explain(half, 9) == f"gemv_fp16_a16__{target}"
     assert torch.equal(ops.linear(torch.ones(12, 8), half, None, "a8"), torch.full((12, 4), 8.0))
-    many = "gemv" if target == "avx2" else "gemm"  # AVX2 unpacks row lanes anew for every 4 rows of x
+    many = "gemv" if target == "avx2" else "gemm"  # AVX2 unpacks codes anew for every 4 rows of x
     assert ops.explain(p, 8, compute="a8") == f"gemv_w4g64_a8__{target}" and ops.explain(p, 9, compute="a8") == f"{many}_w4g64_a8__{target}"
     lut = ops.prepack(cases.random_qtensor("lut4", 16, 64))
-    assert ops.explain(lut, 8, compute="a8") == f"gemv_lut4_a8__{target}" and ops.explain(lut, 9, compute="a8") == f"gemm_lut4_a8__{target}"
+    assert ops.explain(lut, 8, compute="a8") == f"gemv_lut4_a8__{target}" and ops.explain(lut, 9, compute="a8") == f"{many}_lut4_a8__{target}"
     w8, first = ops.prepack(cases.random_qtensor("w8", 16, 64)), 3 if target == "avx512vnni" else 9  # only VNNI multiplies unsigned bytes
     assert ops.explain(w8, first - 1, compute="a8") == f"gemv_w8_a8__{target}" and ops.explain(w8, first, compute="a8") == f"{many}_w8_a8__{target}"
 
 
-@pytest.mark.parametrize("fmt", ["w3g128", "w4g32", "w6g64", "w8", "nf4g64"])
+@pytest.mark.parametrize("fmt", ["w3g128", "w4g32", "w6g64", "w8", "nf4g64", "lut3"])
 def test_more_rows_of_x_than_the_l2_cache_holds(target, fmt):
     # 40 rows of 8192 columns: gemv, where it serves so many rows, takes 8 blocks of 4 at a time. What a row gives does not depend on those beside it.
     p, x = ops.prepack(cases.random_qtensor(fmt, 37, 8192)), torch.randn(41, 8192, generator=torch.Generator().manual_seed(5))
     y = ops.linear(x, p, compute="a8")
     numeric.check(y, ops.linear_ref(x, p, compute="a8"), 1e-5, fmt)
-    if target != "scalar":
+    if target != "scalar" and fmt != "lut3":
         assert torch.equal(y[[0, 33, 40]], ops.linear(x[[0, 33, 40]], p, compute="a8"))
 
 

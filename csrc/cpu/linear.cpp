@@ -30,10 +30,9 @@ bool uses_gemm(const uint8_t* blob, int64_t m, bool a8) {
   const Header& h = header(blob);
   if (!a8 || !h.slots8) return m > GEMV_ROWS;
   const Target& target = current_target();
-  const Piece *pieces = at<Piece>(blob, h.off_pieces), *end = pieces + h.pieces;
-  const bool bytes = std::all_of(pieces, end, [](const Piece& p) { return p.format.kind == UNIFORM && p.format.bits == 8; });
-  const bool rows = std::none_of(pieces, end, [](const Piece& p) { return column_lanes(p.format); });
-  return m > (bytes && target.direct8 ? DIRECT8_ROWS : rows ? target.gemv8_rows : GEMV8_ROWS);
+  const Piece* pieces = at<Piece>(blob, h.off_pieces);
+  const bool bytes = std::all_of(pieces, pieces + h.pieces, [](const Piece& p) { return p.format.kind == UNIFORM && p.format.bits == 8; });
+  return m > (bytes && target.direct8 ? DIRECT8_ROWS : target.gemv8_rows);
 }
 
 void linear(const uint8_t* blob, const void* x, int64_t ldx, int type, int64_t m, void* y, const void* bias, int bias_type, bool a8, int threads) {
@@ -49,7 +48,7 @@ void linear(const uint8_t* blob, const void* x, int64_t ldx, int type, int64_t m
   Job job{};
   job.blob = blob, job.ldx = ldx, job.type = type, job.bias = bias, job.bias_type = bias_type, job.m = pass, job.gemm = uses_gemm(blob, m, a8), job.a8 = a8;
   const InputSizes inputs(h, pass, a8);
-  const int64_t per_worker = job.gemm ? aligned(target.gemm_scratch(job)) : 0;
+  const int64_t per_worker = aligned(target.scratch_floats(job));
   float* const memory = scratch.get(inputs.total() + per_worker * threads);
   inputs.place(job, memory);
   float* const workers = memory + inputs.total();

@@ -51,12 +51,12 @@ struct Blocking {
 struct Target {
   const char* name;
   Blocking a16, a8;
-  int64_t gemv8_rows;  // up to this M gemv serves in integer mode, if no piece has its lanes along columns
+  int64_t gemv8_rows;  // up to this M gemv serves in integer mode
   bool direct8;        // gemm in integer mode reads codes of 8 bits where they lie
   void (*prepare)(const Job&, int64_t block);
   void (*gemv)(const Job&, int64_t tile0, int64_t tile1, float* scratch);
   void (*gemm)(const Job&, int64_t tile0, int64_t tile1, float* scratch);
-  int64_t (*gemm_scratch)(const Job&);  // floats per thread
+  int64_t (*scratch_floats)(const Job&);  // of either, for each thread
 };
 
 // Tiles tile0 .. tile1-1 (of one band) of band `band`.

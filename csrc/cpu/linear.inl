@@ -269,12 +269,29 @@ MXQ_INLINE void fetch_codes(const Job& j, const Piece& p, int64_t tile, int64_t 
   unroll<BYTES / 64>([&](auto i) MXQ_LAMBDA { __builtin_prefetch(j.blob + p.codes + from + 64 * decltype(i)::value, 0, 2); });
 }
 
+// Floats for what gemv unpacks of a tile: the column-lane pieces of a band, in their order.
+static int64_t gemv_scratch(const Job& j) {
+  if (!SHORT || !j.a8 || j.m <= GEMV8_ROWS) return 0;
+  const Header& h = header(j.blob);
+  const Band* bands = at<Band>(j.blob, h.off_bands);
+  int64_t most = 0;
+  for (uint32_t b = 0; b < h.bands; b++) {
+    int64_t floats = 0;
+    for (uint32_t i = 0; i < bands[b].pieces; i++) {
+      const Piece& p = at<Piece>(j.blob, h.off_pieces)[bands[b].first_piece + i];
+      if (column_lanes(p.format)) floats += unpacked_floats(p);
+    }
+    most = floats > most ? floats : most;
+  }
+  return most;
+}
+
 // Blocks b0 .. b1-1 of x times tiles tile0 .. tile1-1.
-static void gemv_blocks(const Job& j, int64_t tile0, int64_t tile1, int64_t b0, int64_t b1) {
+static void gemv_blocks(const Job& j, int64_t tile0, int64_t tile1, int64_t b0, int64_t b1, float* scratch) {
   const TileRun run = find_tiles(j.blob, tile0, tile1);
   const int64_t end = tiles(run.band->r1 - run.band->r0);  // prefetching goes on beyond tile1: the next chunk is mostly this thread's as well
   const Piece* pieces = at<Piece>(j.blob, header(j.blob).off_pieces) + run.band->first_piece;
-  const bool sparse = header(j.blob).off_rowptr;
+  const bool sparse = header(j.blob).off_rowptr, unpacked = gemv_scratch(j);
   float sums[SPARSE_TILES * 16];
   for (int64_t i = 0; i < run.count; i++) {
     const int64_t tile = run.first + i, row0 = run.band->r0 + tile * 16, left = run.band->r1 - row0, rows = left < 16 ? left : 16;
@@ -289,14 +306,28 @@ static void gemv_blocks(const Job& j, int64_t tile0, int64_t tile1, int64_t b0, 
     fetch_ends(j, row0);
     if (sparse && j.m == 1 && tile + SPARSE_TILES < end) fetch_sparse(j, tile0 + i + SPARSE_TILES);
     for (uint32_t p = 0; p < run.band->pieces; p++) fetch_scales_ahead(j, pieces[p], tile, end);
+    float* to = scratch;
+    for (uint32_t p = 0; unpacked && p < run.band->pieces; p++) {
+      if (!column_lanes(pieces[p].format)) continue;
+      unpack_lut(j, pieces[p], tile, end, rows, to);
+      to += unpacked_floats(pieces[p]);
+    }
     for (int64_t b = b0; b < b1; b++) {
       const int64_t m0 = block_start(j, b), mr = block_start(j, b + 1) - m0;
       float acc[GEMV_BLOCK * 16] = {0};
+      const float* from = scratch;
       for (uint32_t piece = 0; piece < run.band->pieces; piece++) {
         const Piece& p = pieces[piece];
         unroll<GEMV_BLOCK>([&](auto m) MXQ_LAMBDA {
           constexpr int MR = decltype(m)::value + 1;
           if (mr != MR) return;
+          if constexpr (SHORT && MR <= GEMV8_BLOCK) {
+            if (unpacked && column_lanes(p.format)) {
+              gemv8_unpacked<MR>(j, p, from, m0, acc);
+              from += unpacked_floats(p);
+              return;
+            }
+          }
           if constexpr (MR <= GEMV8_BLOCK) {
             if (j.a8 && p.format.kind != FLOAT) return gemv8_piece<MR>(j, p, run.band->pieces, tile, end, rows, m0, acc);
           }
@@ -317,12 +348,13 @@ static int64_t gemv_pass(const Job& j) {
   return !j.a8 ? j.blocks : pass < 1 ? 1 : pass;
 }
 
-static void gemv(const Job& j, int64_t tile0, int64_t tile1, float*) {
+static void gemv(const Job& j, int64_t tile0, int64_t tile1, float* scratch) {
   const int64_t pass = gemv_pass(j);
-  for (int64_t b = 0; b < j.blocks; b += pass) gemv_blocks(j, tile0, tile1, b, b + pass < j.blocks ? b + pass : j.blocks);
+  for (int64_t b = 0; b < j.blocks; b += pass) gemv_blocks(j, tile0, tile1, b, b + pass < j.blocks ? b + pass : j.blocks, scratch);
 }
 
-static int64_t gemm_scratch(const Job& j) {
+static int64_t scratch_floats(const Job& j) {
+  if (!j.gemm) return gemv_scratch(j);
   return (int64_t)DEPTH * LDP + j.m * 16 * (j.a8 ? GEMM8_TILES : GEMM_TILES) + (j.a8 ? PANEL8 / 4 : 0);
 }
 
@@ -354,6 +386,6 @@ static void gemm(const Job& j, int64_t tile0, int64_t tile1, float* scratch) {
 
 extern const Target MXQ_TARGET_TABLE = {MXQ_TARGET_NAME, {MXQ_TARGET::GEMV_BLOCK, MXQ_TARGET::GEMM_BLOCK, MXQ_TARGET::GEMM_TILES},
                                         {MXQ_TARGET::GEMV8_BLOCK, MXQ_TARGET::GEMM8_BLOCK, MXQ_TARGET::GEMM8_TILES}, MXQ_TARGET::GEMV8_MOST, MXQ_TARGET::VNNI,
-                                        MXQ_TARGET::prepare, MXQ_TARGET::gemv, MXQ_TARGET::gemm, MXQ_TARGET::gemm_scratch};
+                                        MXQ_TARGET::prepare, MXQ_TARGET::gemv, MXQ_TARGET::gemm, MXQ_TARGET::scratch_floats};
 
 }  // namespace mxq

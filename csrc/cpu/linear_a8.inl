@@ -14,26 +14,24 @@ namespace MXQ_TARGET {
 // VNNI bytes of more than 7 bits are multiplied as signed ones.
 static constexpr int BIAS = VNNI ? 128 : 0;
 
+template <bool SMALL>
 MXQ_INLINE W dot_value(W acc, W u, W x) {
-  if constexpr (VNNI) return dot(acc, u, x);
+  if constexpr (SMALL || VNNI) return dot(acc, u, x);
   else return dot_signed(acc, u, x);
 }
 
-// Quads whose products may be added up in 16 bits, if no byte is larger than `largest` (0: signed bytes of 8 bits, which have none): dot_run().
+// The same in gemv, which adds products up in 16 bits first where it can. Quads that may be, if no byte is larger than `largest` (0: bytes of 8 bits, which
+// may not): see dot_run().
 static constexpr int run_of(int largest) {
   constexpr int ROOM = 32767 / (2 * 127);
   return largest * 8 <= ROOM ? 8 : largest * 4 <= ROOM ? 4 : largest * 2 <= ROOM ? 2 : 1;
 }
 // Adds the Q-th quad of a stripe to `sum`, or to `part` first.
 template <int LARGEST, int Q>
-MXQ_INLINE void dot_quad(W& sum, W& part, W u, W x) {
-  if constexpr (LARGEST || VNNI) dot_run<run_of(LARGEST), Q>(sum, part, u, x);
-  else sum = dot_signed(sum, u, x);
-}
-template <int LARGEST, int Q>
-MXQ_INLINE void dot_quad_four(W& sum, W& part, W u, const int8_t* x) {
+MXQ_INLINE void dot_quad(W& sum, W& part, W u, const int8_t* x) {
   if constexpr (VNNI) sum = dot_four(sum, u, x);
-  else dot_quad<LARGEST, Q>(sum, part, u, four_bytes(x));
+  else if constexpr (LARGEST) dot_run<run_of(LARGEST), Q>(sum, part, u, four_bytes(x));
+  else sum = dot_signed(sum, u, four_bytes(x));
 }
 
 // The top bits of signed codes in a word, inverted at once where field() would take an operation more for each quad.
@@ -115,6 +113,16 @@ struct Quads<8, IN_PLACE> {
     unroll<8>([&](auto v) MXQ_LAMBDA {
       f(v, Int<0>{}, field<0xffffffffu, (128 - BIAS) * 0x01010101u>(load_words(p + 64 * decltype(v)::value)));
     });
+  }
+};
+
+// Bytes as dot() wants them, of a tile that was unpacked.
+struct UnpackedQuads {
+  static constexpr int OFFSET = BIAS, BYTES = 512, LARGEST = 0;
+  static constexpr int SHIFTS = 1;
+  template <class F>
+  MXQ_INLINE void step(const uint8_t* p, const Bytes&, F&& f) {
+    unroll<8>([&](auto v) MXQ_LAMBDA { f(v, Int<0>{}, load_words(p + 64 * decltype(v)::value)); });
   }
 };
 
@@ -281,7 +289,7 @@ static void gemv8_tile(const Tile& t, const Bytes& table, const Input8& in, bool
         constexpr int Q = decltype(q)::value, S = decltype(s)::value == 0 && Q % 2 && SPLIT ? 8 : decltype(s)::value;
         unroll<MR>([&](auto m) MXQ_LAMBDA {
           constexpr int M = decltype(m)::value;
-          dot_quad_four<D::LARGEST, Q>(dots[M * SLOTS + S], parts[SHORT ? M : 0], u, x + M * in.stride + 4 * Q);
+          dot_quad<D::LARGEST, Q>(dots[M * SLOTS + S], parts[SHORT ? M : 0], u, x + M * in.stride + 4 * Q);
         });
       });
     }
@@ -319,7 +327,7 @@ static void gemv8_row(const uint8_t* p, const uint8_t* row, const Input8& in, co
   const auto add_quad = [&](W u, const int8_t* xq) MXQ_LAMBDA {
     unroll<MR>([&](auto m) MXQ_LAMBDA {
       constexpr int M = decltype(m)::value;
-      d[M] = dot_value(d[M], u, load_words(xq + M * in.stride));
+      d[M] = dot_value<false>(d[M], u, load_words(xq + M * in.stride));
     });
   };
   const auto end = [&](auto turn, int64_t g) MXQ_LAMBDA {
@@ -368,6 +376,51 @@ static void gemv8_lut(const Job& j, const Piece& p, int64_t tile, int64_t end, i
     transpose(t);
     store(acc + 16 * m, fma(add(sum_of<16>(t), set1(bias)), load(unit), load(acc + 16 * m)));
   }
+}
+
+// Columns c0 .. c1 of `rows` rows of a column-lane piece as bytes, [column/4][16 rows][4], a slice of 64 columns at a time: a transpose of words brings rows into the
+// lanes. `next`: codes to prefetch, a row's each `step` bytes.
+template <int BITS>
+static void unpack_rows(const uint8_t* words, int64_t step, const uint8_t* tables, int64_t rows, int64_t c0, int64_t c1, const uint8_t* next, uint8_t* out) {
+  Bytes table[16];
+  for (int64_t r = 0; r < rows; r++) {
+    table[r] = lut_table(tables + LUT_BYTES * r);
+    __builtin_prefetch(next + step * r, 0, 2), __builtin_prefetch(next + step * r + 64, 0, 2);
+  }
+  for (int64_t s = c0 / SLICE; s < c1 / SLICE; s++, out += 16 * 64) {
+    V block[16];
+    for (int64_t r = 0; r < 16; r++)
+      block[r] = r < rows ? as_floats(lookup_bytes(table[r], lut_quad<BITS>(words + step * r + s / 8 * BITS * 64, (int)(s % 8)))) : zero();
+    transpose(block);
+    for (int i = 0; i < 16; i++) store_words(out + 64 * i, as_words(block[i]));
+  }
+}
+
+static void unpack_rows(int bits, const uint8_t* words, int64_t step, const uint8_t* tables, int64_t rows, int64_t c0, int64_t c1, const uint8_t* next, uint8_t* out) {
+  switch (bits) {
+    case 2: return unpack_rows<2>(words, step, tables, rows, c0, c1, next, out);
+    case 3: return unpack_rows<3>(words, step, tables, rows, c0, c1, next, out);
+    default: return unpack_rows<4>(words, step, tables, rows, c0, c1, next, out);
+  }
+}
+
+// Tables for many rows of x, where SHORT says that a row's own kernel is slow: a tile is unpacked to bytes once, with a row to a lane, and then is one of
+// 8-bit codes for every block. In memory: the units of the 16 rows, then the bytes.
+static int64_t unpacked_floats(const Piece& p) { return 16 + 16 * padded_cols(p.format, p.c1 - p.c0) / 4; }
+static void unpack_lut(const Job& j, const Piece& p, int64_t tile, int64_t end, int64_t rows, float* out) {
+  const uint8_t *words = j.blob + p.codes + tile * 16 * p.code_step, *tables = j.blob + p.scales + tile * 16 * p.scale_step;
+  const uint8_t* next = words + (tile + 1 < end ? 16 * (int64_t)p.code_step : 0);
+  for (int64_t r = 0; r < 16; r++) out[r] = r < rows ? lut_unit(tables + r * p.scale_step) : 0.0f;
+  unpack_rows(p.format.bits, words, p.code_step, tables, rows, 0, padded_cols(p.format, p.c1 - p.c0), next, (uint8_t*)(out + 16));
+}
+template <int MR>
+static void gemv8_unpacked(const Job& j, const Piece& p, const float* unpacked, int64_t m0, float* acc) {
+  static constexpr uint16_t ONE = 0x3c00, ones[16] = {ONE, ONE, ONE, ONE, ONE, ONE, ONE, ONE, ONE, ONE, ONE, ONE, ONE, ONE, ONE, ONE};
+  const int64_t padded = padded_cols(p.format, p.c1 - p.c0);
+  const Tile t{{UNIFORM, 8, SYM, 0, 0}, (const uint8_t*)(unpacked + 16), (const uint8_t*)ones, nullptr, padded, padded, nullptr};
+  float sums[16 * MR] = {0};
+  gemv8_tile<UnpackedQuads, MR>(t, nf_table(), input8(j, p, m0), false, sums);
+  for (int m = 0; m < MR; m++) store(acc + 16 * m, fma(load(sums + 16 * m), load(unpacked), load(acc + 16 * m)));
 }
 
 template <int MR>
@@ -420,23 +473,6 @@ static void unpack_tile(const Tile& t, const Bytes& table, int64_t group, int64_
   }
 }
 
-// The same for `rows` rows of a column-lane piece, a slice of 16 rows at a time: a transpose of words brings rows into the lanes.
-template <int BITS>
-static void unpack_rows(const uint8_t* words, int64_t step, const uint8_t* tables, int64_t rows, int64_t c0, int64_t c1, const uint8_t* next, uint8_t* out) {
-  Bytes table[16];
-  for (int64_t r = 0; r < rows; r++) {
-    table[r] = lut_table(tables + LUT_BYTES * r);
-    __builtin_prefetch(next + step * r, 0, 2), __builtin_prefetch(next + step * r + 64, 0, 2);
-  }
-  for (int64_t s = c0 / SLICE; s < c1 / SLICE; s++, out += 16 * 64) {
-    V block[16];
-    for (int64_t r = 0; r < 16; r++)
-      block[r] = r < rows ? as_floats(lookup_bytes(table[r], lut_quad<BITS>(words + step * r + s / 8 * BITS * 64, (int)(s % 8)))) : zero();
-    transpose(block);
-    for (int i = 0; i < 16; i++) store_words(out + 64 * i, as_words(block[i]));
-  }
-}
-
 // The codes that the next panel will take from the place of `tile`: the same tile's next columns, or the next chunk's first ones. (At the very
 // end that is no weight at all; it is only prefetched.)
 static const uint8_t* next_codes(const Job& j, const Piece& p, int64_t tile, int64_t c0) {
@@ -459,13 +495,7 @@ static void unpack_panel(const Job& j, const Piece& p, int64_t tile, int64_t row
   const int64_t unit = column_lanes(p.format) ? 16 : 1;  // steps per tile
   const uint8_t *words = j.blob + p.codes + tile * unit * p.code_step, *tables = j.blob + p.scales + tile * unit * p.scale_step;
   const uint8_t* next = next_codes(j, p, tile, c0);
-  if (p.format.kind == LUT) {
-    switch (p.format.bits) {
-      case 2: return unpack_rows<2>(words, p.code_step, tables, rows, c0, c1, next, out);
-      case 3: return unpack_rows<3>(words, p.code_step, tables, rows, c0, c1, next, out);
-      default: return unpack_rows<4>(words, p.code_step, tables, rows, c0, c1, next, out);
-    }
-  }
+  if (p.format.kind == LUT) return unpack_rows(p.format.bits, words, p.code_step, tables, rows, c0, c1, next, out);
   const Tile t = tile_of(j.blob, p, tile);
   if (c1 > t.padded) c1 = t.padded;  // x is padded further; what is behind the tile's last column is multiplied by its zeros
   const Bytes table = nf_table();
@@ -485,13 +515,13 @@ static void unpack_panel(const Job& j, const Piece& p, int64_t tile, int64_t row
 struct Reading {
   Format format;  // zero: INT only if it has not been folded into the bytes
   int offset;
-  int run;        // quads that are added up in 16 bits; 0: bytes of 8 bits
+  bool small;
   float unit;     // 1/127 for nf
   bool late;      // scales_late()
 };
 static Reading reading(Format f, bool late) {
   const bool small = f.kind == UNIFORM && f.bits < 8, fold = small && f.zero == INT;
-  Reading r{f, small ? 1 << (f.bits - 1) : BIAS, small ? run_of((2 << (f.bits - !fold)) - 1) : 0, f.kind == NF ? 1.0f / 127.0f : 1.0f, late};
+  Reading r{f, small ? 1 << (f.bits - 1) : BIAS, small, f.kind == NF ? 1.0f / 127.0f : 1.0f, late};
   if (fold) r.format.zero = SYM, r.offset = 1 << f.bits;
   if (f.zero == FLOATZERO) r.offset -= 1 << (f.bits - 1);
   return r;
@@ -500,19 +530,18 @@ static Reading reading(Format f, bool late) {
 // acc[m][lda] += one group, or = if it is the `first`: `quads` quads of NV tiles times MR rows of x, `stride` bytes apart. Meanwhile the codes at `next` and `other`,
 // if not null, are prefetched, 64 bytes of each a quad: as one burst while unpacking they would overrun the queue of outstanding loads, and the
 // next panel would wait for memory. A block that is ALONE has no other to share that with: it also fetches what lies `third` bytes behind each of the two.
-template <int NV, int MR, int LARGEST, bool ALONE>
+template <int NV, int MR, bool SMALL, bool ALONE>
 static void gemm8_block(const uint8_t* panel, int64_t tile_step, const int8_t* x, int64_t stride, int64_t quads, Reading how, const GroupScale* scales, const float* units,
                         const int32_t* sums, bool first, float* acc, int64_t lda, const uint8_t* next, const uint8_t* other, int64_t third) {
-  W d[MR * NV], parts[SHORT ? MR * NV : 1];
+  W d[MR * NV];
   unroll<MR>([&](auto m) MXQ_LAMBDA {
     const W start = ints(-how.offset * sums[decltype(m)::value]);
     unroll<NV>([&](auto v) MXQ_LAMBDA { d[decltype(m)::value * NV + decltype(v)::value] = start; });
   });
-  // Several quads a turn: the end of a loop of 64 turns is not foreseen, that of one of 16 is. Groups are whole stripes of 8 quads.
-  constexpr int TURN = SHORT ? 8 : 4;
-  for (int64_t q = 0; q < quads; q += TURN, panel += 64 * TURN, x += 4 * TURN) {
+  // Four quads a turn: the end of a loop of 64 turns is not foreseen, that of one of 16 is.
+  for (int64_t q = 0; q < quads; q += 4, panel += 256, x += 16) {
     if (next) {
-      unroll<TURN>([&](auto i) MXQ_LAMBDA {
+      unroll<4>([&](auto i) MXQ_LAMBDA {
         __builtin_prefetch(next + 64 * decltype(i)::value, 0, 2);
         __builtin_prefetch(other + 64 * decltype(i)::value, 0, 2);
         if constexpr (ALONE) {
@@ -520,9 +549,9 @@ static void gemm8_block(const uint8_t* panel, int64_t tile_step, const int8_t* x
           __builtin_prefetch(other + third + 64 * decltype(i)::value, 0, 2);
         }
       });
-      next += 64 * TURN, other += 64 * TURN;
+      next += 256, other += 256;
     }
-    unroll<TURN>([&](auto i) MXQ_LAMBDA {
+    unroll<4>([&](auto i) MXQ_LAMBDA {
       constexpr int I = decltype(i)::value;
       W u[NV];
       unroll<NV>([&](auto v) MXQ_LAMBDA { u[decltype(v)::value] = load_words(panel + tile_step * decltype(v)::value + 64 * I); });
@@ -532,7 +561,7 @@ static void gemm8_block(const uint8_t* panel, int64_t tile_step, const int8_t* x
         if constexpr (NV > 1) pin(b);  // one load for all tiles
         unroll<NV>([&](auto v) MXQ_LAMBDA {
           constexpr int D = M * NV + decltype(v)::value;
-          dot_quad<LARGEST, I>(d[D], parts[SHORT ? D : 0], u[decltype(v)::value], b);
+          d[D] = dot_value<SMALL>(d[D], u[decltype(v)::value], b);
         });
       });
     });
@@ -581,14 +610,12 @@ struct PanelJob {
   const float* late;                 // what the sums are multiplied with at their end, or null
 };
 
-// NV: the chunk's tiles, or 1, if the micro-kernel takes one after the other.
-template <int NV, int LARGEST>
+template <int NV, bool SMALL>
 static void gemm8_all_blocks(const Job& j, const GemmChunk& k, const PanelJob& a) {
   // No division in here: a micro-kernel takes some 400 cycles, and its addresses would wait for one.
   const Input8& in = a.in;
-  const int64_t count = GEMM8_VECTORS == 1 ? k.count : NV;
   const int64_t size = j.m / j.blocks, larger = j.m % j.blocks, first = a.c0 / in.group;
-  int64_t tile = a.next_bytes ? 0 : count, fetched = 0;
+  int64_t tile = a.next_bytes ? 0 : NV, fetched = 0;
   for (int64_t b = 0, m0 = 0, mr; b < j.blocks; b++, m0 += mr) {
     mr = size + (b < larger);
     const float* units = in.units + first * in.step + m0;
@@ -599,23 +626,21 @@ static void gemm8_all_blocks(const Job& j, const GemmChunk& k, const PanelJob& a
     for (int64_t c = a.c0; c < a.c1; c += in.group, begin = false) {  // the groups of the panel, while the sums are in L1
       const int64_t width = a.c1 - c < in.group ? a.c1 - c : in.group, full = in.stride - c < in.group ? in.stride - c : in.group;
       const int8_t* x = a.x + c * j.m + m0 * full;
-      for (int64_t t = 0; t < count; t += NV) {
-        const uint8_t* panel = a.panel + (c - a.c0) * 16 + t * a.tile_step;
-        const uint8_t* next = tile < count ? a.next[tile] + fetched : nullptr;  // two tiles at a time
-        const uint8_t* other = tile + 1 < count ? a.next[tile + 1] + fetched : next;
-        unroll<GEMM8_BLOCK>([&](auto m) MXQ_LAMBDA {
-          constexpr int MR = decltype(m)::value + 1;
-          if (mr != MR) return;
-          if constexpr (NV == 4) {
-            if (next && j.blocks == 1)
-              return gemm8_block<NV, MR, LARGEST, true>(panel, a.tile_step, x, full, width / 4, a.how, scales, units, sums, begin, acc, k.lda, next, other, a.next[2] - a.next[0]);
-          }
-          gemm8_block<NV, MR, LARGEST, false>(panel, a.tile_step, x, full, width / 4, a.how, scales + t, units, sums, begin, acc + 16 * t, k.lda, next, other, 0);
-        });
-        fetched += width / 4 * 64;
-        if (fetched >= a.next_bytes) tile += 2, fetched = 0;
-      }
+      const uint8_t* panel = a.panel + (c - a.c0) * 16;
+      const uint8_t* next = tile < NV ? a.next[tile] + fetched : nullptr;  // two tiles at a time
+      const uint8_t* other = tile + 1 < NV ? a.next[tile + 1] + fetched : next;
+      unroll<GEMM8_BLOCK>([&](auto m) MXQ_LAMBDA {
+        constexpr int MR = decltype(m)::value + 1;
+        if (mr != MR) return;
+        if constexpr (NV == 4) {
+          if (next && j.blocks == 1)
+            return gemm8_block<NV, MR, SMALL, true>(panel, a.tile_step, x, full, width / 4, a.how, scales, units, sums, begin, acc, k.lda, next, other, a.next[2] - a.next[0]);
+        }
+        gemm8_block<NV, MR, SMALL, false>(panel, a.tile_step, x, full, width / 4, a.how, scales, units, sums, begin, acc, k.lda, next, other, 0);
+      });
       units += in.step, sums += in.step, scales += GEMM8_TILES;
+      fetched += width / 4 * 64;
+      if (fetched >= a.next_bytes) tile += 2, fetched = 0;
     }
     if (a.last) finish_block(j, k, m0, mr, a.late);  // now, while its sums are in L1
   }
@@ -655,14 +680,11 @@ static void gemm8_piece(const Job& j, const GemmChunk& k, uint32_t index, uint32
       for (int64_t t = 0; t < k.count; t++) store(late + 16 * t, scales[t].scale);
       a.late = late;
     }
-    unroll<GEMM8_VECTORS>([&](auto n) MXQ_LAMBDA {
+    unroll<GEMM8_TILES>([&](auto n) MXQ_LAMBDA {
       constexpr int NV = decltype(n)::value + 1;
-      if (GEMM8_VECTORS > 1 && k.count != NV) return;
-      if (VNNI || !a.how.run) return gemm8_all_blocks<NV, 0>(j, k, a);
-      if constexpr (SHORT) {
-        if (a.how.run == 8) return gemm8_all_blocks<NV, 15>(j, k, a);
-      }
-      if constexpr (!VNNI) gemm8_all_blocks<NV, 127>(j, k, a);  // the largest that there is: 6 bits with a zero folded in
+      if (k.count != NV) return;
+      if (a.how.small) gemm8_all_blocks<NV, true>(j, k, a);
+      else gemm8_all_blocks<NV, VNNI>(j, k, a);
     });
   }
 }

@@ -28,21 +28,23 @@ bool same_input(const Job& a, const Job& b) {
 
 void linear_group(const GroupItem* items, int count, const void* x, int64_t ldx, int type, int64_t m, int threads) {
   const auto in_integers = [&](const GroupItem& i) { return i.a8 && header(i.blob).slots8; };
+  const Target& target = current_target();
   int64_t work = 0, tiles_of_all = 0;
-  bool gemm = false;
+  bool apart = m > GEMV_ROWS;
   for (const GroupItem* i = items; i < items + count; i++) {
     const Header& h = header(i->blob);
     work += int64_t(h.n) * h.k * m, tiles_of_all += h.tiles;
-    gemm = gemm || uses_gemm(i->blob, m, in_integers(*i));
+    Job job{};
+    job.blob = i->blob, job.m = m, job.a8 = in_integers(*i), job.gemm = uses_gemm(i->blob, m, job.a8);
+    apart = apart || target.scratch_floats(job);
   }
   threads = useful_threads(work, threads);
   // Alone, one after the other is as fast and has each weight's first bytes fetched early; many rows have enough work for a section each.
-  if (threads == 1 || gemm || count == 1 || count > MAX_ITEMS) {
+  if (threads == 1 || apart || count == 1 || count > MAX_ITEMS) {
     for (const GroupItem* i = items; i < items + count; i++) linear(i->blob, x, ldx, type, m, i->y, i->bias, i->bias_type, i->a8, threads);
     return;
   }
 
-  const Target& target = current_target();
   Job jobs[MAX_ITEMS];
   int from[MAX_ITEMS];  // whose input an item reads
   int64_t floats = 0;

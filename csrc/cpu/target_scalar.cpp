@@ -10,7 +10,7 @@ namespace mxq::scalar {
 // 16 registers of 4 lanes, four for each vector: two rows of x are all that they hold.
 static constexpr int GEMV_BLOCK = 2, GEMM_BLOCK = 2, GEMM_TILES = 1;
 static constexpr int GEMV_CHAINS_1 = 2, GEMV_CHAINS_2 = 1, GEMV_CHAINS_END = 0;
-static constexpr int GEMV8_BLOCK = 2, GEMM8_BLOCK = 2, GEMM8_TILES = 1, GEMM8_VECTORS = 1;
+static constexpr int GEMV8_BLOCK = 2, GEMM8_BLOCK = 2, GEMM8_TILES = 1;
 static constexpr int64_t GEMV8_MOST = GEMV8_ROWS;
 }  // namespace mxq::scalar
 
