@@ -229,8 +229,8 @@ TABLES: dict[str, list[tuple[str, Callable[[dict], list[str]]]]] = {
     "README.md": [("demo.json", demo_table), ("frameworks.json", files_table), ("decode-cpu.json", decode_table), ("linear-cpu.json", widths_table),
                   ("linear-cuda.json", gpu_table)],
     "docs/quality.md": [("quality.json", quality_table), ("reconstruction.json", reconstruction_table), ("autoround.json", autoround_table)],
-    "docs/performance.md": [("linear-cpu-zen4.json", shapes_table), ("linear-cpu-avx2.json", shapes_table), ("linear-cpu.json", speed_table),
-                            ("attention-cpu.json", attention_table)],
+    "docs/performance.md": [("linear-cpu-zen4.json", shapes_table), ("linear-cpu-avx2.json", shapes_table),
+                            ("decode-cpu-avx2.json", decode_table), ("linear-cpu.json", speed_table), ("attention-cpu.json", attention_table)],
     "docs/kv.md": [("kv-quality.json", kv_table), ("kv-joint.json", joint_table)]}
 
 
