@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import poison_memory
-from test_kv_ops import LENGTHS, LIMIT, OPTIONS, ROWS, check_packing, heavy, numbers, packed, peculiar
+from test_kv_ops import LENGTHS, LIMIT, OPTIONS, ROWS, check_document, check_packing, heavy, numbers, packed, peculiar
 
 from mxq_ext.errors import FormatError
 from mxq_ext.kv import ops, reference
@@ -67,13 +67,7 @@ def test_pages_are_what_the_document_says(bits):
     for (side, groups), d in itertools.product((("keys", ops.KEY_GROUPS), ("values", ops.VALUE_GROUPS)), (16, 80, 128)):
         for group in groups:
             fmt, x = PageFormat(side, bits, group, d, levels(bits), 32 * (group == 64)), peculiar(d)
-            codes, params = packed(x, fmt, ops.pack_page_ref)
-            read = ops.unpack_page_ref(codes, params, fmt)
-            for h in range(x.shape[1]):
-                want_codes, want_params = reference.pack(x[0, h].numpy(), fmt)
-                assert codes[h].numpy().tobytes() == want_codes and params[h].numpy().tobytes() == want_params.tobytes(), (fmt, h)
-                want = reference.unpack(want_codes, want_params, fmt).astype(np.float32)
-                assert np.array_equal(read[0, h].numpy(), want, equal_nan=True), (fmt, h)
+            check_document(x, fmt)
 
 
 @pytest.mark.parametrize("bits", ops.LEVEL_BITS)
@@ -134,15 +128,13 @@ def turned_cases(turned, seed):
         yield i, queries, ratio, d, rope(half, i) if half else None
 
 
-@pytest.mark.parametrize("turned", [False, True])
-@pytest.mark.parametrize("key_bits, value_bits, books", [*BOOKS, *((b, b, (False, False)) for b in ops.BITS)])
-def test_attention_is_that_over_the_dequantized_cache(key_bits, value_bits, books, turned, target):
+def check_attention(key_bits, value_bits, books, outliers, turned, what):
     """Kernels and twin against numpy, which dequantizes, turns and attends in float64."""
-    if not turned and books == (False, False):
-        pytest.skip("the ordinary cache: test_kv_ops.py")
     got, twin, want = [], [], []
     for i, queries, ratio, d, turns in turned_cases(turned, key_bits + value_bits):
-        key, value = formats(key_bits, value_bits, d, ((64, 32)[i % 2], (0, 32, 64, 128)[i % 4]), books)
+        if any(outliers):
+            d = 64 if d < max(outliers) // 8 else 256 if d == 128 else d
+        key, value = formats(key_bits, value_bits, d, ((64, 32)[i % 2], (0, 32, 64, 128)[i % 4]), books, outliers)
         args, k, v = cache(key, value, turns, 1 + i % 2, 1 + i % 3 // 2, *LENGTHS[(i + key_bits) % len(LENGTHS)], seed=i)
         q = numbers(k.shape[0], k.shape[1] * ratio, queries, d, seed=50 + i)
         options = OPTIONS[(i + value_bits) % len(OPTIONS)]
@@ -150,8 +142,16 @@ def test_attention_is_that_over_the_dequantized_cache(key_bits, value_bits, book
         got.append(ops.attend(q, *args, **options).flatten())
         twin.append(ops.attend_ref(q, *args, **options).flatten())
         assert numeric.error(got[-1], want[-1]) < 10 * LIMIT, (q.shape, key, value, options)
-    numeric.check(torch.cat(got), np.concatenate(want), LIMIT, f"{key_bits}/{value_bits} {target}")
+    numeric.check(torch.cat(got), np.concatenate(want), LIMIT, what)
     numeric.check(torch.cat(twin), np.concatenate(want), LIMIT, f"{key_bits}/{value_bits} twin")
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("key_bits, value_bits, books", [*BOOKS, *((b, b, (False, False)) for b in ops.BITS)])
+def test_attention_is_that_over_the_dequantized_cache(key_bits, value_bits, books, turned, target):
+    if not turned and books == (False, False):
+        pytest.skip("the ordinary cache: test_kv_ops.py")
+    check_attention(key_bits, value_bits, books, (0, 0), turned, f"{key_bits}/{value_bits} {target}")
 
 
 #: (bits of keys, of values, whether there are codebooks, outliers of keys and of values)
@@ -161,19 +161,7 @@ SPARSE = [(2, 3, True, (48, 48)), (3, 2, True, (16, 0)), (4, 4, False, (0, 80)),
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("key_bits, value_bits, book, outliers", SPARSE)
 def test_attention_with_outliers_is_that_over_the_dequantized_cache(key_bits, value_bits, book, outliers, turned, target):
-    got, twin, want = [], [], []
-    for i, queries, ratio, d, turns in turned_cases(turned, key_bits + value_bits):
-        d = 64 if d < max(outliers) // 8 else 256 if d == 128 else d
-        key, value = formats(key_bits, value_bits, d, ((64, 32)[i % 2], (0, 32, 64, 128)[i % 4]), (book, book), outliers)
-        args, k, v = cache(key, value, turns, 1 + i % 2, 1 + i % 3 // 2, *LENGTHS[(i + key_bits) % len(LENGTHS)], seed=i)
-        q = numbers(k.shape[0], k.shape[1] * ratio, queries, d, seed=50 + i)
-        options = OPTIONS[(i + value_bits) % len(OPTIONS)]
-        want.append(reference.attend(q.numpy(), k, v, **options).ravel())
-        got.append(ops.attend(q, *args, **options).flatten())
-        twin.append(ops.attend_ref(q, *args, **options).flatten())
-        assert numeric.error(got[-1], want[-1]) < 10 * LIMIT, (q.shape, key, value, options)
-    numeric.check(torch.cat(got), np.concatenate(want), LIMIT, f"{key_bits}/{value_bits} with {outliers} outliers {target}")
-    numeric.check(torch.cat(twin), np.concatenate(want), LIMIT, f"{key_bits}/{value_bits} twin")
+    check_attention(key_bits, value_bits, (book, book), outliers, turned, f"{key_bits}/{value_bits} with {outliers} outliers {target}")
 
 
 def test_far_positions(target):

@@ -100,6 +100,17 @@ def peculiar(d) -> torch.Tensor:
     return x
 
 
+def check_document(x, fmt):
+    """The twin's pages of x [1, H, 64, D], and what it reads of them, are those of reference.py to the bit."""
+    codes, params = packed(x, fmt, ops.pack_page_ref)
+    values = ops.unpack_page_ref(codes, params, fmt)
+    for h in range(x.shape[1]):
+        want_codes, want_params = reference.pack(x[0, h].numpy(), fmt)
+        assert codes[h].numpy().tobytes() == want_codes and params[h].numpy().tobytes() == want_params.tobytes(), (fmt, h)
+        want = reference.unpack(want_codes, want_params, fmt).astype(np.float32)
+        assert np.array_equal(values[0, h].numpy(), want, equal_nan=True), (fmt, h)
+
+
 def check_packing(bits, heads, levels=None, outliers=0):
     """Pages of every side and group, of heads of these dimensions: the fast kernels write and read the same bits as the twin."""
     for d, (side, groups) in itertools.product(heads, (("keys", ops.KEY_GROUPS), ("values", ops.VALUE_GROUPS))):
@@ -124,13 +135,7 @@ def test_pages_with_outliers_are_what_the_document_says(bits):
     for (side, groups), (d, outliers) in itertools.product((("keys", ops.KEY_GROUPS), ("values", (0, 64))), ((16, 16), (16, 128), (80, 48))):
         for group in groups:
             fmt, x = PageFormat(side, bits, group, d, None, outliers), torch.cat([peculiar(d), heavy(1, 2, 64, d)], 1)
-            codes, params = packed(x, fmt, ops.pack_page_ref)
-            values = ops.unpack_page_ref(codes, params, fmt)
-            for h in range(x.shape[1]):
-                want_codes, want_params = reference.pack(x[0, h].numpy(), fmt)
-                assert codes[h].numpy().tobytes() == want_codes and params[h].numpy().tobytes() == want_params.tobytes(), (fmt, h)
-                want = reference.unpack(want_codes, want_params, fmt).astype(np.float32)
-                assert np.array_equal(values[0, h].numpy(), want, equal_nan=True), (fmt, h)
+            check_document(x, fmt)
 
 
 @pytest.mark.parametrize("bits", (2, 3, 4, 8))

@@ -39,7 +39,7 @@ static constexpr int64_t MAX_ROWS = 512;
 // matrix kernel reads (gemm), once in all. Measured at 4096 x 4096 with AVX-512: gemv takes 0.14 ms a row (lut 0.2), gemm 0.13 and 0.6 for
 // the panels (lut 1.9), so that they meet between 25 and 45 rows; 16 is where every format and target still gains.
 static constexpr int64_t GEMV_ROWS = 16;
-static constexpr int64_t GEMV8_ROWS = 8;  // the same in integer mode, where the target does not say otherwise
+static constexpr int64_t GEMV8_ROWS = 8;  // the same in integer mode; where gemv serves more (GEMV8_MOST), beyond it tables are unpacked first
 static constexpr int64_t DIRECT8_ROWS = 2;  // and for bytes that gemm multiplies where they lie: there is no panel to pay for
 
 // Sizes of the micro-kernels: rows of x at most, and row tiles of a gemm chunk.

@@ -269,9 +269,12 @@ MXQ_INLINE void fetch_codes(const Job& j, const Piece& p, int64_t tile, int64_t 
   unroll<BYTES / 64>([&](auto i) MXQ_LAMBDA { __builtin_prefetch(j.blob + p.codes + from + 64 * decltype(i)::value, 0, 2); });
 }
 
-// Floats for what gemv unpacks of a tile: the column-lane pieces of a band, in their order.
+// Whether gemv unpacks the column-lane pieces of a tile before all blocks pass by it.
+static bool gemv_unpacks(const Job& j) { return SHORT && j.a8 && j.m > GEMV8_ROWS; }
+
+// Floats for what it unpacks: the column-lane pieces of a band, in their order.
 static int64_t gemv_scratch(const Job& j) {
-  if (!SHORT || !j.a8 || j.m <= GEMV8_ROWS) return 0;
+  if (!gemv_unpacks(j)) return 0;
   const Header& h = header(j.blob);
   const Band* bands = at<Band>(j.blob, h.off_bands);
   int64_t most = 0;
@@ -291,7 +294,7 @@ static void gemv_blocks(const Job& j, int64_t tile0, int64_t tile1, int64_t b0, 
   const TileRun run = find_tiles(j.blob, tile0, tile1);
   const int64_t end = tiles(run.band->r1 - run.band->r0);  // prefetching goes on beyond tile1: the next chunk is mostly this thread's as well
   const Piece* pieces = at<Piece>(j.blob, header(j.blob).off_pieces) + run.band->first_piece;
-  const bool sparse = header(j.blob).off_rowptr, unpacked = gemv_scratch(j);
+  const bool sparse = header(j.blob).off_rowptr, unpacked = gemv_unpacks(j);
   float sums[SPARSE_TILES * 16];
   for (int64_t i = 0; i < run.count; i++) {
     const int64_t tile = run.first + i, row0 = run.band->r0 + tile * 16, left = run.band->r1 - row0, rows = left < 16 ? left : 16;

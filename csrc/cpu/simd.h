@@ -588,8 +588,8 @@ MXQ_INLINE W four_bytes(const int8_t* p) { int32_t v; memcpy(&v, p, 4); return i
 MXQ_INLINE W dot_four(W acc, W u, const int8_t* x) { return dot(acc, u, four_bytes(x)); }
 #endif
 // sum += u * x as dot() does, of the Q-th of RUN quads that follow one another. Where products come out as 16 bits they are added up in `part` as
-// such, and widened once a run: u * x of a run's 2 RUN bytes to a lane must fit 16 bits. SHORT: the target does so. (AVX-512 without VNNI could;
-// its micro-kernel has no registers left for it.)
+// such, and widened once a run: u * x of a run's 2 RUN bytes to a lane must fit 16 bits. SHORT: the target does so. (AVX-512 without VNNI could,
+// too; there was no such processor to measure it on.)
 #if defined(MXQ_AVX2)
 static constexpr bool SHORT = true;
 template <int RUN, int Q>
