@@ -11,6 +11,8 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 DEMO_ARGS   ?=
 BENCH_ARGS  ?=
 PYTEST_ARGS ?=
+# Processes that share the test files, one thread each: a core and up to 4 GB of memory for each of them. 0: none beside pytest itself, for a debugger.
+PYTEST_WORKERS ?= 2
 
 READY  := $(VENV)/.ready
 INPUTS := pyproject.toml setup.py .ci/venv.py $(wildcard third_party/*.txt) $(shell find csrc -type f)
@@ -26,7 +28,7 @@ test: VENV_ARGS = --cuda-compiler --extras nsga,tasks
 # The linter's verdict counts, but pytest runs in any case and has the last word.
 test: $(READY)
 	@$(VENV)/bin/ruff check .; lint=$$?; \
-	$(VENV)/bin/python -m pytest --cov --cov-report=term $(PYTEST_ARGS); tests=$$?; \
+	$(VENV)/bin/python -m pytest --cov --cov-report=term -n $(PYTEST_WORKERS) --dist loadfile $(PYTEST_ARGS); tests=$$?; \
 	exit $$((lint > tests ? lint : tests))
 
 lint: $(READY)

@@ -47,7 +47,7 @@ void linear(const uint8_t* blob, const void* x, int64_t ldx, int type, int64_t m
 
   Job job{};
   job.blob = blob, job.ldx = ldx, job.type = type, job.bias = bias, job.bias_type = bias_type, job.m = pass, job.gemm = uses_gemm(blob, m, a8), job.a8 = a8;
-  const InputSizes inputs(h, pass, a8);
+  const InputSizes inputs(h, pass, a8, target.signs_apart);
   const int64_t per_worker = aligned(target.scratch_floats(job));
   float* const memory = scratch.get(inputs.total() + per_worker * threads);
   inputs.place(job, memory);

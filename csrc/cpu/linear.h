@@ -26,6 +26,8 @@ struct Job {
   float* units;       // int8 slots: scales, sums of codes, codes
   int32_t* byte_sums;
   int8_t* bytes;
+  int8_t* apart;       // int8 slots of a target that wants signs_apart: magnitudes and signs of the codes,
+  int32_t* negatives;  // and sums of the magnitudes of negative ones
 };
 
 static inline int64_t block_start(const Job& j, int64_t b) {
@@ -53,6 +55,7 @@ struct Target {
   Blocking a16, a8;
   int64_t gemv8_rows;  // up to this M gemv serves in integer mode
   bool direct8;        // gemm in integer mode reads codes of 8 bits where they lie
+  bool signs_apart;    // integer mode reads codes of x by magnitude and sign, too
   void (*prepare)(const Job&, int64_t block);
   void (*gemv)(const Job&, int64_t tile0, int64_t tile1, float* scratch);
   void (*gemm)(const Job&, int64_t tile0, int64_t tile1, float* scratch);

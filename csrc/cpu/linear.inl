@@ -93,7 +93,7 @@ MXQ_INLINE float round_group(const float* in, int64_t width, int8_t* out, int32_
   return largest < 0x1p-100f ? 0.0f : largest / 127.0f;
 }
 
-// The int8 slots of one block.
+// The int8 slots of one block: codes [m][column], by groups for gemm, or STRIPED [column/32][m][32].
 static void prepare_bytes(const Job& j, int64_t m0, int64_t mr) {
   const Header& h = header(j.blob);
   const Slot8* slots = at<Slot8>(j.blob, h.off_slots8);
@@ -111,8 +111,17 @@ static void prepare_bytes(const Job& j, int64_t m0, int64_t mr) {
         const float* in = gathered;
         if (!perm && j.type == F32 && part.c1 - part.c0 == part.padded) in = (const float*)j.x + (m0 + m) * j.ldx + part.c0;
         else gather_row(j, m0 + m, part, perm, gathered);
-        const int64_t to = j.gemm ? c0 * j.m + (m0 + m) * width : (m0 + m) * s.padded + c0, index = (s.scales + g) * j.m + m0 + m;
-        j.units[index] = round_group(in, width, j.bytes + s.start * j.m + to, j.byte_sums[index]);
+        const int64_t index = (s.scales + g) * j.m + m0 + m;
+        if constexpr (STRIPED) {
+          const int64_t first = s.start * j.m + m0 * s.padded + c0 * mr;
+          int8_t codes[A8_GROUP];
+          j.units[index] = round_group(in, width, codes, j.byte_sums[index]);
+          for (int64_t c = 0; c < width; c += STRIPE) memcpy(j.bytes + first + c * mr + m * STRIPE, codes + c, STRIPE);
+          j.negatives[index] = (split_signs(codes, width, j.apart + 2 * (first + m * STRIPE), 2 * mr * STRIPE) - j.byte_sums[index]) / 2;
+        } else {
+          const int64_t to = j.gemm ? c0 * j.m + (m0 + m) * width : (m0 + m) * s.padded + c0;
+          j.units[index] = round_group(in, width, j.bytes + s.start * j.m + to, j.byte_sums[index]);
+        }
       }
     }
   }
@@ -372,7 +381,7 @@ static void gemm(const Job& j, int64_t tile0, int64_t tile1, float* scratch) {
   if (!integer(0)) memset(acc, 0, sizeof(float) * j.m * lda);  // gemm8 begins sums itself
   for (uint32_t i = 0; i < run.band->pieces; i++) {
     if (integer(i)) {
-      gemm8_piece(j, chunk, i, run.band->pieces, (uint8_t*)panel8);
+      if constexpr (GEMV8_MOST < INT64_MAX) gemm8_piece(j, chunk, i, run.band->pieces, (uint8_t*)panel8);
     } else {
       for (int64_t t = 0; t < run.count; t += GEMM_TILES) {
         const int64_t count = run.count - t < GEMM_TILES ? run.count - t : GEMM_TILES;
@@ -388,7 +397,7 @@ static void gemm(const Job& j, int64_t tile0, int64_t tile1, float* scratch) {
 }  // namespace MXQ_TARGET
 
 extern const Target MXQ_TARGET_TABLE = {MXQ_TARGET_NAME, {MXQ_TARGET::GEMV_BLOCK, MXQ_TARGET::GEMM_BLOCK, MXQ_TARGET::GEMM_TILES},
-                                        {MXQ_TARGET::GEMV8_BLOCK, MXQ_TARGET::GEMM8_BLOCK, MXQ_TARGET::GEMM8_TILES}, MXQ_TARGET::GEMV8_MOST, MXQ_TARGET::VNNI,
+                                        {MXQ_TARGET::GEMV8_BLOCK, MXQ_TARGET::GEMM8_BLOCK, MXQ_TARGET::GEMM8_TILES}, MXQ_TARGET::GEMV8_MOST, MXQ_TARGET::VNNI, MXQ_TARGET::APART,
                                         MXQ_TARGET::prepare, MXQ_TARGET::gemv, MXQ_TARGET::gemm, MXQ_TARGET::scratch_floats};
 
 }  // namespace mxq

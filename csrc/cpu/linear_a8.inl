@@ -11,17 +11,17 @@ namespace MXQ_TARGET {
 // ------------------------------------------------------------------------------------------------------------------------ quads
 
 // What dot() multiplies is `value + OFFSET`, an unsigned byte, for the sake of vpdpbusd; the groups' sums of x take OFFSET out again. Without
-// VNNI bytes of more than 7 bits are multiplied as signed ones.
-static constexpr int BIAS = VNNI ? 128 : 0;
+// VNNI bytes of more than 7 bits are multiplied as signed ones, or APART, where x itself takes BIAS out.
+static constexpr int BIAS = VNNI || APART ? 128 : 0, OFFSET8 = VNNI ? BIAS : 0;
 
 template <bool SMALL>
 MXQ_INLINE W dot_value(W acc, W u, W x) {
-  if constexpr (SMALL || VNNI) return dot(acc, u, x);
+  if constexpr (SMALL || VNNI || APART) return dot(acc, u, x);
   else return dot_signed(acc, u, x);
 }
 
-// The same in gemv, which adds products up in 16 bits first where it can. Quads that may be, if no byte is larger than `largest` (0: bytes of 8 bits, which
-// may not): see dot_run().
+// The same in gemv, which adds products up in 16 bits first where it can, and multiplies bytes of 8 bits as dot_apart() does. Quads that may be added up, if no
+// byte is larger than `largest` (0: bytes of 8 bits, which may not): see dot_run().
 static constexpr int run_of(int largest) {
   constexpr int ROOM = 32767 / (2 * 127);
   return largest * 8 <= ROOM ? 8 : largest * 4 <= ROOM ? 4 : largest * 2 <= ROOM ? 2 : 1;
@@ -31,6 +31,7 @@ template <int LARGEST, int Q>
 MXQ_INLINE void dot_quad(W& sum, W& part, W u, const int8_t* x) {
   if constexpr (VNNI) sum = dot_four(sum, u, x);
   else if constexpr (LARGEST) dot_run<run_of(LARGEST), Q>(sum, part, u, four_bytes(x));
+  else if constexpr (APART) sum = dot_apart_four(sum, u, x);
   else sum = dot_signed(sum, u, four_bytes(x));
 }
 
@@ -106,7 +107,7 @@ struct Quads<6, IN_PLACE> : StripeQuads<6, IN_PLACE> {};
 
 template <bool IN_PLACE>
 struct Quads<8, IN_PLACE> {
-  static constexpr int OFFSET = BIAS, BYTES = 512, LARGEST = 0;
+  static constexpr int OFFSET = OFFSET8, BYTES = 512, LARGEST = 0;
   static constexpr int SHIFTS = 1;
   template <class F>
   MXQ_INLINE void step(const uint8_t* p, const Bytes&, F&& f) {
@@ -118,7 +119,7 @@ struct Quads<8, IN_PLACE> {
 
 // Bytes as dot() wants them, of a tile that was unpacked.
 struct UnpackedQuads {
-  static constexpr int OFFSET = BIAS, BYTES = 512, LARGEST = 0;
+  static constexpr int OFFSET = OFFSET8, BYTES = 512, LARGEST = 0;
   static constexpr int SHIFTS = 1;
   template <class F>
   MXQ_INLINE void step(const uint8_t* p, const Bytes&, F&& f) {
@@ -128,7 +129,7 @@ struct UnpackedQuads {
 
 // nf4: the table holds 127 * level + BIAS.
 struct NfQuads {
-  static constexpr int OFFSET = BIAS, BYTES = 256, LARGEST = 0;
+  static constexpr int OFFSET = OFFSET8, BYTES = 256, LARGEST = 0;
   static constexpr int SHIFTS = 1;
   template <class F>
   MXQ_INLINE void step(const uint8_t* p, const Bytes& table, F&& f) {
@@ -224,16 +225,18 @@ MXQ_INLINE W lut_quad(const uint8_t* p, int i) {
   return field<0x0f0f0f0fu, 0>(shift_by(load_words(p + 64 * (i / PER)), BITS * (i % PER)));
 }
 
-// The int8 input of a piece for the rows from m0: codes [m][stride], units and sums [group][step].
+// The int8 input of a piece for the block of rows from m0: codes as prepare_bytes() lays them, units and sums [group][step]; and if APART, magnitudes and signs
+// instead of codes, negatives [group][step].
 struct Input8 {
-  const int8_t* bytes;
+  const int8_t *bytes, *apart;
   const float* units;
-  const int32_t* sums;
+  const int32_t *sums, *negatives;
   int64_t stride, step, groups, group;
 };
 MXQ_INLINE Input8 input8(const Job& j, const Piece& p, int64_t m0) {
   const Slot8& s = at<Slot8>(j.blob, header(j.blob).off_slots8)[p.slot8];
-  return {j.bytes + s.start * j.m + m0 * s.padded, j.units + s.scales * j.m + m0, j.byte_sums + s.scales * j.m + m0,
+  const int64_t codes = s.start * j.m + m0 * s.padded, first = s.scales * j.m + m0;
+  return {j.bytes + codes, APART ? j.apart + 2 * codes : nullptr, j.units + first, j.byte_sums + first, APART ? j.negatives + first : nullptr,
           (int64_t)s.padded, j.m, (int64_t)s.groups, s.group};
 }
 
@@ -267,8 +270,11 @@ static void gemv8_tile(const Tile& t, const Bytes& table, const Input8& in, bool
   // Sums by shift; the last one for the odd quads that come unshifted, when there are registers for it: a sum takes one addition in 4 cycles.
   constexpr int SLOTS = 9;
   constexpr bool SPLIT = VNNI && (MR < 3 || D::SHIFTS == 1);
+  constexpr bool BY_SIGN = APART && !D::LARGEST;
+  constexpr int64_t ROW = BY_SIGN ? 2 * STRIPE : STRIPE;  // bytes of a stripe of x
+  const int64_t next_row = STRIPED ? ROW : in.stride;
   const uint8_t* codes = t.codes;
-  const int8_t* x = in.bytes;
+  const int8_t* x = BY_SIGN ? in.apart : in.bytes;
   const int offset = D::OFFSET - (t.format.zero == FLOATZERO ? 1 << (t.format.bits - 1) : 0);
   const float unit = t.format.kind == NF ? 1.0f / 127.0f : 1.0f;
   V tot[MR];
@@ -280,16 +286,16 @@ static void gemv8_tile(const Tile& t, const Bytes& table, const Input8& in, bool
     W dots[MR * SLOTS], parts[SHORT ? MR : 1];
     unroll<MR>([&](auto m) MXQ_LAMBDA {
       constexpr int M = decltype(m)::value;
-      dots[M * SLOTS] = ints(-offset * sums[M]);
+      dots[M * SLOTS] = ints(-offset * sums[M] + (BY_SIGN ? in.negatives[g * in.step + M] : 0));
       unroll<SLOTS - 1>([&](auto s) MXQ_LAMBDA { dots[M * SLOTS + 1 + decltype(s)::value] = ints(0); });
     });
-    for (int64_t c = 0; c < cols; c += STRIPE, x += STRIPE, codes += D::BYTES) {
+    for (int64_t c = 0; c < cols; c += STRIPE, x += STRIPED ? MR * ROW : ROW, codes += D::BYTES) {
       prefetch<D::BYTES>(codes, t.stop);
       D::step(codes, table, [&](auto q, auto s, W u) MXQ_LAMBDA {
         constexpr int Q = decltype(q)::value, S = decltype(s)::value == 0 && Q % 2 && SPLIT ? 8 : decltype(s)::value;
         unroll<MR>([&](auto m) MXQ_LAMBDA {
           constexpr int M = decltype(m)::value;
-          dot_quad<D::LARGEST, Q>(dots[M * SLOTS + S], parts[SHORT ? M : 0], u, x + M * in.stride + 4 * Q);
+          dot_quad<D::LARGEST, Q>(dots[M * SLOTS + S], parts[SHORT ? M : 0], u, x + M * next_row + 4 * Q);
         });
       });
     }
@@ -311,50 +317,58 @@ static void gemv8_tile(const Tile& t, const Bytes& table, const Input8& in, bool
 }
 
 // out[16 * 16 * m] = x[m] times one row of a column-lane piece, in 16 parts, to be added up and multiplied with the row's unit; the table's BIAS
-// is still in it. A group is two quads. Several sums take turns, since each takes one group in 4 cycles.
+// is still in it, or the negatives are missing. A group is two quads. Several sums take turns, since each takes one group in 4 cycles.
 template <int BITS, int MR>
 static void gemv8_row(const uint8_t* p, const uint8_t* row, const Input8& in, const uint8_t* stop, float* out) {
   static_assert(a8_group({LUT, 4, SYM, 0, 0}) == 2 * SLICE, "a group is two quads");
   constexpr int TURNS = MR > 2 ? 1 : MR == 2 ? 2 : 4;
   using D = LutQuads<BITS>;
+  constexpr int64_t ROW = APART ? 2 * STRIPE : STRIPE, STEP = STRIPED ? MR * ROW : ROW, QUAD = SLICE / STRIPE * STEP;  // bytes of x
+  const int64_t next_row = STRIPED ? ROW : in.stride;
   const D table = D::of(row);
-  const int8_t* x = in.bytes;
+  const int8_t* x = APART ? in.apart : in.bytes;
   const float* units = in.units;
-  V tot[MR * TURNS];
-  W d[MR];
-  unroll<MR * TURNS>([&](auto i) MXQ_LAMBDA { tot[decltype(i)::value] = zero(); });
-  const auto begin = [&]() MXQ_LAMBDA { unroll<MR>([&](auto m) MXQ_LAMBDA { d[decltype(m)::value] = ints(0); }); };
-  const auto add_quad = [&](W u, const int8_t* xq) MXQ_LAMBDA {
+  RowFloats tot[MR * TURNS];
+  RowInts d[MR];
+  unroll<MR * TURNS>([&](auto i) MXQ_LAMBDA { tot[decltype(i)::value] = row_floats(); });
+  const auto add_quad = [&](auto first, W u, const int8_t* xq) MXQ_LAMBDA {
     unroll<MR>([&](auto m) MXQ_LAMBDA {
       constexpr int M = decltype(m)::value;
-      d[M] = dot_value<false>(d[M], u, load_words(xq + M * in.stride));
+      const int8_t* const xm = xq + M * next_row;
+      if constexpr (APART) dot_apart<decltype(first)::value>(d[M], u, xm, STEP);
+      else d[M] = dot_value<false>(decltype(first)::value ? ints(0) : d[M], u, load_words(xm));
     });
   };
   const auto end = [&](auto turn, int64_t g) MXQ_LAMBDA {
     unroll<MR>([&](auto m) MXQ_LAMBDA {
       constexpr int M = decltype(m)::value, T = M * TURNS + decltype(turn)::value;
-      tot[T] = fma(to_float(d[M]), set1(units[g * in.step + M]), tot[T]);
+      tot[T] = row_fma(d[M], units[g * in.step + M], tot[T]);
     });
   };
   int64_t left = in.stride / SLICE;
-  for (; left >= 8; left -= 8, x += 8 * SLICE, units += 4 * in.step, p += D::BYTES) {
+  for (; left >= 8; left -= 8, x += 8 * QUAD, units += 4 * in.step, p += D::BYTES) {
     prefetch<D::BYTES>(p, stop);
     D::step(table, p, [&](auto q, W u) MXQ_LAMBDA {
       constexpr int Q = decltype(q)::value;
-      if constexpr (Q % 2 == 0) begin();
-      add_quad(u, x + SLICE * Q);
+      add_quad(Int<Q % 2 == 0>{}, u, x + QUAD * Q);
       if constexpr (Q % 2) end(Int<Q / 2 % TURNS>{}, Q / 2);
     });
   }
   if (left) {
     const Bytes plain = lut_table(row);
     for (int i = 0; i < left; i++) {
-      if (i % 2 == 0) begin();
-      add_quad(lookup_bytes(plain, lut_quad<BITS>(p, i)), x + SLICE * i);
+      const W u = lookup_bytes(plain, lut_quad<BITS>(p, i));
+      if (i % 2) add_quad(Int<0>{}, u, x + QUAD * i);
+      else add_quad(Int<1>{}, u, x + QUAD * i);
       if (i % 2 || i + 1 == left) end(Int<0>{}, i / 2);
     }
   }
-  unroll<MR>([&](auto m) MXQ_LAMBDA { store(out + 256 * decltype(m)::value, sum_of<TURNS>(tot + decltype(m)::value * TURNS)); });
+  unroll<MR>([&](auto m) MXQ_LAMBDA {
+    constexpr int M = decltype(m)::value;
+    V sums[TURNS];
+    unroll<TURNS>([&](auto t) MXQ_LAMBDA { sums[decltype(t)::value] = as_vector(tot[M * TURNS + decltype(t)::value]); });
+    store(out + 256 * M, sum_of<TURNS>(sums));
+  });
 }
 
 // acc[m][16] += x[m] . `rows` rows from row 16 * tile.
@@ -368,9 +382,9 @@ static void gemv8_lut(const Job& j, const Piece& p, int64_t tile, int64_t end, i
     unit[r] = lut_unit(tables + r * LUT_BYTES);
   }
   for (int m = 0; m < MR; m++) {
-    float bias = 0.0f;  // what BIAS has brought into every row alike
-    if (BIAS)
-      for (int64_t g = 0; g < in.groups; g++) bias += in.units[g * in.step + m] * (float)(-BIAS * in.sums[g * in.step + m]);
+    float bias = 0.0f;  // what every row has too little
+    for (int64_t g = 0; (BIAS || APART) && g < in.groups; g++)
+      bias += in.units[g * in.step + m] * (float)(APART ? in.negatives[g * in.step + m] : -OFFSET8 * in.sums[g * in.step + m]);
     V t[16];
     for (int64_t r = 0; r < 16; r++) t[r] = r < rows ? load(parts + 256 * m + 16 * r) : zero();
     transpose(t);
@@ -521,7 +535,7 @@ struct Reading {
 };
 static Reading reading(Format f, bool late) {
   const bool small = f.kind == UNIFORM && f.bits < 8, fold = small && f.zero == INT;
-  Reading r{f, small ? 1 << (f.bits - 1) : BIAS, small, f.kind == NF ? 1.0f / 127.0f : 1.0f, late};
+  Reading r{f, small ? 1 << (f.bits - 1) : OFFSET8, small, f.kind == NF ? 1.0f / 127.0f : 1.0f, late};
   if (fold) r.format.zero = SYM, r.offset = 1 << f.bits;
   if (f.zero == FLOATZERO) r.offset -= 1 << (f.bits - 1);
   return r;

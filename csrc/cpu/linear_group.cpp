@@ -55,7 +55,7 @@ void linear_group(const GroupItem* items, int count, const void* x, int64_t ldx,
     j.m = m, j.a8 = in_integers(items[i]);
     j.blocks = ceil_div(m, (j.a8 ? target.a8 : target.a16).gemv_block);
     for (from[i] = 0; from[i] < i && !same_input(jobs[from[i]], j);) from[i]++;
-    if (from[i] == i) floats += InputSizes(header(j.blob), m, j.a8).total();
+    if (from[i] == i) floats += InputSizes(header(j.blob), m, j.a8, target.signs_apart).total();
   }
   float* at_float = scratch.get(floats);
   for (int i = 0; i < count; i++) {
@@ -63,9 +63,10 @@ void linear_group(const GroupItem* items, int count, const void* x, int64_t ldx,
     if (from[i] < i) {
       const Job& other = jobs[from[i]];
       j.xs = other.xs, j.sums = other.sums, j.units = other.units, j.byte_sums = other.byte_sums, j.bytes = other.bytes;
+      j.apart = other.apart, j.negatives = other.negatives;
       continue;
     }
-    const InputSizes inputs(header(j.blob), m, j.a8);
+    const InputSizes inputs(header(j.blob), m, j.a8, target.signs_apart);
     inputs.place(j, at_float);
     at_float += inputs.total();
     for (int64_t b = 0; b < j.blocks; b++) target.prepare(j, b);

@@ -15,16 +15,19 @@ static inline int64_t aligned(int64_t floats) { return round_up(floats, 16); }
 // Floats of each part of what prepare() makes of m rows of x.
 struct InputSizes {
   int64_t slots, sums, units, bytes;
+  bool apart;
 
-  InputSizes(const Header& h, int64_t m, bool a8)
+  InputSizes(const Header& h, int64_t m, bool a8, bool signs_apart)
       : slots(aligned(m * int64_t(h.slot_floats)) + 16),  // whole vectors are read from where the last row begins
         sums(aligned(m * int64_t(h.slot_sums))), units(a8 ? aligned(m * int64_t(h.slot8_scales)) : 0),
-        bytes(a8 ? aligned(ceil_div(m * int64_t(h.slot8_bytes), 4)) : 0) {}
-  int64_t total() const { return slots + sums + 2 * units + bytes; }
+        bytes(a8 ? aligned(ceil_div(m * int64_t(h.slot8_bytes), 4)) : 0), apart(a8 && signs_apart) {}
+  int64_t total() const { return slots + sums + 2 * units + bytes + (apart ? units + 2 * bytes : 0); }
   void place(Job& j, float* at) const {  // total() floats from `at` on
     j.xs = at, j.sums = j.xs + slots, j.units = j.sums + sums;
     j.byte_sums = reinterpret_cast<int32_t*>(j.units + units);
     j.bytes = reinterpret_cast<int8_t*>(j.units + 2 * units);
+    j.apart = apart ? j.bytes + 4 * bytes : nullptr;
+    j.negatives = apart ? reinterpret_cast<int32_t*>(j.apart + 8 * bytes) : nullptr;
   }
 };
 
