@@ -8,10 +8,13 @@
     model = mxq.load("out/")
 
 Every public name is loaded on first use (PEP 562), so that importing the package costs neither torch nor transformers.
+After it, transformers' own ``from_pretrained`` reads checkpoints too.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING
+
+from . import _plugin
 
 if TYPE_CHECKING:  # the same table once more, for editors and type checkers
     from .checkpoint import load, save
@@ -68,3 +71,6 @@ def __getattr__(name: str):
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+_plugin.install()  # last: where transformers is loaded already, it imports modules of ours

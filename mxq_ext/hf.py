@@ -1,11 +1,12 @@
 """Models from disk, without network: Hugging Face directories, GGUF files, and our own checkpoints; and an exact shuffle of a model.
 
-Importing this module also teaches transformers to read mxq checkpoints::
+This module also teaches transformers to read mxq checkpoints, and ``import mxq_ext`` sees to it that it is loaded in time (``_plugin.py``)::
 
-    import mxq_ext.hf
+    import mxq_ext
     model = AutoModelForCausalLM.from_pretrained("out/")
 
-Without the import transformers warns about an unknown quantization type and goes on with *random* weights, so prefer ``mxq_ext.load``.
+Without the import transformers warns about an unknown quantization type, goes on as with a float model, and fails at a tensor that ``save`` adds for
+that purpose (``checkpoint.manifest.guard``).
 """
 
 from __future__ import annotations
@@ -252,6 +253,7 @@ class MxqHfQuantizer(HfQuantizer):
         self.units = checkpoint.swap_to_meta(model, self.checked)
         # transformers must neither load nor report the packed tensors.
         packed = {re.escape(f"{name}.{t}") for name, u in self.checked.units.items() for t in checkpoint.unit_tensors(u)}
+        packed.add(re.escape(checkpoint.guard(self.checked.units)))
         before, pattern = model._keys_to_ignore_on_load_unexpected, f"^({'|'.join(sorted(packed))})$"
         # A set in some versions of transformers, a list or None in others, and each joins it with its own kind only.
         model._keys_to_ignore_on_load_unexpected = {*before, pattern} if isinstance(before, set) else [*(before or ()), pattern]

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from mxq_ext import checkpoint, hf
+from mxq_ext.checkpoint.manifest import digest
 from mxq_ext.errors import CheckpointError, ModelError
 from mxq_ext.fileio import sha256
 from mxq_ext.hf import demo_model_path, load_model, permute_model
@@ -238,8 +240,43 @@ def test_from_pretrained_reads_our_checkpoints(tmp_path, tied, plan):
     # and it goes on: our own save writes it again, transformers' would lose the checks
     checkpoint.save(model, tmp_path / "again")
     assert torch.equal(checkpoint.load(tmp_path / "again", fuse=None)(IDS).logits, source(IDS).logits)
-    with pytest.raises(ValueError, match="not serializable"):
-        model.save_pretrained(tmp_path / "hf")
+    for one in (model, source, checkpoint.load(tmp_path / "q")):
+        with pytest.raises(ModelError, match=r"would leave out the packed weights; call mxq_ext\.save"):
+            one.save_pretrained(tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
+
+
+IMPORTS = {
+    "plain": "import mxq_ext; from transformers import AutoModelForCausalLM",
+    "after its models": "from transformers import AutoModelForCausalLM, LlamaForCausalLM; LlamaForCausalLM; import mxq_ext",
+    "hf first": "import mxq_ext.hf; from transformers import AutoModelForCausalLM",
+    "not at all": "from transformers import AutoModelForCausalLM",
+}
+
+
+@pytest.mark.parametrize("order", IMPORTS)
+def test_from_pretrained_in_a_fresh_interpreter(tmp_path, order):
+    checkpoint.save(replace_linear(make_model(), "w4g64"), tmp_path / "q")
+    code = f"{IMPORTS[order]}\nmodel = AutoModelForCausalLM.from_pretrained({str(tmp_path / 'q')!r})\nprint(type(model.lm_head).__name__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    if order == "not at all":
+        assert done.returncode == 1 and "RuntimeError: You set `ignore_mismatched_sizes` to `False`" in done.stderr
+    else:
+        assert done.returncode == 0 and done.stdout.strip() == "QuantLinear", done.stderr
+
+
+def test_checkpoints_from_before_the_guard_are_read(tmp_path):
+    source = replace_linear(make_model(), "w4g64")
+    path = checkpoint.save(source, tmp_path / "q")
+    manifest, file = json.loads((path / checkpoint.MANIFEST).read_text()), path / "model.safetensors"
+    name = checkpoint.guard(manifest["units"])
+    tensors = load_file(file)
+    assert tensors.pop(name).shape == (0,) and manifest["tensors"].pop(name)
+    save_file(tensors, file, {"format": "pt"})
+    manifest["files"][file.name] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
+    (path / checkpoint.MANIFEST).write_text(json.dumps(manifest | {"sha256": digest(manifest)}))
+    assert torch.equal(checkpoint.load(path, fuse=None)(IDS).logits, source(IDS).logits)
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(path)(IDS).logits, source(IDS).logits)
 
 
 def test_from_pretrained_with_a_dtype(tmp_path):
@@ -260,7 +297,8 @@ def test_from_pretrained_checks_too(tmp_path):
 
 
 def test_what_save_pretrained_wrote_is_refused(tmp_path):
-    replace_linear(make_model(), "w4g64").save_pretrained(tmp_path / "hf")
+    model = replace_linear(make_model(), "w4g64")
+    type(model).save_pretrained(model, tmp_path / "hf")  # the method itself, which ours stands before
     with pytest.raises(CheckpointError, match="write quantized models with mxq_ext.save, not with save_pretrained"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
 

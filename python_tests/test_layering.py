@@ -14,7 +14,7 @@ PACKAGE = ROOT / "mxq_ext"
 
 #: Level -> its modules, left to right. A folder is one entry: what happens inside it is held to "no cycles" only.
 LEVELS = [
-    ["errors", "env", "formats", "_native"],
+    ["_plugin", "errors", "env", "formats", "_native"],
     ["pack", "fileio", "progress", "qtensor", "reference"],
     ["structure", "decoding", "cuda", "ops"],
     ["text", "stats", "testing"],
@@ -27,7 +27,7 @@ LEVELS = [
     ["report", "bench", "doctor", "llamacpp", "verdicts", "compare", "demo", "cli", "__main__"],
 ]
 POSITION = {name: (level, place) for level, row in enumerate(LEVELS) for place, name in enumerate(row)}
-#: Names that live in the package's own __init__ and may be imported from anywhere: it imports nothing itself.
+#: Names that live in the package's own __init__ and may be imported from anywhere: it imports nothing itself but ``_plugin``.
 FREE = {"__version__"}
 
 

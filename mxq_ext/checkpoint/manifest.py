@@ -22,6 +22,7 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -94,6 +95,15 @@ def unit_tensors(unit: dict) -> dict[str, tuple[tuple[int, ...], str] | None]:
         out |= {f"r{i}.{t}": described for t, described in Format.parse(fmt).tensor_shapes(r1 - r0, c1 - c0).items()}
     out |= {key: None for key in ("perm_rows", "perm_cols") if meta[key]}
     return out | {f"sparse.{t}": None for t in ("rowptr", "cols", "values") if meta["sparse"]}
+
+
+def guard(units: Iterable[str]) -> str:
+    """Name of an empty tensor that makes transformers fail where it does not know us: the weight of the first of the quantized ``units``.
+
+    transformers only warns about a ``quant_method`` that it does not know, and then gives what it misses random values; but a tensor of another shape than
+    the model's is an error. It has no bytes and no reader; checkpoints from before there was one lack it.
+    """
+    return f"{next(iter(units), None)}.weight"
 
 
 # -- checking -----------------------------------------------------------------------------------------------------------------

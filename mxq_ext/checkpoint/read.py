@@ -16,7 +16,7 @@ from ..nn.swap import finish, fuse_layers, put, quantized_modules
 from ..progress import SILENT, Progress
 from ..qtensor import QTensor
 from ..structure import Unit, find_units
-from .manifest import AGAIN, Checked, check, read_plan, unit_tensors
+from .manifest import AGAIN, Checked, check, guard, read_plan, unit_tensors
 
 
 def load(directory: str | os.PathLike, dtype: torch.dtype | None = None, *, verify: str = "full", progress: Progress = SILENT,
@@ -164,6 +164,8 @@ def _cast_buffers(model: nn.Module, checked: Checked) -> None:
 def _fill_floats(model: nn.Module, checked: Checked, dtype: torch.dtype | None) -> None:
     want = float_tensors(model)
     have = checked.tensors.keys() - {f"{n}.{t}" for n, u in checked.units.items() for t in unit_tensors(u)}
+    if checked.tensors.get(guard(checked.units), {}).get("shape") == [0]:
+        have -= {guard(checked.units)}
     for what, names in (("missing from the checkpoint", want.keys() - have), ("unknown to the model", have - want.keys())):
         if names:
             raise CheckpointError(f"checkpoint {checked.path}", f"{len(names)} float tensors are {what}, the first is {min(names)}", AGAIN)

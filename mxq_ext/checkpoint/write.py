@@ -23,7 +23,7 @@ from ..nn.linear import Held, QuantModule
 from ..plan.schema import Bands, Plan, Tiles
 from ..progress import SILENT, Progress
 from ..structure import Unit, find_units
-from .manifest import MANIFEST, VERSION, digest, producer, tensor_bytes
+from .manifest import MANIFEST, VERSION, digest, guard, producer, tensor_bytes
 from .read import computed_buffers, float_tensors
 
 
@@ -161,7 +161,7 @@ def _write_config(model: nn.Module, temp: Path, tokenizer) -> None:
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
     config.dtype = _name(model.dtype)
-    # transformers needs quant_method only; the formats live in the manifest, which is checked.
+    # transformers needs quant_method only; the formats live in the manifest, which is checked. One that it does not know makes it warn, no more: see guard().
     config.quantization_config = {"quant_method": "mxq", "version": VERSION, "producer": f"mxq_ext {__version__}"}
     config.save_pretrained(temp)
     if getattr(model, "generation_config", None) is not None:
@@ -186,7 +186,10 @@ def _write_shards(model: nn.Module, held: dict[str, Held], temp: Path, limit: in
         pending.clear()
 
     for name in progress.track([*held, None], "save"):  # None: what is not packed
-        tensors = float_tensors(model) if name is None else held[name].qtensor().to_tensors(f"{name}.")
+        if name is None:
+            tensors = float_tensors(model) | {guard(held): torch.zeros(0, dtype=torch.uint8)}
+        else:
+            tensors = held[name].qtensor().to_tensors(f"{name}.")
         for n, t in tensors.items():
             nbytes = t.numel() * t.element_size()
             if pending and size + nbytes > limit:

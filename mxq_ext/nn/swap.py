@@ -129,7 +129,7 @@ def put(model: nn.Module, unit: Unit, held: Held) -> None:
 def finish(model: nn.Module, plan: Plan | None) -> None:
     """Marks a swapped model: its parameters frozen, its plan kept, and a ``quantization_config``: to transformers it is no float model.
 
-    What the plan says about activations and about the KV cache is set here.
+    What the plan says about activations and about the KV cache is set here. From now on ``model.save_pretrained`` refuses.
     """
     model.requires_grad_(False)
     model.mxq_plan = plan
@@ -139,6 +139,14 @@ def finish(model: nn.Module, plan: Plan | None) -> None:
         _kv_attention().replace_attention(model, plan.kv)
     if getattr(model, "config", None) is not None:
         model.config.quantization_config = {"quant_method": "mxq"}
+    if hasattr(model, "save_pretrained") and quantized_modules(model):
+        model.save_pretrained = _refuse_save_pretrained
+
+
+def _refuse_save_pretrained(directory: str | os.PathLike, *args, **kwargs):
+    """Stands in for the method of a swapped model: transformers would write the packed weights' absence without a word."""
+    raise ModelError(f"save_pretrained({str(directory)!r}) of a quantized model", "transformers would leave out the packed weights",
+                     "call mxq_ext.save(model, directory, tokenizer)")
 
 
 def _fused():
