@@ -99,9 +99,15 @@ def test_any_part_can_be_replaced():
     for bad, match in (({"allocatr": "dp"}, "did you mean 'allocator'"), ({"allocator": "greddy"}, "did you mean 'greedy'"),
                        ({"unit": "row"}, "did you mean 'rows'"),
                        ({"transform": "hadamard"}, "transform 'hadamard'"), ({"solver": (("tolerence", 1),)}, "one of tolerance"),
-                       ({"activations": "a4"}, "a8"), ({"scope": "unit"}, "share a budget within their linear")):
+                       ({"activations": "a4"}, "a8"), ({"scope": "unit"}, "share a budget within their linear"),
+                       ({"candidates": []}, "at least one format"), ({"metric": 3}, "it is a name"), ({"method": ["rtn"]}, "it is a name"),
+                       ({"kv": 4}, "it is a name"), ({"reconstruct": "many"}, "number of steps"), ({"distill": True}, "number of steps"),
+                       ({"options": 5}, "pairs"), ({"options": ("damp",)}, "pairs"), ({"solver": [1]}, "pairs")):
         with pytest.raises(PlanError, match=match):
             find_preset("mxq", **bad)
+    assert find_preset("mxq", options={"damp": 0.02}).options == (("damp", 0.02),)
+    with pytest.raises(PlanError, match="at least one format"):
+        find_preset("mxq", **parse_changes(["candidates=,"], None))
     with pytest.raises(PlanError, match="PART=VALUE"):
         parse_changes(["greedy"], None)
 

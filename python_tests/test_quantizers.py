@@ -79,7 +79,9 @@ def test_auto_and_the_registry():
 
 @pytest.mark.parametrize(("method", "option", "value"), [
     ("rtn", "clip", "l2"), ("rtn", "clip_power", 0.0), ("gptq", "clip", True), ("gptq", "clip_power", 9.0), ("gptq", "damp", -1.0),
-    ("gptq", "cd_passes", 1.5), ("hqq", "p", 1.5), ("hqq", "beta", 0.0), ("hqq", "kappa", 0.9), ("hqq", "iterations", -1)])
+    ("gptq", "cd_passes", 1.5), ("hqq", "p", 1.5), ("hqq", "beta", 0.0), ("hqq", "kappa", 0.9), ("hqq", "iterations", -1),
+    ("gptq", "damp", "abc"), ("gptq", "damp", float("nan")), ("gptq", "damp", True), ("gptq", "act_order", "maybe"), ("gptq", "clip_power", "abc"),
+    ("gptq", "clip_power", None), ("gptq", "clip", 3), ("gptq", "cd_passes", True), ("rtn", "clip_power", "2"), ("awq", "steps", 2.0), ("hqq", "p", "x")])
 def test_bad_option_values_name_the_option(method, option, value):
     with pytest.raises(QuantizationError, match=f"option {option}="):
         make_options(method, {option: value})

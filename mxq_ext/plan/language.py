@@ -45,7 +45,7 @@ class Preset:
         solver: limits as pairs, of ``SOLVER``.
         source, formula: the paper, and the rule in one line. departures: where ours differs, and why. missing: what a preset that cannot run needs.
 
-    Raises PlanError for an unknown unit, scope, allocator, transform or activations.
+    Raises PlanError for a part of another type, for no candidates, and for an unknown unit, scope, allocator, transform or activations.
     """
 
     candidates: tuple[str, ...]
@@ -69,6 +69,15 @@ class Preset:
     missing: tuple[str, ...] = ()
 
     def __post_init__(self):
+        for parts, kind, said in ((("metric", "method", "weighting"), str, "a name"), (("kv",), str | None, "a name"),
+                                  (("reconstruct", "distill"), int | None, "a number of steps"), (("options", "solver"), tuple, "pairs of name and value")):
+            for part in parts:
+                value = getattr(self, part)
+                right = isinstance(value, kind) and not isinstance(value, bool)
+                if not right or (kind is tuple and not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in value)):
+                    raise PlanError(f"{part} {value!r} of a preset", f"it is {said}", "correct or remove it")
+        if not self.candidates:
+            raise PlanError("a preset without candidates", "at least one format is needed to choose from", "name some, for example w2g64_asym, w4g64 and w8")
         for part, value, known in (("unit", self.unit, UNITS), ("scope", self.scope, ("model", "unit")), ("transform", self.transform, TRANSFORMS),
                                    ("allocator", self.allocator, (*METHODS, *OTHER_ALLOCATORS)), ("activations", self.activations, (None, *ACTIVATIONS))):
             if value not in known:

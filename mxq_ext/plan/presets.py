@@ -11,7 +11,7 @@ import dataclasses
 import difflib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..errors import PlanError
@@ -59,6 +59,9 @@ def find_preset(name: str | Preset | None, **changes) -> Preset:
             raise PlanError(f"part {part!r} of a preset", f"its parts are {', '.join(parts)}", f"did you mean {close[0]!r}?" if close else "choose one of them")
     if "candidates" in changes:
         changes["candidates"] = tuple(Format.parse(c).name for c in changes["candidates"])
+    for part in ("options", "solver"):
+        if isinstance(changes.get(part), Mapping):
+            changes[part] = tuple(changes[part].items())
     return dataclasses.replace(name, **changes)
 
 
@@ -80,7 +83,7 @@ def parse_changes(settings: Sequence[str], preset: str | None) -> dict[str, obje
         if inner and part in ("options", "solver"):
             out[part] = tuple((dict(out.get(part, getattr(base, part))) | {inner: value}).items())
         else:
-            out[key] = [c.strip() for c in raw.split(",")] if key == "candidates" else value
+            out[key] = [c.strip() for c in raw.split(",") if c.strip()] if key == "candidates" else value
     return out
 
 

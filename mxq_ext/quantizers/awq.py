@@ -16,20 +16,20 @@ import torch
 from ..errors import QuantizationError
 from ..formats import Format
 from ..qtensor import QTensor
-from .base import need, register
+from .base import Options, need, register
 from .grid import Grid, make_grid, spread
 from .hessian import HessianFactor
 
 
 @dataclass
-class AwqOptions:
+class AwqOptions(Options):
     """steps: the bound shrinks by 1/steps of the range at a time; shrink: the most that is cut off, as a share of it."""
 
     steps: int = 20
     shrink: float = 0.5
 
-    def __post_init__(self):
-        need(isinstance(self.steps, int) and self.steps >= 1, "steps", self.steps, "it must be an integer >= 1")
+    def check(self) -> None:
+        need(self.steps >= 1, "steps", self.steps, "it must be an integer >= 1")
         need(0 <= self.shrink < 1, "shrink", self.shrink, "it must lie in [0, 1)")
 
 

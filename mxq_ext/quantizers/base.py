@@ -81,9 +81,36 @@ def make_options(method: str, values: dict):
 
 
 def need(ok: bool, option: str, value, rule: str) -> None:
-    """For the ``__post_init__`` of option dataclasses."""
+    """For the ``check`` of option dataclasses."""
     if not ok:
         raise QuantizationError(f"option {option}={value!r}", rule, "change the value or drop the option")
+
+
+class Options:
+    """Base of option dataclasses: values come from command lines and plan files, so their types are checked before ``check`` compares them."""
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value, names = getattr(self, field.name), field.type.split(" | ")
+            need(any(_TYPES[name][1](value) for name in names), field.name, value, f"it must be {' or '.join(_TYPES[name][0] for name in names)}")
+        self.check()
+
+    def check(self) -> None:
+        """Raises QuantizationError, by :func:`need`, for a value of the right type that is out of range."""
+
+
+def _number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+#: What a field of an option dataclass may be declared as: in words, and whether a value is one.
+_TYPES: dict[str, tuple[str, Callable[[object], bool]]] = {
+    "bool": ("true or false", lambda v: isinstance(v, bool)),
+    "int": ("an integer", lambda v: isinstance(v, int) and not isinstance(v, bool)),
+    "float": ("a finite number", _number),
+    "str": ("text", lambda v: isinstance(v, str)),
+    "None": ("nothing", lambda v: v is None),
+}
 
 
 def quantize(weight: torch.Tensor, fmt: Format | str, *, method: str = "gptq", hessian: torch.Tensor | HessianFactor | None = None,

@@ -30,7 +30,7 @@ from ..stats.collect import probed_attention
 from ..stats.outputs import PRECISIONS, OutputMoments, autocast
 from ..stats.walk import Recorder, capture_calls, check_tokens, embed, frozen, linears_of, run_block
 from ..structure import decoder_blocks, find_units
-from .base import need, training_key
+from .base import Options, need, training_key
 from .learned import LearnedWeight
 from .sequential import requantize
 
@@ -40,7 +40,7 @@ HELD_BACK = 8
 
 
 @dataclass
-class BlockOptions:
+class BlockOptions(Options):
     """Options of :func:`reconstruct_blocks`.
 
     requantize: begin with the linears one by one on their real inputs. steps: training steps per block, 0 for none. batch: windows per step.
@@ -59,9 +59,9 @@ class BlockOptions:
     precision: str = "auto"
     seed: int = 0
 
-    def __post_init__(self):
-        need(isinstance(self.steps, int) and self.steps >= 0, "steps", self.steps, "it must be an integer >= 0")
-        need(isinstance(self.batch, int) and self.batch >= 1, "batch", self.batch, "it must be an integer >= 1")
+    def check(self) -> None:
+        need(self.steps >= 0, "steps", self.steps, "it must be an integer >= 0")
+        need(self.batch >= 1, "batch", self.batch, "it must be an integer >= 1")
         need(0 <= self.rounding <= 8, "rounding", self.rounding, "it must lie in [0, 8]")
         need(0 <= self.scale <= 0.5, "scale", self.scale, "it must lie in [0, 0.5]")
         need(self.loss in LOSSES, "loss", self.loss, f"it must be one of {', '.join(LOSSES)}")

@@ -28,7 +28,7 @@ from ..qtensor import QTensor
 from ..stats.outputs import PRECISIONS, autocast
 from ..stats.walk import Calls, capture_calls, check_tokens, embed, final_hidden, frozen, linears_of, run_block, tail
 from ..structure import decoder_blocks
-from .base import need, training_key
+from .base import Options, need, training_key
 from .learned import LearnedWeight
 
 SLICE = 128  #: positions whose logits are held at a time
@@ -37,7 +37,7 @@ MOMENTS = (0.9, 0.95)  #: of Adam; the second is short, since there are tens of 
 
 
 @dataclass
-class DistillOptions:
+class DistillOptions(Options):
     """Options of :func:`distill`.
 
     steps, batch: training steps, and windows in each. rate, norms: what a constant, and a norm's weight, moves in a step at most, relative to its size;
@@ -51,9 +51,9 @@ class DistillOptions:
     precision: str = "auto"
     seed: int = 0
 
-    def __post_init__(self):
-        need(isinstance(self.steps, int) and self.steps >= 1, "steps", self.steps, "it must be an integer >= 1")
-        need(isinstance(self.batch, int) and self.batch >= 1, "batch", self.batch, "it must be an integer >= 1")
+    def check(self) -> None:
+        need(self.steps >= 1, "steps", self.steps, "it must be an integer >= 1")
+        need(self.batch >= 1, "batch", self.batch, "it must be an integer >= 1")
         need(0 < self.rate <= 0.1, "rate", self.rate, "it must lie in (0, 0.1]")
         need(0 <= self.norms <= 0.1, "norms", self.norms, "it must lie in [0, 0.1]")
         need(self.precision in PRECISIONS, "precision", self.precision, f"it must be one of {', '.join(PRECISIONS)}")

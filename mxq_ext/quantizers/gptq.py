@@ -29,7 +29,7 @@ import torch
 from ..errors import QuantizationError
 from ..formats import NEST_GROUPS, Format
 from ..qtensor import QTensor
-from .base import check_half, need, register, with_sparse
+from .base import Options, check_half, need, register, with_sparse
 from .grid import LEVELS, Grid, make_grid, nearest
 from .hessian import HessianFactor, prepare_hessian
 from .kmeans import kmeans_table_without
@@ -39,7 +39,7 @@ _ROWS = 4096  # rows at a time (they do not interact), so that the embedding of 
 
 
 @dataclass
-class GptqOptions:
+class GptqOptions(Options):
     """Options of GPTQ.
 
     damp: share of the mean diagonal that is added to H. act_order: columns by falling H_jj. None takes 0.01 and True, or what the
@@ -60,11 +60,11 @@ class GptqOptions:
     cd_passes: int = 1
     refit: bool = True
 
-    def __post_init__(self):
+    def check(self) -> None:
         need(self.damp is None or self.damp > 0, "damp", self.damp, "it must be positive")
         need(self.clip in ("none", "mse"), "clip", self.clip, "it must be 'none' or 'mse'")
         need(0 < self.clip_power <= 4, "clip_power", self.clip_power, "it must lie in (0, 4]")
-        need(isinstance(self.cd_passes, int) and 0 <= self.cd_passes <= 100, "cd_passes", self.cd_passes, "it must be an integer in 0..100")
+        need(0 <= self.cd_passes <= 100, "cd_passes", self.cd_passes, "it must be an integer in 0..100")
 
 
 @register("gptq", GptqOptions, lambda fmt: None, sparse=True)

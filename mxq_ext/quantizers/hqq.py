@@ -16,12 +16,12 @@ import torch
 
 from ..formats import Format
 from ..qtensor import QTensor
-from .base import need, register
+from .base import Options, need, register
 from .grid import Grid, group_sum, make_grid, round_zero, spread
 
 
 @dataclass
-class HqqOptions:
+class HqqOptions(Options):
     """p: the norm; beta, kappa: the splitting's stiffness and its growth; iterations: the most that are made."""
 
     p: float = 0.7
@@ -29,11 +29,11 @@ class HqqOptions:
     kappa: float = 1.01
     iterations: int = 20
 
-    def __post_init__(self):
+    def check(self) -> None:
         need(0 < self.p <= 1, "p", self.p, "it must lie in (0, 1]")
         need(self.beta > 0, "beta", self.beta, "it must be positive")
         need(self.kappa >= 1, "kappa", self.kappa, "it must be at least 1")
-        need(isinstance(self.iterations, int) and self.iterations >= 0, "iterations", self.iterations, "it must be an integer >= 0")
+        need(self.iterations >= 0, "iterations", self.iterations, "it must be an integer >= 0")
 
 
 def applies(fmt: Format):

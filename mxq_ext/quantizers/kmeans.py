@@ -19,7 +19,7 @@ import torch
 
 from ..formats import Format
 from ..qtensor import QTensor
-from .base import check_half, register, with_sparse
+from .base import Options, check_half, register, with_sparse
 from .grid import without
 from .hessian import diagonal
 
@@ -27,7 +27,7 @@ _CHUNK = 1 << 15  # weights per chunk of rows: the ragged arrays stay in the cac
 
 
 @dataclass
-class KmeansOptions:
+class KmeansOptions(Options):
     """k-means has none: the optimum is unique but for ties."""
 
 

@@ -6,20 +6,20 @@ from dataclasses import dataclass
 
 from ..formats import Format
 from ..qtensor import QTensor
-from .base import need, register, with_sparse
+from .base import Options, need, register, with_sparse
 from .grid import make_grid
 from .hessian import diagonal
 
 
 @dataclass
-class RtnOptions:
+class RtnOptions(Options):
     """clip: ``"none"`` covers each group's range, ``"mse"`` searches for the range with the least error, weighted by diag(H) (or by the
     Fisher diagonal, which wins) if one is given; of one bit it is always searched. clip_power: exponent of that error (GPTQ's code has 2.4)."""
 
     clip: str = "none"
     clip_power: float = 2.0
 
-    def __post_init__(self):
+    def check(self) -> None:
         need(self.clip in ("none", "mse"), "clip", self.clip, "it must be 'none' or 'mse'")
         need(0 < self.clip_power <= 4, "clip_power", self.clip_power, "it must lie in (0, 4]")
 
