@@ -46,7 +46,7 @@ line; `mxq presets` lists them, `mxq quantize MODEL -o OUT --preset NAME --bits 
 | reconstruct | steps that each decoder block is then trained for on its output | a number, or none |
 | distill | steps that scales, tables and norms of the whole model are then trained for on the KL to the float model | a number, or none |
 | activations, kv | how inputs are read, and keys and values cached | `a16`, `a8`; [kv.md](kv.md) |
-| solver | limits: a plan of fewer bits than asked by more than `tolerance` is refused, not passed off as the other | numbers |
+| solver | limits: where there is a `tolerance`, a plan of fewer bits than asked by more than that is refused; ours have none, and warn | numbers |
 
 All formats are real: every preset that runs computes with packed kernels, and stored bits count scales, tables, permutations and sparse parts of every
 unit, token embedding and head included. W is [N, K], H the second moment of the input, D the quantized weight minus the float one, H^-1 = U^T U.

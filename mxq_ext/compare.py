@@ -25,7 +25,7 @@ from . import __version__, checkpoint, llamacpp, pipeline
 from . import text as texts
 from .errors import BudgetError, CheckpointError, MxqError, PlanError, QuantizationError
 from .evaluate import Reference, evaluate, speed
-from .fileio import read_json, write_json, write_text
+from .fileio import check_own, read_json, write_json, write_text
 from .plan.frameworks import CONTROLS, FRAMEWORKS
 from .plan.language import Preset
 from .plan.presets import PRESETS, find_preset, parse_changes
@@ -93,6 +93,7 @@ class Comparison:
                  held_out: Sequence[str | os.PathLike] = (), eval_windows: int = 12, length: int = pipeline.LENGTH, progress: Progress = SILENT):
         if checkpoint.is_checkpoint(model_path):
             raise PlanError(f"comparing plans for {model_path}", "it is quantized already", "pass the float model")
+        check_own(out, ("compare.json",), "a comparison")
         self.path, self.out, self.text, self.windows, self.progress = str(model_path), Path(out), text, windows, progress
         self.read = None if text is None else texts.read_text(text)
         self.model, self.tokenizer = pipeline.load(model_path)
@@ -257,17 +258,18 @@ class Comparison:
 
     def show(self) -> None:
         """Writes the Markdown page and the pictures."""
-        kinds = list(self.tokens)
+        kinds, found = list(self.tokens), measured(self.record["rows"])
         read = "; ".join(f"{k}: {v['windows']} windows of {v['length']} tokens" for k, v in self.record["setup"]["held_out"].items())
-        parts = [f"# Presets on {Path(self.path).name}", rows_table(self.record["rows"], kinds),
+        none = [] if found else ["No plan fits these budgets; what was refused says how many bits are needed."]
+        parts = [f"# Presets on {Path(self.path).name}", *none, rows_table(self.record["rows"], kinds),
                  "The best plan within each budget against the best uniform one of no more bytes (difference per token in nats, standard error over windows):",
                  verdicts_table(self.record["verdicts"]),
                  *(["llama.cpp's files, and the best of ours that is no larger:", rivals_table(self.record["rivals"])] if self.record["rivals"] else []),
                  "Stored bits of the decoder's linears at which perplexity has risen:", bits_table(self.record["bits_at"]),
                  f"{read}. Minutes are those of the row alone: statistics, and weights that an earlier row has quantized, are shared."]
         write_text(self.out / "compare.md", "\n\n".join(parts) + "\n")
-        for kind in kinds:
-            points = [{"series": r["preset"], "stored_bits": r["stored_bits"], "value": r[kind]["kl"]} for r in measured(self.record["rows"])]
+        for kind in kinds if found else ():
+            points = [{"series": r["preset"], "stored_bits": r["stored_bits"], "value": r[kind]["kl"]} for r in found]
             pareto_svg(sorted(points, key=lambda p: p["series"]), self.out / f"pareto-{kind}.svg", ylabel="KL to the float model, nats per token", title=kind)
 
 
@@ -282,8 +284,8 @@ def compare(model_path: str | os.PathLike, out: str | os.PathLike, *, bits: Sequ
         tasks: also the accuracy of each checkpoint on these, see ``tasks.run_tasks``.
         timed: also measure tokens per second of each checkpoint, at the end; wants a machine with nothing else to do.
 
-    Raises PlanError and BudgetError for names and budgets that make no sense, CheckpointError if ``out`` holds a comparison of another setup. A preset
-    that cannot meet a budget makes a row that says so.
+    Raises PlanError and BudgetError for names and budgets that make no sense, CheckpointError if ``out`` holds a comparison of another setup, or something
+    else. A preset that cannot meet a budget makes a row that says so.
     """
     chosen = contenders(presets, also)
     if not bits or not all(math.isfinite(b) and b > 0 for b in bits):

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -32,6 +32,21 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         os.replace(temp, path)
     finally:
         temp.unlink(missing_ok=True)
+
+
+def check_own(directory: str | os.PathLike, marks: Sequence[str], what: str) -> None:
+    """Raises CheckpointError if ``directory`` is a file, or holds files but none of the names in ``marks``, by which ``what`` we write there is known.
+
+    What a killed ``atomic_path`` left behind counts for nothing.
+    """
+    path = Path(directory)
+    if not path.is_dir():
+        if os.path.lexists(path):
+            raise CheckpointError(f"writing {what} to {path}", "it exists and is no directory", "choose another directory")
+        return
+    held = sorted(p.name for p in path.iterdir() if not (p.name.startswith(".") and p.suffix == ".part"))
+    if held and not set(held) & set(marks):
+        raise CheckpointError(f"writing {what} to {path}", f"the directory holds something else ({held[0]})", "choose another directory")
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

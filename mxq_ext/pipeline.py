@@ -31,7 +31,7 @@ from . import banding, checkpoint
 from . import text as texts
 from .decoding import end_tokens, greedy
 from .errors import BudgetError, CheckpointError, ModelError, MxqError, PlanError
-from .fileio import load_tensors, save_tensors
+from .fileio import check_own, load_tensors, save_tensors
 from .formats import Format
 from .kv_planning import make_kv_table
 from .nn import quantized_modules, replace_linear
@@ -361,9 +361,10 @@ def need_tokenizer(tokenizer, where):
 
 
 def calibrate_model(model_path, out, *, text_path=None, windows: int = WINDOWS, progress: Progress = SILENT) -> dict:
-    """``mxq calibrate``: writes Stats of a model to the directory ``out`` and returns their summary."""
-    model, tokenizer = load(model_path)
+    """``mxq calibrate``: writes Stats of a model to the directory ``out`` and returns their summary. Raises CheckpointError if that holds something else."""
+    check_own(out, (TOKENS, STATS_FILE), "statistics")
     text = None if text_path is None else texts.read_text(text_path)
+    model, tokenizer = load(model_path)
     tokens = calibration_tokens(model, tokenizer, Path(out), text=text, windows=windows, progress=progress)
     stats = calibrate(model, tokens, out, progress=progress)
     return {"out": str(out), "text": texts.text_hash(texts.calibration_text() if text is None else text), **stats.meta}

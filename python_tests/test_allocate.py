@@ -3,13 +3,14 @@
 import itertools
 import math
 import time
+import warnings
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mxq_ext.errors import BudgetError, MxqError, PlanError
+from mxq_ext.errors import BudgetError, MxqError, MxqWarning, PlanError
 from mxq_ext.formats import Format
 from mxq_ext.plan import choose, knapsack, pareto_front, plan_of, solve
 from mxq_ext.plan.allocate import budget_bytes
@@ -197,6 +198,17 @@ def test_highs_solution_over_the_budget_is_not_passed_on(monkeypatch):
     loss, nbytes = np.array([[5.0, 3.0, 0.0], [5.0, 2.0, 0.0]]), np.array([[1, 2, 3], [1, 2, 3]])
     a = knapsack.milp(loss, nbytes, 3)  # one step more would allow 4 bytes
     assert rooms == [1.0, 0.0] and a.nbytes <= 3 and not a.exact and a.bound <= 7.0 <= a.loss
+
+
+def test_a_budget_above_all_candidates_is_told():
+    table = big_table(units=3)
+    most = table.stored_bits(int(table.nbytes.max(1).sum()))
+    with pytest.warns(MxqWarning, match=f"a budget of 99 stored bits: the largest candidates of w2g64, .* take {most:.4f}, and the rest stays unused"):
+        plan = solve(table, bits=99)
+    assert plan.meta["stored_bits"] <= most
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        solve(table, bits=most)
 
 
 def test_infeasible_budget_says_by_how_much():

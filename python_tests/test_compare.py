@@ -142,6 +142,25 @@ def test_bits_at_a_rise_are_read_between_two_rows():
     assert verdicts(rows, ["t"]) == []
 
 
+def test_budgets_that_nothing_fits_make_a_page_too(run, tmp_path):
+    path, setup, _ = run
+    result = compare(path / "model", tmp_path / "out", bits=[0.5], presets=["rtn"], timed=False, **setup)
+    page = (tmp_path / "out" / "compare.md").read_text()
+    assert [("refused" in r) for r in result["rows"]] == [False, True] and "No plan fits these budgets" in page and "allow at least" in page
+    assert not list((tmp_path / "out").glob("pareto-*"))
+
+
+def test_a_directory_of_something_else_is_left_alone(run):
+    path, setup, _ = run
+    for out in (path / "model", path / "out" / "checkpoints" / "rtn-4.6"):
+        with pytest.raises(CheckpointError, match="the directory holds something else .* choose another directory"):
+            compare(path / "model", out, bits=[4], presets=["rtn"], **setup)
+        with pytest.raises(CheckpointError, match="writing statistics to .* holds something else"):
+            pipeline.calibrate_model(path / "model", out)
+    with pytest.raises(CheckpointError, match="exists and is no directory"):
+        pipeline.calibrate_model(path / "model", path / "held.txt")
+
+
 def test_names_and_settings():
     found = contenders(["controls"], ["mxq reconstruct=2 allocator=greedy", "nf4"])
     assert [c.label for c in found][-2:] == ["mxq reconstruct=2 allocator=greedy", "nf4"]

@@ -11,12 +11,13 @@ Constraints: ``groups`` are lists of units that must share one format (q, k and 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from ..errors import BudgetError, PlanError
+from ..errors import BudgetError, MxqWarning, PlanError
 from ..sensitivity.table import CostTable
 from . import knapsack
 from .knapsack import Allocation
@@ -124,6 +125,14 @@ def budget_bytes(table: CostTable, bits: float | None = None, nbytes: int | None
     return round(exact) if abs(exact - round(exact)) <= 4 * np.spacing(exact) else math.floor(exact)
 
 
+def warn_surplus(table: CostTable, budget: int) -> None:
+    """Warns if the largest candidates of all units leave over a hundredth of ``budget`` bytes unused; always from this line, so that each is told once."""
+    most = int(np.where(np.isfinite(table.loss), table.nbytes, 0).max(1).sum())
+    if budget > 1.01 * most:
+        warnings.warn(f"a budget of {table.stored_bits(budget):.6g} stored bits: the largest candidates of {', '.join(map(str, table.formats))} take "
+                      f"{table.stored_bits(most):.4f}, and the rest stays unused; ask for less, or add a wider candidate", MxqWarning, stacklevel=1)
+
+
 def choose(table: CostTable, *, bits: float | None = None, nbytes: int | None = None, method: str = "dp", groups: Groups | None = None,
            allowed: Allowed | None = None, max_seconds: float | None = None) -> Allocation:
     """Best candidate per unit within a budget, with the proof of how good it is; see :class:`Allocation`.
@@ -172,8 +181,12 @@ def plan_of(table: CostTable, choice: Sequence[int] | np.ndarray, *, quantizer: 
 
 def solve(table: CostTable, *, bits: float | None = None, nbytes: int | None = None, method: str = "dp", groups: Groups | None = None,
           allowed: Allowed | None = None, max_seconds: float | None = None, quantizer: dict | None = None, meta: dict | None = None) -> Plan:
-    """The Plan of :func:`choose`. Its meta has, beside those of :func:`plan_of`, ``allocation``: method, budget_bytes, bits, exact, gap."""
+    """The Plan of :func:`choose`. Its meta has, beside those of :func:`plan_of`, ``allocation``: method, budget_bytes, bits, exact, gap.
+
+    Warns of a budget that no choice of candidates can use up.
+    """
     a = choose(table, bits=bits, nbytes=nbytes, method=method, groups=groups, allowed=allowed, max_seconds=max_seconds)
+    warn_surplus(table, budget_bytes(table, bits, nbytes))
     how = {"method": a.method, "budget_bytes": budget_bytes(table, bits, nbytes), "bits": None if bits is None else float(bits),
            "exact": a.exact, "gap": a.gap}
     return plan_of(table, a.choice, quantizer=quantizer, meta={"allocation": how} | (meta or {}))
