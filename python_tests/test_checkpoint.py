@@ -18,7 +18,7 @@ from mxq_ext import checkpoint
 from mxq_ext.checkpoint import MANIFEST, bytes_on_disk, inspect, load, save
 from mxq_ext.checkpoint.manifest import digest
 from mxq_ext.checkpoint.write import plan_entry
-from mxq_ext.errors import CheckpointError, PlanError
+from mxq_ext.errors import CheckpointError, NativeError, PlanError, ShapeError
 from mxq_ext.fileio import sha256
 from mxq_ext.nn import quantized_modules, replace_linear
 from mxq_ext.plan.schema import Plan
@@ -125,6 +125,13 @@ def test_dtypes(tmp_path):
     assert wide.model.rotary_emb.inv_freq.dtype == torch.float32
     assert wide(IDS).logits.dtype == torch.float32 and wide.model.embed_tokens.dtype == torch.float32
     assert torch.equal(wide.model.norm.weight, model.model.norm.weight.float())
+    for name in ("float16", "torch.float16"):
+        assert load(path, name, device="cpu").dtype == torch.float16
+    for dtype in (torch.int8, torch.float64, "bfloat32", "nn"):
+        with pytest.raises(ShapeError, match="a model computes in float32, bfloat16 or float16"):
+            load(path, dtype)
+    with pytest.raises(NativeError, match="there are kernels for CPUs and for CUDA devices"):
+        load(path, device="meta")
 
 
 def test_biases_and_float_heads(tmp_path):

@@ -328,6 +328,13 @@ def test_modules_that_are_more_than_linear_are_refused():
     assert not quantized_modules(model)
 
 
+def test_a_model_in_float64_is_refused():
+    model = make_model().double()
+    with pytest.raises(ModelError, match=r"quantizing model.embed_tokens: its weight is float64, .*; call model.float\(\) first"):
+        replace_linear(model, "w4g64")
+    assert not quantized_modules(model) and quantized_modules(replace_linear(model.float(), "w4g64"))
+
+
 def test_biases_stay(tmp_path):
     from transformers import Qwen2Config, Qwen2ForCausalLM
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from ..errors import CheckpointError, MxqError
+from ..errors import CheckpointError, MxqError, ShapeError
 from ..fileio import load_tensors
 from ..nn.linear import Held, QuantModule
 from ..nn.swap import finish, fuse_layers, put, quantized_modules
@@ -19,22 +19,24 @@ from ..structure import Unit, find_units
 from .manifest import AGAIN, Checked, check, guard, read_plan, unit_tensors
 
 
-def load(directory: str | os.PathLike, dtype: torch.dtype | None = None, *, verify: str = "full", progress: Progress = SILENT,
-         fuse: str | None = "auto") -> nn.Module:
+def load(directory: str | os.PathLike, dtype: torch.dtype | str | None = None, *, device: torch.device | str | int | None = None, verify: str = "full",
+         progress: Progress = SILENT, fuse: str | None = "auto") -> nn.Module:
     """Loads a checkpoint that ``save`` wrote, in eval mode; run in the same way (``fuse``), its logits are bit-equal to those before saving.
 
     No network, no remote code.
 
     Args:
         directory: the checkpoint.
-        dtype: float dtype of norms, biases and activations; None means the one it was saved with.
+        dtype: float dtype of norms, biases and activations, or its name; None means the one it was saved with.
+        device: where the model goes once it is loaded, as by ``model.to(device)``; None leaves it on the CPU.
         verify: ``"full"`` checks the sha256 of every file, ``"size"`` only its size. Every value that a kernel relies on (index
             ranges, permutations, finite scales) is checked in both.
         fuse: how calls with a cache go through the decoder layers (``nn.fuse_layers``): ``"auto"``, all layers in one native call where the model is
             of a kind that native code knows; ``"layer"``, the same or a ModelError; None, module by module. ``repr(model)`` says which.
 
-    Raises CheckpointError that names the file or tensor, the rule, and the way out.
+    Raises CheckpointError that names the file or tensor, the rule, and the way out; ShapeError for a dtype that kernels do not compute in.
     """
+    dtype = None if dtype is None else _float_dtype(dtype)
     checked = check(directory, verify)
     plan = read_plan(checked)
     model = _build(checked, dtype)
@@ -45,7 +47,15 @@ def load(directory: str | os.PathLike, dtype: torch.dtype | None = None, *, veri
         _cast_buffers(model, checked)
     finish(model, plan)
     model.mxq_source = {"path": str(checked.path), "kind": "mxq", "sha256": checked.manifest["sha256"]}
-    return fuse_layers(model.eval(), fuse)
+    return fuse_layers(model.eval() if device is None else model.eval().to(device), fuse)
+
+
+def _float_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if found not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ShapeError(f"loading with dtype={dtype!r}", "a model computes in float32, bfloat16 or float16; its packed weights keep their bits in any of them",
+                         "pass one of the three, or leave dtype out")
+    return found
 
 
 def _build(checked: Checked, dtype: torch.dtype | None) -> nn.Module:

@@ -182,6 +182,8 @@ def _check_module(model: nn.Module, name: str) -> None:
     if type(module).forward not in (nn.Linear.forward, nn.Embedding.forward) or getattr(module, "max_norm", None) is not None:
         raise ModelError(f"quantizing {name}", f"{type(module).__qualname__} computes more than a plain nn.Linear or nn.Embedding does",
                          f'set "{name}": "keep" in the plan')
+    if module.weight.dtype == torch.float64:
+        raise ModelError(f"quantizing {name}", "its weight is float64, and kernels compute in float32, bfloat16 or float16", "call model.float() first")
     if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
         raise ModelError(f"quantizing {name}", "it has forward hooks or a wrapped forward, which would be lost",
                          "remove them first (accelerate: load the model without device_map)")
