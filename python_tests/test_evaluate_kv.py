@@ -190,8 +190,19 @@ def test_find_kv(tmp_path):
         find_kv("kivi")
     with pytest.raises(PlanError, match=r"kv spec 'w4'.*write for example k4v2g64"):
         find_kv("w4")
-    with pytest.raises(PlanError, match="key 5: it must be one of 2, 3, 4, 8, 16"):
-        find_kv("k5v2")
+    for name in ("k5v2", "k5v4"):
+        with pytest.raises(PlanError, match="key 5: it must be one of 2, 3, 4, 8, 16; choose one of them"):
+            find_kv(name)
+
+
+def test_names_in_python():
+    assert KVSpec.parse("k4v2g32_r128") == KVSpec(4, 2, group=32, residual=128)
+    model = make_sharp_model()
+    for name in ("kivi4", "k4v2"):
+        assert mxq.replace_attention(model, name).mxq_kv == find_kv(name)
+    assert mxq.replace_attention(model, "none").mxq_kv is None
+    with pytest.raises(PlanError, match="did you mean 'kivi4'"):
+        mxq.replace_attention(model, "kivi")
 
 
 def test_whole_layers_step_aside_while_a_block_is_watched(tokens, monkeypatch):

@@ -422,7 +422,7 @@ def test_differences_of_two_sections():
 @pytest.mark.parametrize(("kv", "text"), [
     ({"k": 4}, "plan: kv: key 'k': a spec has the keys key, value, group, residual, sink, rotate, budget, pre_rope, levels, mixed, heads, "
                  "outliers; write for example"),
-    ("k4v4", "plan: kv 'k4v4': an object with bits of keys and values is expected, found str"),
+    (44, "plan: kv 44: an object with bits of keys and values is expected, found int"),
     ({"key": 5}, "plan: kv: key 5: it must be one of 2, 3, 4, 8, 16; choose"),
     ({"key": True}, "key True"),
     ({"value": 0}, "value 0"),

@@ -14,6 +14,7 @@ what the cache keeps. So a model is measured with its quantized cache by giving 
 from __future__ import annotations
 
 import dataclasses
+import os
 import types
 
 import torch
@@ -235,7 +236,7 @@ def check_attention(model: nn.Module, kv: KVPlan) -> None:
                 check_rope(blocks[i], i)
 
 
-def replace_attention(model: nn.Module, plan: Plan | KVPlan | KVSpec | dict | None) -> nn.Module:
+def replace_attention(model: nn.Module, plan: Plan | KVPlan | KVSpec | dict | str | os.PathLike | None) -> nn.Module:
     """Makes the model keep keys and values in packed pages by the KV section of ``plan``, in place, and returns it.
 
     From then on ``generate``, and calls of the model that ask for a cache, use a fresh MxqCache with nothing else to pass. An explicit one
@@ -243,7 +244,8 @@ def replace_attention(model: nn.Module, plan: Plan | KVPlan | KVSpec | dict | No
 
     Args:
         model: a decoder-only model of transformers on the CPU or on one GPU, quantized or not; it may be moved between sequences.
-        plan: a Plan with a KV section, the section itself (KVPlan or its JSON), or a KVSpec for all layers.
+        plan: a Plan with a KV section, the section itself (KVPlan or its JSON), a KVSpec for all layers, or what the command's ``--kv`` takes: the name of a
+            spec (``"k4v2g64"``) or of a policy (``"kivi4"``), a plan's file, or ``"none"``.
 
     Raises:
         PlanError: no KV section, or one that names a layer beyond the model's, or bits by head for another number of key/value heads.
@@ -252,7 +254,7 @@ def replace_attention(model: nn.Module, plan: Plan | KVPlan | KVSpec | dict | No
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    kv = None if plan is None else as_kv(plan)
+    kv = None if plan is None or plan == "none" else as_kv(plan)
     if kv is not None:
         check_attention(model, kv)
         AttentionInterface.register(NAME, attention)

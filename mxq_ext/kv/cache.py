@@ -24,6 +24,7 @@ next call finds the tokens of the last one still waiting, and raises.
 from __future__ import annotations
 
 import functools
+import os
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
@@ -32,6 +33,7 @@ from .. import _native
 from ..errors import FormatError, ModelError, NativeError, PlanError, ShapeError
 from ..formats import PAGE
 from ..plan.kv import KVPlan, KVSpec
+from ..plan.presets import find_kv
 from ..plan.schema import Plan
 from . import device, ops, salience
 from .heads import HeadPages, attend, kinds_of, parts_of
@@ -591,9 +593,9 @@ def _storage(layer: DynamicLayer) -> int:
     return sum(t.untyped_storage().nbytes() for t in (layer.keys, layer.values) if t is not None)
 
 
-def as_kv(kv: KVPlan | KVSpec | Plan | dict) -> KVPlan:
-    """A KVPlan of anything that describes one. Raises PlanError if it quantizes nothing."""
-    out = KVPlan.parse(kv.kv if isinstance(kv, Plan) else kv)
+def as_kv(kv: KVPlan | KVSpec | Plan | dict | str | os.PathLike) -> KVPlan:
+    """A KVPlan of anything that describes one, names and files as ``find_kv`` reads them. Raises PlanError if it quantizes nothing."""
+    out = find_kv(kv) if isinstance(kv, str | os.PathLike) else KVPlan.parse(kv.kv if isinstance(kv, Plan) else kv)
     if out is None:
         raise PlanError("a quantized KV cache", "the plan has no KV section", "make one, for example with Plan.for_kv(key=4, value=4)")
     return out

@@ -251,9 +251,11 @@ class KVSpec:
 
     @staticmethod
     def parse(value: object, where: str = "kv spec") -> KVSpec:
-        """A spec from its JSON object; a KVSpec as it is. Raises PlanError."""
+        """A spec from its JSON object or its :attr:`name`; a KVSpec as it is. Raises PlanError."""
         if isinstance(value, KVSpec):
             return value
+        if isinstance(value, str):
+            return KVSpec.named(value)
         if not isinstance(value, Mapping):
             raise PlanError(f"{where} {value!r}", f"an object with bits of keys and values is expected, found {type(value).__name__}", _FIX)
         names = [f.name for f in fields(KVSpec)]
@@ -387,7 +389,7 @@ class KVPlan:
 
     @staticmethod
     def parse(value: object, where: str = "plan: kv") -> KVPlan | None:
-        """The section of a JSON value, a KVSpec (for all layers), a KVPlan, or None where nothing is quantized. Raises PlanError."""
+        """The section of a JSON value, a KVSpec or its name (for all layers), a KVPlan, or None where nothing is quantized. Raises PlanError."""
         if value is None:
             return None
         if isinstance(value, KVPlan):

@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -175,6 +176,8 @@ def find_kv(name: str | os.PathLike) -> KVPlan | None:
     try:
         return KVPlan.parse(KVSpec.named(name))
     except PlanError as e:
+        if re.match(r"k\d", name):  # meant as a spec: what is wrong with it is said
+            raise
         close = difflib.get_close_matches(name, KV_PRESETS, n=1)
         fix = f"did you mean {close[0]!r}?" if close else f"{e.fix}, or one of {', '.join(KV_PRESETS)}, a plan's file, or none"
         raise PlanError(e.asked, e.rule, fix) from None
