@@ -14,21 +14,46 @@ import errno
 import functools
 import json
 import os
+import re
 import sys
+import typing
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import typer.core
 
-from .errors import BudgetError, MxqError, MxqWarning, PlanError
+from . import __version__
+from .errors import BudgetError, FormatError, MxqError, MxqWarning, PlanError
 from .formats import Format
 from .progress import Progress
 
+
+class _Verbs(typer.core.TyperGroup):
+    """The verbs, whose usage errors are one line, as all others are, instead of typer's four."""
+
+    def main(self, *args, standalone_mode: bool = True, **extra):
+        try:
+            code = super().main(*args, standalone_mode=False, **extra)
+        except Exception as error:
+            if not standalone_mode or not isinstance(getattr(error, "exit_code", None), int) or not hasattr(error, "format_message"):
+                raise
+            if (context := getattr(error, "ctx", None)) is None or type(error).__name__ == "NoArgsIsHelpError":
+                error.show()
+            else:
+                said = error.format_message().strip().rstrip(".")
+                _complain(f"{context.command_path}: {said[:1].lower()}{said[1:]}; see {context.command_path} --help", "error", "31")
+            sys.exit(error.exit_code)
+        if standalone_mode:
+            sys.exit(code if isinstance(code, int) else 0)
+        return code
+
+
 app = typer.Typer(
     name="mxq",
-    help="Mixed-precision quantization of language models.\n\nmodel + text -> calibrate -> sense -> plan -> quantize -> eval, generate",
+    cls=_Verbs,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -58,6 +83,23 @@ def _show_warning(message, category, filename, lineno, file=None, line=None) -> 
 _other_warnings = warnings.showwarning
 
 
+def _as_typed(text: str, function: Callable[..., None]) -> str:
+    """An error of the package, which names arguments of Python, as whoever typed a verb knows them: ``pass overwrite=True`` -> ``pass --overwrite``."""
+    options = {}
+    for name, hint in typing.get_type_hints(function, include_extras=True).items():
+        for entry in getattr(hint, "__metadata__", ()):
+            declared = (entry.default, *(entry.param_decls or ()))  # within Annotated, typer takes the first of the names for the default
+            if long := next((text for text in declared if isinstance(text, str) and text.startswith("--")), None):
+                options[name] = long.partition("/")[0]
+
+    def option(found: re.Match) -> str:
+        value = found[2].strip("'\"")
+        return options[found[1]] + ("" if value in ("True", "") else f" {value}")
+
+    names = "|".join(map(re.escape, options))
+    return re.sub(rf"(?<![\w./-])(?<!--set )({names})=('[^']*'|\"[^\"]*\"|[^\s,;:()]*)", option, text) if names else text
+
+
 def verb(function: Callable[..., None]) -> Callable[..., None]:
     """Registers a function as a verb and turns what the user can mend into one line and exit code 2."""
 
@@ -67,7 +109,7 @@ def verb(function: Callable[..., None]) -> Callable[..., None]:
         try:
             function(*args, **kwargs)
         except MxqError as error:
-            _complain(str(error), "error", "31")
+            _complain(_as_typed(str(error), function), "error", "31")
             raise typer.Exit(2) from None
         except OSError as error:
             if error.errno not in _USER_ERRNO:
@@ -85,6 +127,20 @@ def verb(function: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"mxq_ext {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _about(version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")] = False) -> None:
+    """Mixed-precision quantization of language models.
+
+    model + text -> calibrate -> sense -> plan -> quantize -> eval, generate
+    """
+
+
 def _names(text: str | None) -> list[str]:
     """``"a, b"`` -> ``["a", "b"]``."""
     return [name.strip() for name in (text or "").split(",") if name.strip()]
@@ -96,7 +152,9 @@ def _given(**options: Any) -> dict[str, Any]:
 
 
 def _formats(text: str | None) -> list[str] | None:
-    """``"w4g64, w8"`` -> ``["w4g64", "w8"]``, each a valid name. Raises FormatError."""
+    """``"w4g64, w8"`` -> ``["w4g64", "w8"]``, each a valid name. Raises FormatError, also for no name at all."""
+    if text is not None and not _names(text):
+        raise FormatError(f"formats {text!r}", "no format is named", "name some with commas between them, for example w2g64_asym,w4g64,w8, or leave it out")
     return None if text is None else [Format.parse(name).name for name in _names(text)]
 
 
@@ -187,7 +245,7 @@ Bits = Annotated[float | None, typer.Option("--bits", help="Budget in stored bit
 Bytes = Annotated[int | None, typer.Option("--bytes", min=1, help="Budget in bytes on disk, instead of --bits.")]
 Candidates = Annotated[str | None, typer.Option("--candidates", help="Formats to choose from, for example w2g64_asym,w3g64_asym,w4g64,w8.")]
 Metric = Annotated[str | None, typer.Option("--metric", help="How the loss of a format is estimated, for example linear_kl.")]
-KV = Annotated[str | None, typer.Option("--kv", help="How keys and values are cached: k4v2g64, a preset such as kivi, a plan's file, or none.")]
+KV = Annotated[str | None, typer.Option("--kv", help="How keys and values are cached: k4v2g64, a preset such as kivi4, a plan's file, or none.")]
 Tasks = Annotated[str | None, typer.Option("--tasks", help="Also zero-shot accuracy by lm-eval: pairs, cloze, cloze_literary, or tasks of lm-eval's.")]
 Context = Annotated[int | None, typer.Option("--context", min=1, help="Tokens of a cache that --bytes covers too: its bits are planned with the weights'.")]
 Batch = Annotated[int | None, typer.Option("--batch", min=1, help="Sequences in that cache; 1 without it.")]
@@ -222,7 +280,7 @@ def quantize(model: Model, out: Out, bits: Bits = None, nbytes: Bytes = None,
              uniform: Annotated[str | None, typer.Option("--format", help="One format for all, instead of a budget: w4g64.")] = None,
              plan: Annotated[Path | None, typer.Option("--plan", help="A plan made by `mxq plan`, instead of a budget.")] = None,
              stats: Annotated[Path | None, typer.Option("--stats", help="A directory written by `mxq calibrate`, instead of calibrating.")] = None,
-             context: Context = None, batch: Batch = None, times: TimesFile = None, max_ms_per_token: MaxMs = None,
+             kv: KV = None, context: Context = None, batch: Batch = None, times: TimesFile = None, max_ms_per_token: MaxMs = None,
              transform: Annotated[str | None, typer.Option("--transform", help="Change the float model first, function kept: rotate or awq.")] = None,
              reconstruct: Annotated[int | None, typer.Option("--reconstruct", help="Then train each block on its output, for that many steps (0: on the "
                                                                                    "real inputs alone).")] = None,
@@ -242,8 +300,8 @@ def quantize(model: Model, out: Out, bits: Bits = None, nbytes: Bytes = None,
         result = pipeline.quantize_checkpoint(
             model, out, overwrite=overwrite, progress=progress,
             **_given(bits=bits, nbytes=nbytes, preset=preset, changes=_changes(changes, preset), text=text, candidates=chosen, metric=metric,
-                     method=method, activations=activations, windows=windows, uniform=uniform, plan=plan, stats=stats, context=context, batch=batch, work=work,
-                     times=times, max_ms_per_token=max_ms_per_token, transform=transform, reconstruct=reconstruct,
+                     method=method, activations=activations, windows=windows, uniform=uniform, plan=plan, stats=stats, kv=kv, context=context, batch=batch,
+                     work=work, times=times, max_ms_per_token=max_ms_per_token, transform=transform, reconstruct=reconstruct,
                      distill=distill))
     _show(result, f"quantized {model} -> {out}", as_json)
 
@@ -359,17 +417,26 @@ def compare(model: Model, out: Out,
 
 
 @verb
-def generate(checkpoint: Checkpoint, prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to continue.")],
+def generate(checkpoint: Checkpoint, prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="A message, or the text to continue.")],
              max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="How many tokens to write at most.")] = 64,
-             as_json: Json = False) -> None:
-    """Continue PROMPT greedily."""
+             chat: Annotated[bool | None, typer.Option("--chat/--no-chat", help="Put PROMPT into the model's chat template and print the answer, or continue "
+                                                       "PROMPT; without either, as the model has a template or not.")] = None,
+             temperature: Annotated[float | None, typer.Option("--temperature", help="Draw tokens instead of taking the most probable: 1 as the model says, "
+                                                               "less is closer to it.")] = None,
+             top_p: Annotated[float | None, typer.Option("--top-p", help="Draw from the most probable tokens that make up this share.")] = None,
+             seed: Annotated[int | None, typer.Option("--seed", help="Of the drawing; 0 without it.")] = None,
+             kv: KV = None, as_json: Json = False) -> None:
+    """Answer or continue PROMPT; on a terminal, as it is written."""
     from . import pipeline
 
-    result = pipeline.generate_text(checkpoint, prompt, max_new_tokens=max_new_tokens)
+    shown = not as_json and sys.stdout.isatty()
+    result = pipeline.generate_text(checkpoint, prompt, max_new_tokens=max_new_tokens,
+                                    **_given(chat=chat, temperature=temperature, top_p=top_p, seed=seed, kv=kv,
+                                             show=functools.partial(print, end="", flush=True) if shown else None))
     if as_json:
         _show(result, "", True)
     else:
-        print(result["text"])
+        print("" if shown else result["text"])
 
 
 @verb
@@ -419,6 +486,9 @@ def bench(checkpoint: Annotated[Path | None, typer.Argument(metavar="CHECKPOINT"
             raise PlanError(f"mxq bench --table {table}", "the model whose shapes are to be timed is missing", "write mxq bench MODEL --table FILE")
         from . import pipeline
         from .bench import time_table
+        from .fileio import check_file
+
+        check_file(table)
 
         with Progress() as progress:
             times = time_table(pipeline.load(checkpoint)[0], progress=progress, **_given(formats=chosen))

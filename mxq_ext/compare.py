@@ -101,6 +101,7 @@ class Comparison:
         found = {Path(f).stem: texts.read_text(f) for f in held_out} if held_out else {k: texts.heldout_text(k) for k in KINDS}
         if len(found) < len(held_out):
             raise MxqError(f"held-out texts {', '.join(map(str, held_out))}", "rows are named by the files' names, two of which are the same", "rename one")
+        texts.check_positions(self.model, length, "windows")
         self.tokens = {k: texts.spread(texts.windows(self.tokenizer, t, length), eval_windows) for k, t in found.items()}
         calibration = "built-in, and written by the model" if self.read is None else texts.text_hash(self.read)
         setup = {"model": self.model.mxq_source["sha256"], "calibration": calibration, "calibration_windows": windows,

@@ -49,6 +49,15 @@ def check_own(directory: str | os.PathLike, marks: Sequence[str], what: str) -> 
         raise CheckpointError(f"writing {what} to {path}", f"the directory holds something else ({held[0]})", "choose another directory")
 
 
+def check_file(path: str | os.PathLike) -> None:
+    """Raises CheckpointError if no file can be written at ``path`` because a directory is there, or a file where a directory should be."""
+    path = Path(path)
+    if path.is_dir():
+        raise CheckpointError(f"writing {path}", "it is a directory", "name a file in it")
+    if (above := next((p for p in path.parents if os.path.lexists(p)), None)) is not None and not above.is_dir():
+        raise CheckpointError(f"writing {path}", f"{above} is no directory", "choose another path")
+
+
 def write_text(path: str | os.PathLike, text: str) -> None:
     """Writes UTF-8 text atomically."""
     with atomic_path(path) as temp:

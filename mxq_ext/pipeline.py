@@ -18,8 +18,9 @@ import dataclasses
 import os
 import shutil
 import tempfile
+import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -29,14 +30,14 @@ from torch import nn
 
 from . import banding, checkpoint
 from . import text as texts
-from .decoding import end_tokens, greedy
-from .errors import BudgetError, CheckpointError, ModelError, MxqError, PlanError
-from .fileio import check_own, load_tensors, save_tensors
+from .decoding import check_sampling, end_tokens, sample
+from .errors import BudgetError, CheckpointError, ModelError, MxqError, MxqWarning, PlanError
+from .fileio import check_file, check_own, load_tensors, save_tensors
 from .formats import Format
 from .kv_planning import make_kv_table
 from .nn import quantized_modules, replace_linear
 from .nn.swap import as_plan
-from .plan import KVSpec, Plan, pareto_front, solve, solve_joint
+from .plan import KVPlan, KVSpec, Plan, pareto_front, solve, solve_joint
 from .plan.language import Preset
 from .plan.presets import find_kv, find_preset
 from .plan.times import TimeTable
@@ -143,7 +144,7 @@ def quantize_model(model: nn.Module, tokenizer, *, bits: float | None = None, nb
                    method: str | None = None, weighting: str | None = None, activations: str | None = None, changes: dict | None = None,
                    windows: int = WINDOWS, times: str | os.PathLike | None = None, max_ms_per_token: float | None = None,
                    stats_dir: str | os.PathLike | None = None, work: str | os.PathLike | None = None, context: int | None = None, batch: int = 1,
-                   kv: KVSpec | None = None, transform: str | None = None, reconstruct: int | None = None, distill: int | None = None,
+                   kv: KVSpec | KVPlan | str | None = None, transform: str | None = None, reconstruct: int | None = None, distill: int | None = None,
                    progress: Progress = SILENT) -> Result:
     """Calibrates, senses, plans and quantizes ``model`` in place.
 
@@ -161,7 +162,8 @@ def quantize_model(model: nn.Module, tokenizer, *, bits: float | None = None, nb
         work: directory of intermediate files; kept, and reused by a later call. A temporary one when None.
         context, batch: with them ``nbytes`` is a budget of the weights and of a cache of that many tokens and sequences together, and the plan has a KV
             section: more bits wherever, in weights or cache, they bring most.
-        kv: group, residual, sink, rotate, pre_rope and outliers of that section.
+        kv: how keys and values are cached, as ``replace_attention`` reads it; wins over the plan's and the preset's. With ``context`` a KVSpec or its name:
+            group, residual, sink, rotate, pre_rope and outliers of the section that is planned.
         transform: a change of the float model that keeps its function: ``"rotate"`` (``transforms.rotate_residual``) or ``"awq"``
             (``transforms.scale_activations``); None: the preset's.
         reconstruct: training steps per block (``quantizers.blocks``) after the quantizer; 0 quantizes on the real inputs and trains nothing; None: the
@@ -172,10 +174,13 @@ def quantize_model(model: nn.Module, tokenizer, *, bits: float | None = None, nb
         BudgetError: no mix of candidates fits; says by how much.
         MxqError: any other mistake of the caller.
     """
-    if sum(x is not None for x in (bits, nbytes, plan)) != 1:
-        raise PlanError(f"quantize_model(bits={bits}, nbytes={nbytes}, plan={plan})", "exactly one of the three must be given", "drop the others")
+    asked = {name: value for name, value in (("bits", bits), ("nbytes", nbytes), ("plan", plan)) if value is not None}
+    if len(asked) != 1:
+        raise PlanError(f"quantizing with {' and '.join(f'{name}={value}' for name, value in asked.items()) or 'neither bits, nbytes nor plan'}",
+                        "exactly one of the three must be given", "keep one of them" if asked else "pass for example bits=3.5")
     if context is not None and nbytes is None:
-        raise BudgetError(f"quantize_model(context={context}) with bits={bits}, plan={plan}", "weights and cache have one budget in bytes", "pass nbytes=")
+        raise BudgetError(f"quantizing for a cache of {context} tokens with {next(iter(asked))}={asked.popitem()[1]}",
+                          "weights and cache have one budget in bytes", "pass it as nbytes=N")
     named = {"candidates": candidates, "metric": metric, "method": method, "weighting": weighting, "activations": activations, "transform": transform,
              "reconstruct": reconstruct, "distill": distill}
     chosen = find_preset(preset, **{**(changes or {}), **{k: v for k, v in named.items() if v is not None}})
@@ -186,7 +191,14 @@ def quantize_model(model: nn.Module, tokenizer, *, bits: float | None = None, nb
         raise PlanError(f"reconstruct={chosen.reconstruct} of a preset by {chosen.unit}", "blocks are trained in plans of whole linears",
                         "drop it, or choose a preset whose unit is linear")
     if quantized_modules(model):
-        raise ModelError("quantize_model", "the model is quantized already", "load the float model")
+        named = (getattr(model, "mxq_source", None) or {}).get("path", f"a {type(model).__name__}")
+        raise ModelError(f"quantizing {named}", "the model is quantized already", "start from the float model")
+    cache = None
+    if kv not in (None, "none") and context is None:
+        from .kv.attention import as_kv, check_attention  # they import transformers
+
+        cache = as_kv(kv)
+        check_attention(model, cache)
     if plan is not None:
         if preset is not None and not isinstance(plan, str):
             raise PlanError(f"a plan together with preset {preset!r}", "a plan names its own quantizer", "drop one of them, or pass method=")
@@ -204,18 +216,21 @@ def quantize_model(model: nn.Module, tokenizer, *, bits: float | None = None, nb
             what = f"a cache as {chosen.kv}" if chosen.kv is not None else f"weights by {chosen.unit} ({chosen.allocator})"
             raise PlanError(f"{what} and a budget for weights and cache together", "only plans of whole linears are joined with a cache, whose bits they plan",
                             "drop context, or set kv beside the weights' own budget")
-        check_joint(model, chosen, kv or KVSpec(), nbytes=nbytes, context=context, batch=batch)
+        kv = KVSpec() if kv is None else KVSpec.parse(kv)
+        check_joint(model, chosen, kv, nbytes=nbytes, context=context, batch=batch)
     clock = None if times is None else TimeTable.load(times)
     if max_ms_per_token is not None and (clock is None or plan is not None or chosen.unit != "linear" or context is not None):
         raise BudgetError(f"at most {max_ms_per_token:g} ms for a token", "it needs a time table, and a search over whole linears without a cache beside them",
-                          "give --times, and a preset whose unit is linear")
+                          "give times=FILE, and a preset whose unit is linear")
     limit = None if max_ms_per_token is None else clock.room(max_ms_per_token)
+    table = stats = None
+    read = None if text is None else texts.read_text(text)
+    if stats_dir is not None:
+        stats, tokens = open_stats(stats_dir, model)
+    elif reads_text(chosen, planned=plan is not None):
+        need_tokenizer(tokenizer, "the model")
     with working_directory(work) as directory:
-        table = stats = None
-        if stats_dir is not None:
-            stats, tokens = open_stats(stats_dir, model)
-        elif reads_text(chosen, planned=plan is not None):
-            read = None if text is None else texts.read_text(text)
+        if stats is None and reads_text(chosen, planned=plan is not None):
             tokens = calibration_tokens(model, tokenizer, directory, text=read, windows=windows, source=source, progress=progress)
             stats = calibrate_for(model, tokens, chosen, directory / "rotate" if chosen.transform == "rotate" else directory, progress)
         if chosen.transform == "awq":
@@ -232,13 +247,13 @@ def quantize_model(model: nn.Module, tokenizer, *, bits: float | None = None, nb
                 if context is None:
                     plan = solve(table, bits=bits, nbytes=nbytes, method=chosen.allocator, max_seconds=limit, quantizer=chosen.quantizer())
                 else:
-                    read = None if text is None else texts.read_text(text)
                     table.kv = make_kv_table(model, kv_tokens(tokenizer, read, context), kv, anchored=True, progress=progress)
                     plan = solve_joint(table, nbytes=nbytes, context=context, batch=batch, method=chosen.allocator, quantizer=chosen.quantizer())
-            cache = plan.kv if chosen.kv is None else find_kv(chosen.kv)
-            plan = dataclasses.replace(plan, activations=chosen.activations, kv=cache)
+            plan = dataclasses.replace(plan, activations=chosen.activations, kv=plan.kv if chosen.kv is None else find_kv(chosen.kv))
             if context is None and limit is None:  # under a time limit fewer bytes may be the best
                 check_spent(chosen, plan.stored_bits(units), 8 * nbytes / sum(u.numel for u in units) if bits is None else bits)
+        if kv is not None and context is None:
+            plan = dataclasses.replace(plan, kv=cache)
         if clock is not None:
             plan.meta = plan.meta | {"predicted": clock.predict(units, plan.resolve(units))}
         plan.meta = plan.meta | {k: v for k, v in (("transform", chosen.transform), ("reconstruct", chosen.reconstruct), ("distill", chosen.distill))
@@ -279,13 +294,18 @@ def awq_formats(units: list[Unit], preset: Preset, plan: Plan | None, *, bits: f
 
 @contextlib.contextmanager
 def working_directory(work: str | os.PathLike | None) -> Iterator[Path]:
-    """The given directory, made if missing and kept; or a temporary one."""
+    """The given directory, made if missing and kept unless a failure left it empty; or a temporary one."""
     if work is None:
         with tempfile.TemporaryDirectory(prefix="mxq-") as path:
             yield Path(path)
     else:
         Path(work).mkdir(parents=True, exist_ok=True)
-        yield Path(work)
+        try:
+            yield Path(work)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                Path(work).rmdir()  # if nothing was written, there is nothing to go on with
+            raise
 
 
 def quantize_by_layouts(model: nn.Module, layouts: dict[str, banding.Layout], stats: Stats, preset: Preset, work: Path,
@@ -378,11 +398,12 @@ def sense_model(model_path, stats_dir, out, *, preset: str | None = None, candid
     key/value head. Raises PlanError for ``kv_by_head`` without it.
     """
     if kv_by_head and kv is None:
-        raise PlanError("costs of a cache by head", "no cache is named", "name one, for example --kv k4v4g64")
+        raise PlanError("costs of a cache by head", "no cache is named", "name one, for example kv=k4v4g64")
     spec = None if kv is None else KVSpec.named(kv)
     chosen = find_preset(preset, candidates=candidates, metric=metric)
     check_parts(chosen, preset)
     need_linear(chosen, "a cost table")
+    check_file(out)
     model, tokenizer = load(model_path)
     stats, tokens = open_stats(stats_dir, model)
     trials = Trials(Path(stats_dir) / "trials", model, stats, chosen)
@@ -417,9 +438,9 @@ def plan_from_table(cost_path, out, *, bits: float | None = None, nbytes: int | 
                         "drop context, or the preset's kv")
     if max_ms_per_token is not None and (times is None or context is not None):
         raise BudgetError(f"a plan of at most {max_ms_per_token} ms for a token", "it needs a time table, and no budget for a cache beside it",
-                          "measure one with `mxq bench MODEL --table times.json`, and give it as --times")
+                          "measure one with `mxq bench MODEL --table times.json`, and give it as times=FILE")
     if context is not None and nbytes is None:
-        raise BudgetError(f"a plan for a context of {context} tokens with bits={bits}", "weights and cache have one budget in bytes", "give it as --bytes")
+        raise BudgetError(f"a plan for a context of {context} tokens with bits={bits}", "weights and cache have one budget in bytes", "give it as nbytes=N")
     table, chosen = CostTable.load(cost_path), find_preset(preset, **(changes or {}))
     if preset is not None:
         check_parts(chosen, preset)
@@ -462,7 +483,8 @@ def quantize_checkpoint(model_path, out, *, bits: float | None = None, nbytes: i
                         candidates=None, metric: str | None = None, method: str | None = None, changes: dict | None = None, windows: int = WINDOWS,
                         activations: str | None = None, uniform: str | None = None, plan=None, stats=None, work=None, overwrite: bool = False,
                         times=None, max_ms_per_token: float | None = None, transform: str | None = None, reconstruct: int | None = None,
-                        distill: int | None = None, context: int | None = None, batch: int = 1, progress: Progress = SILENT) -> dict:
+                        distill: int | None = None, context: int | None = None, batch: int = 1, kv: str | None = None,
+                        progress: Progress = SILENT) -> dict:
     """``mxq quantize``: the whole line on paths. Resumes from ``work`` (default ``<out>.work``, removed after success)."""
     out = Path(out)
     checkpoint.check_target(out, overwrite)
@@ -471,7 +493,7 @@ def quantize_checkpoint(model_path, out, *, bits: float | None = None, nbytes: i
     result = quantize_model(model, tokenizer, bits=bits, nbytes=nbytes, plan=uniform if plan is None else Path(plan), text=text, preset=preset,
                             candidates=candidates, metric=metric, method=method, activations=activations, changes=changes, windows=windows, stats_dir=stats,
                             times=times, max_ms_per_token=max_ms_per_token, transform=transform, reconstruct=reconstruct,
-                            distill=distill, work=directory, context=context, batch=batch, progress=progress)
+                            distill=distill, work=directory, context=context, batch=batch, kv=kv, progress=progress)
     save_counted(result.model, out, tokenizer, result.plan, result.nbytes, overwrite=overwrite, progress=progress)
     if work is None:
         shutil.rmtree(directory)
@@ -516,6 +538,7 @@ def evaluate_checkpoint(path, *, reference=None, text=None, windows: int = 12, l
 
         replace_attention(model, chosen)
     held_out = texts.heldout_text("technical") if text is None else texts.read_text(text)
+    texts.check_positions(model, length, "windows")
     tokens = texts.spread(texts.windows(need_tokenizer(tokenizer, path), held_out, length), windows)
     other = load(reference)[0] if reference is not None else None
     result = {"model": str(path), "text_sha256": texts.text_hash(held_out), **evaluate(model, other, tokens, progress=progress).to_dict()}
@@ -523,18 +546,60 @@ def evaluate_checkpoint(path, *, reference=None, text=None, windows: int = 12, l
 
 
 @torch.inference_mode()
-def generate_text(path, prompt: str, *, max_new_tokens: int = 64) -> dict:
-    """``mxq generate``: continues ``prompt`` with the most probable token each time, up to one that ends a text (the last one of the result then).
+def generate_text(path, prompt: str, *, max_new_tokens: int = 64, chat: bool | None = None, temperature: float | None = None, top_p: float = 1.0, seed: int = 0,
+                  kv: str | None = None, show: Callable[[str], None] | None = None) -> dict:
+    """``mxq generate``: answers or continues ``prompt``, up to a token that ends a text (the last one of the result then).
 
-    Of the model's generation config only these end tokens count: no penalties, no sampling.
+    Args:
+        chat: put the prompt into the tokenizer's chat template, and return the answer alone; None does so where there is a template. Else the prompt is
+            continued, and stands before what the model writes.
+        temperature, top_p, seed: tokens are drawn as ``decoding.sample`` does; temperature 0 takes the most probable one each time. None is 1 where there is a
+            ``top_p``, else 0.
+        kv: how keys and values are cached (``plan.presets.find_kv``); None: as the model's plan says.
+        show: is given the text bit by bit as it is written.
+
+    Of the model's generation config only the end tokens count. Raises MxqError for an empty prompt and for numbers out of range, ModelError for a chat without
+    a template; warns if the text may grow beyond the model's positions.
     """
+    temperature = (0.0 if top_p == 1 else 1.0) if temperature is None else temperature
+    check_sampling(temperature, top_p)
+    chosen = None if kv is None else find_kv(kv)
     model, tokenizer = load(path)
-    ids = need_tokenizer(tokenizer, path)(prompt, return_tensors="pt")["input_ids"]
+    tokenizer = need_tokenizer(tokenizer, path)
+    has_template = bool(getattr(tokenizer, "chat_template", None))
+    if chat and not has_template:
+        raise ModelError(f"a chat with {path}", "its tokenizer has no chat template", "continue the prompt instead, with chat=False")
+    if kv is not None:
+        from .kv.attention import replace_attention
+
+        replace_attention(model, chosen)
+    chat = has_template if chat is None else chat
+    if not prompt:
+        raise MxqError("generating", "the prompt has no tokens", "pass a prompt that is not empty")
+    if chat:
+        said = [{"role": "user", "content": prompt}]
+        ids = tokenizer.apply_chat_template(said, add_generation_prompt=True, return_dict=True, return_tensors="pt")["input_ids"]
+    else:
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     if ids.shape[1] == 0:
         raise MxqError("generating", "the prompt has no tokens", "pass a prompt that is not empty")
-    written, ends = [], end_tokens(model)
-    for token in islice(greedy(model, ids), max_new_tokens):
+    limit = texts.max_positions(model)
+    if limit is not None and ids.shape[1] + max_new_tokens > limit:
+        warnings.warn(f"a prompt of {ids.shape[1]} tokens and up to {max_new_tokens} new ones: the model was made for {limit} positions, and what it writes "
+                      f"beyond them means nothing", MxqWarning, stacklevel=2)
+    before = [] if chat else ids[0].tolist()
+    written, ends, shown = [], end_tokens(model), ""
+
+    def text() -> str:
+        return tokenizer.decode([*before, *written], skip_special_tokens=True)
+
+    for token in islice(sample(model, ids, temperature=temperature, top_p=top_p, seed=seed), max_new_tokens):
         written.append(int(token))
+        if show is not None and not (now := text()).endswith("\ufffd"):  # which is half a letter
+            show(now[len(shown):])
+            shown = now
         if written[-1] in ends:
             break
-    return {"model": str(path), "text": tokenizer.decode([*ids[0].tolist(), *written], skip_special_tokens=True), "new_tokens": len(written)}
+    if show is not None:
+        show(text()[len(shown):])
+    return {"model": str(path), "text": text(), "new_tokens": len(written)}

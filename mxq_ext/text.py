@@ -65,7 +65,7 @@ def heldout_text(kind: str = "technical") -> str:
         return "\n\n".join(p for p in _topic_paragraphs(even=False) if p not in seen)
     if kind == "literary":
         return _king_james(LITERARY_BOOKS)
-    raise ModelError(f"held-out text {kind!r}", "the kinds are technical and literary", "use one of those, or --text FILE")
+    raise ModelError(f"held-out text {kind!r}", "the kinds are technical and literary", "use one of those, or read_text(path)")
 
 
 def describe() -> dict[str, str]:
@@ -79,8 +79,10 @@ def read_text(path: str | os.PathLike) -> str:
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
-    except (FileNotFoundError, IsADirectoryError):
-        raise ModelError(f"reading {path}", "there is no such file", "check the path given to --text") from None
+    except FileNotFoundError:
+        raise ModelError(f"reading text from {path}", "there is no such file", "check the path") from None
+    except IsADirectoryError:
+        raise ModelError(f"reading text from {path}", "it is a directory", "name a file in it") from None
     except UnicodeDecodeError as e:
         raise ModelError(f"reading {path}", f"it is not UTF-8 (byte 0x{e.object[e.start]:02x} at offset {e.start})",
                          "convert it, for example with: iconv -f latin1 -t utf-8") from None
@@ -110,6 +112,18 @@ def windows(tokenizer, text: str, length: int = 512, count: int | None = None, s
     return torch.tensor(ids[start * length:(start + wanted) * length], dtype=torch.int64).view(wanted, length)
 
 
+def max_positions(model) -> int | None:
+    """Positions that the model was made for, None where its config does not say."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def check_positions(model, length: int, what: str) -> None:
+    """Raises ModelError if ``length`` tokens are more than the model has positions for: a model computes on, and what it says there means nothing."""
+    limit = max_positions(model)
+    if limit is not None and length > limit:
+        raise ModelError(f"{what} of {length} tokens", f"the model was made for {limit} positions (max_position_embeddings)", f"ask for {limit} at most")
+
+
 def spread(windows: torch.Tensor, count: int) -> torch.Tensor:
     """At most ``count`` of the windows [W, T], evenly spaced from the first to the last."""
     keep = torch.linspace(0, windows.shape[0] - 1, min(count, windows.shape[0])).round().long()
@@ -126,8 +140,7 @@ def self_written(model, count: int, length: int = 512, *, seed: int = 0, progres
 
     Raises ModelError if the model's logits are not finite, or if ``length`` exceeds its positions.
     """
-    config = model.config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", length)
+    config, limit = model.config.get_text_config(), max_positions(model) or length
     if count < 1 or length < 2 or length > limit:
         raise ModelError(f"{count} self-written windows of {length} tokens", f"count must be at least 1 and length in 2..{limit}", "ask for other windows")
     generator = torch.Generator().manual_seed(seed)

@@ -1,7 +1,9 @@
 """The command line: what each verb hands to the pipeline, what it prints, and how it fails."""
 
+import contextlib
 import importlib
 import inspect
+import io
 import json
 import os
 import subprocess
@@ -13,8 +15,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from mxq_ext import cli
-from mxq_ext.errors import ModelError, MxqWarning
+from mxq_ext import __version__, cli
+from mxq_ext.errors import BudgetError, CheckpointError, ModelError, MxqWarning
 from mxq_ext.plan import Plan
 
 VERBS = ["quantize", "calibrate", "sense", "plan", "presets", "eval", "generate", "inspect", "bench", "doctor", "demo"]
@@ -206,6 +208,7 @@ def test_bench_of_layers():
     (["quantize", "m", "-o", "o", "--bits", "3", "--format", "w8"], "--bits and --format given; keep one of --bits, --format"),
     (["plan", "c", "-o", "o"], "exactly one of --bits, --bytes is needed"),
     (["quantize", "m", "-o", "o", "--format", "w7"], "bits must be one of (1, 2, 3, 4, 5, 6, 8)"),
+    (["sense", "m", "s", "-o", "o", "--candidates", ","], "no format is named; name some with commas between them"),
     (["sense", "m", "s", "-o", "o", "--candidates", "w4g64,x"], "format 'x': the name does not follow the grammar"),
     (["plan", "nowhere.json", "-o", "o", "--bits", "3"], "nowhere.json: there is no such file; check the path"),
     (["inspect", "nowhere.json"], "nowhere.json: there is no such file; check the path"),
@@ -285,9 +288,66 @@ def test_warnings_of_mxq_are_one_line_and_others_stay(record, monkeypatch):
     assert shown == ["old api"]
 
 
-def test_usage_error_is_exit_code_2():
-    for args in (["nope"], ["quantize"], ["plan", "x", "-o", "y", "--bits", "many"]):
-        assert run(*args).exit_code == 2
+@pytest.mark.parametrize("args, line", [
+    (["nope"], "error: mxq: no such command 'nope'; see mxq --help"),
+    (["quantize"], "error: mxq quantize: missing argument 'MODEL'; see mxq quantize --help"),
+    (["plan", "x", "-o", "y", "--bits", "many"], "error: mxq plan: invalid value for '--bits'"),
+])
+def test_usage_errors_are_one_line_and_exit_code_2(args, line):
+    with pytest.raises(SystemExit) as done, contextlib.redirect_stderr(io.StringIO()) as said:
+        cli.main(args)
+    assert done.value.code == 2 and said.getvalue().startswith(line) and said.getvalue().count("\n") == 1
+
+
+def test_no_arguments_are_a_question(capsys):
+    with pytest.raises(SystemExit) as done:
+        cli.main([])
+    assert done.value.code == 2 and "Commands:" in "".join(capsys.readouterr())
+
+
+def test_version():
+    done = run("--version")
+    assert (done.exit_code, done.stdout.strip()) == (0, f"mxq_ext {__version__}")
+
+
+@pytest.mark.parametrize("verb, error, line", [
+    ("quantize", CheckpointError("saving to out/bits=3", "a checkpoint is there already", "pass overwrite=True, or choose another directory"),
+     "error: saving to out/bits=3: a checkpoint is there already; pass --overwrite, or choose another directory"),
+    ("quantize", BudgetError("quantizing for a cache of 9 tokens with bits=3", "weights and cache have one budget in bytes", "pass it as nbytes=N"),
+     "error: quantizing for a cache of 9 tokens with --bits 3: weights and cache have one budget in bytes; pass it as --bytes N"),
+    ("quantize", ModelError("a", "needs statistics", "use method='rtn', or --set metric=fisher and solver.tolerance=1"),
+     "error: a: needs statistics; use --method rtn, or --set metric=fisher and solver.tolerance=1"),
+    ("generate", ModelError("a", "no text with bits=3", "pass temperature=0.7"), "error: a: no text with bits=3; pass --temperature 0.7"),
+])
+def test_errors_name_the_options_of_their_verb(record, verb, error, line):
+    record({"quantize": "pipeline.quantize_checkpoint", "generate": "pipeline.generate_text"}[verb], error=error)
+    done = run(*{"quantize": ["quantize", "m", "-o", "out", "--bits", 3], "generate": ["generate", "m", "hi"]}[verb])
+    assert (done.exit_code, done.stderr.strip()) == (2, line)
+
+
+def test_generate_passes_what_was_given(record):
+    seen = record("pipeline.generate_text", {"text": "said"})
+    assert run("generate", "q", "hi").stdout == "said\n" and without(seen, "max_new_tokens") == {"path": Path("q"), "prompt": "hi"}
+    assert run("generate", "q", "hi", "--no-chat", "--temperature", 0.7, "--top-p", 0.9, "--seed", 3, "--kv", "kivi4").exit_code == 0
+    assert without(seen, "max_new_tokens", "path", "prompt") == {"chat": False, "temperature": 0.7, "top_p": 0.9, "seed": 3, "kv": "kivi4"}
+
+
+def test_quantize_names_a_cache(record):
+    seen = record("pipeline.quantize_checkpoint", {})
+    assert run("quantize", "m", "-o", "out", "--bits", 3, "--kv", "kivi4").exit_code == 0 and seen["kv"] == "kivi4"
+
+
+def test_a_table_needs_a_file_before_anything_is_measured(record, tmp_path):
+    record("pipeline.load", error=AssertionError("too late"))
+    (tmp_path / "file").touch()
+    for table, rule in ((tmp_path, "it is a directory; name a file in it"), (tmp_path / "file" / "t.json", "is no directory")):
+        done = run("bench", "m", "--table", table)
+        assert done.exit_code == 2 and rule in done.stderr
+
+
+def test_inspect_says_what_a_float_model_is(tiny_dir):
+    done = run("inspect", tiny_dir)
+    assert done.exit_code == 2 and "it is a model that is not quantized, and no mxq checkpoint; make one of a float model with mxq quantize" in done.stderr
 
 
 # -------------------------------------------------------------------------------------------------------------------- help

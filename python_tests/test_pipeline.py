@@ -11,15 +11,15 @@ from itertools import islice
 
 import pytest
 import torch
-from conftest import make_model, make_tokenizer
+from conftest import make_model, make_sharp_model, make_tokenizer
 
 from mxq_ext import checkpoint, pipeline, trials
 from mxq_ext.checkpoint import load
 from mxq_ext.decoding import end_tokens, greedy
-from mxq_ext.errors import BudgetError, CheckpointError, MxqError, PlanError
-from mxq_ext.nn import QuantEmbedding, QuantLinear
+from mxq_ext.errors import BudgetError, CheckpointError, ModelError, MxqError, MxqWarning, PlanError
+from mxq_ext.nn import QuantEmbedding, QuantLinear, replace_linear
 from mxq_ext.plan import Plan
-from mxq_ext.plan.presets import PRESETS, find_preset
+from mxq_ext.plan.presets import PRESETS, find_kv, find_preset
 from mxq_ext.structure import find_units
 
 CANDIDATES = ["w2g32_asym", "w3g32_asym", "w4g32_asym", "w8"]
@@ -156,6 +156,69 @@ def test_evaluate_and_generate_on_paths(source, tmp_path, monkeypatch):
     assert pipeline.generate_text(tmp_path / "q", "hello", max_new_tokens=1)["new_tokens"] == 1
     with pytest.raises(MxqError, match="prompt"):
         pipeline.generate_text(tmp_path / "q", "")
+    with pytest.raises(ModelError, match=r"windows of 600 tokens: the model was made for 512 positions .*; ask for 512 at most"):
+        pipeline.evaluate_checkpoint(tmp_path / "q", windows=1, length=600)
+    with pytest.warns(MxqWarning, match="5 tokens and up to 600 new ones: the model was made for 512 positions"):
+        pipeline.generate_text(tmp_path / "q", "hello", max_new_tokens=600)
+
+
+def test_generating_in_other_ways(source, tmp_path, monkeypatch):
+    tokenizer = make_tokenizer()
+    checkpoint.save(replace_linear(make_sharp_model(), "w8"), tmp_path / "q", tokenizer)
+    path, some = tmp_path / "q", {"max_new_tokens": 12}
+    monkeypatch.setattr(pipeline, "end_tokens", lambda model: frozenset())
+    plain, shown = pipeline.generate_text(path, "hello", **some), []
+    assert pipeline.generate_text(path, "hello", show=shown.append, **some) == plain and "".join(shown) == plain["text"] and len(shown) > 1
+    drawn = [pipeline.generate_text(path, "hello", temperature=2.0, seed=seed, **some)["text"] for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2] and drawn[0] != plain["text"]
+    assert pipeline.generate_text(path, "hello", temperature=1.0, top_p=1e-9, **some) == plain  # the most probable token alone
+    assert pipeline.generate_text(path, "hello", kv="k2v2_r0", **some)["new_tokens"] == 12
+    with pytest.raises(ModelError, match="no chat template; continue the prompt instead"):
+        pipeline.generate_text(path, "hello", chat=True)
+    for bad in ({"temperature": -1.0}, {"temperature": float("nan")}, {"top_p": 0.0}, {"top_p": 1.5}):
+        with pytest.raises(MxqError, match="sampling with"):
+            pipeline.generate_text(path, "hello", **bad)
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<answer>{% endif %}"
+    path = checkpoint.save(checkpoint.load(path), tmp_path / "chat", tokenizer)
+    asked = []
+    monkeypatch.setattr(pipeline, "sample", lambda model, ids, **how: asked.append(tokenizer.decode(ids[0])) or iter([torch.tensor([72]), torch.tensor([105])]))
+    for chat in (None, True, False):
+        said = pipeline.generate_text(path, "hello", chat=chat)["text"]
+        assert said.startswith("hello") == (chat is False)
+    assert asked == ["<user>hello<answer>"] * 2 + ["hello"]
+
+
+def test_late_mistakes_leave_nothing_behind(source, tmp_path):
+    (tmp_path / "folder").mkdir()
+    for wrong, match in (({"text": tmp_path / "no.txt"}, "no.txt: there is no such file; check the path"),
+                         ({"text": tmp_path / "folder"}, "folder: it is a directory; name a file in it"),
+                         ({"stats": tmp_path / "nowhere"}, "nowhere"), ({"candidates": []}, "at least one format is needed"),
+                         ({"text": source / "short.txt"}, "the text has")):
+        (source / "short.txt").write_text("too short")
+        with pytest.raises(MxqError, match=match):
+            run(source, tmp_path / "q", bits=4, **wrong)
+        assert not (tmp_path / "q.work").exists()
+
+
+def test_a_cache_beside_the_weights(source, tmp_path):
+    for name, budget in (("a", {"bits": 8}), ("b", {"uniform": "w4g32_asym"})):
+        run(source, tmp_path / name, kv="kivi4", **budget)
+        assert checkpoint.load(tmp_path / name).mxq_kv == find_kv("kivi4")
+    plan = Plan.uniform("w4g32_asym", quantizer={"name": "rtn"})
+    plan.kv = find_kv("k4v4")
+    assert pipeline.quantize_model(make_model(), None, plan=plan).plan.kv == plan.kv
+    assert pipeline.quantize_model(make_model(), None, plan=plan, kv="none").plan.kv is None
+    with pytest.raises(PlanError, match="did you mean 'kivi4'"):
+        pipeline.quantize_model(make_model(), None, plan=plan, kv="kivi")
+
+
+def test_budgets_that_are_none_or_many():
+    with pytest.raises(PlanError, match="neither bits, nbytes nor plan: exactly one of the three must be given; pass for example bits=3.5"):
+        pipeline.quantize_model(make_model(), None)
+    with pytest.raises(PlanError, match="bits=3 and nbytes=10: exactly one of the three must be given; keep one of them"):
+        pipeline.quantize_model(make_model(), None, bits=3, nbytes=10)
+    with pytest.raises(ModelError, match="quantizing a LlamaForCausalLM: the model is quantized already"):
+        pipeline.quantize_model(replace_linear(make_model(), "w8"), None, bits=3)
 
 
 def test_trials_are_made_once(source, tmp_path, monkeypatch):

@@ -124,8 +124,8 @@ def test_read_text(tmp_path):
     path.write_text("  \n")
     with pytest.raises(ModelError, match="holds no text"):
         read_text(path)
-    for missing in (tmp_path / "no.txt", tmp_path):
-        with pytest.raises(ModelError, match="no such file"):
+    for missing, match in ((tmp_path / "no.txt", "there is no such file; check the path"), (tmp_path, "it is a directory; name a file in it")):
+        with pytest.raises(ModelError, match=match):
             read_text(missing)
 
 

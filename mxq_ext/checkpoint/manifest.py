@@ -139,9 +139,14 @@ def _read_manifest(path: Path) -> dict:
     if not path.is_dir():
         raise CheckpointError(asked, "there is no such directory", "check the path")
     if not (path / MANIFEST).is_file():
-        by_transformers = (path / "config.json").is_file()
-        raise CheckpointError(asked, f"{MANIFEST} is missing, so this is no mxq checkpoint",
-                              "write quantized models with mxq_ext.save, not with save_pretrained" if by_transformers else "check the path")
+        if not (path / "config.json").is_file():
+            raise CheckpointError(asked, f"{MANIFEST} is missing, so this is no mxq checkpoint", "check the path")
+        method = (read_json(path / "config.json").get("quantization_config") or {}).get("quant_method")
+        if method == "mxq":
+            raise CheckpointError(asked, f"{MANIFEST} is missing, so this is no mxq checkpoint",
+                                  "write quantized models with mxq_ext.save, not with save_pretrained")
+        raise CheckpointError(asked, f"it is a model that is {f'quantized by {method}' if method else 'not quantized'}, and no mxq checkpoint",
+                              "make one of a float model with mxq quantize, or quantize_model and save")
     manifest = read_json(path / MANIFEST)
     version = manifest.get("mxq_checkpoint")
     if isinstance(version, bool) or version != VERSION:
