@@ -10,6 +10,7 @@ from conftest import make_sharp_model
 from mxq_ext.errors import QuantizationError
 from mxq_ext.evaluate import Reference, evaluate
 from mxq_ext.fileio import load_tensors
+from mxq_ext.progress import Progress
 from mxq_ext.quantizers import distill as module
 from mxq_ext.quantizers import quantize
 from mxq_ext.quantizers.distill import DistillOptions, _Distillation, distill
@@ -94,7 +95,29 @@ def test_training_lowers_the_divergence_on_text_it_has_not_seen(model, tokens, f
     before, after = (evaluate(swapped(model, *parts), reference, unseen).kl for parts in ((start,), (qtensors, norms)))
     assert after < share * before
     told = qtensors["model.layers.0.mlp.up_proj"].info
+    reference = Reference.of(model, tokens)  # of so few windows all are judged by, before and after
+    for key, parts in (("distill_kl_start", (start,)), ("distill_kl_end", (qtensors, norms))):
+        assert told[key] == pytest.approx(evaluate(swapped(model, *parts), reference, tokens).kl, rel=0.05)
     assert told["distill_kl_end"] < told["distill_kl_start"]
+
+
+def test_what_became_worse_is_not_kept(model, tokens, monkeypatch, capsys):
+    start = start_of(model)
+    step = _Distillation._step
+
+    def spoil(self, *args):
+        step(self, *args)
+        for weight in self.modules.values():
+            if hasattr(weight, "weight"):
+                weight.weight.data = weight.weight.data * 1.5
+
+    monkeypatch.setattr(_Distillation, "_step", spoil)
+    out, norms = distill(model, start, tokens, DistillOptions(steps=1, **TINY), progress=Progress())
+    assert all(torch.equal(out[n].dequantize(), q.dequantize()) for n, q in start.items())
+    assert norms and all(torch.equal(w, model.get_parameter(n)) for n, w in norms.items())
+    info = out["model.layers.0.mlp.up_proj"].info
+    assert info["distill_kl_end"] == info["distill_kl_start"] and "distill_kl_end" not in start["model.layers.0.mlp.up_proj"].info
+    assert "which is worse: the weights stay as they were" in capsys.readouterr().err
 
 
 def test_codes_bytes_and_what_lies_outside_of_the_blocks_stay(model, tokens):

@@ -33,6 +33,7 @@ from .learned import LearnedWeight
 
 SLICE = 128  #: positions whose logits are held at a time
 EVERY = 8  #: steps between two states on disk
+JUDGED = 8  #: windows, at most, whose KL is taken before and after
 MOMENTS = (0.9, 0.95)  #: of Adam; the second is short, since there are tens of steps and not thousands
 
 
@@ -75,8 +76,8 @@ def distill(model: nn.Module, start: Mapping[str, QTensor], tokens: torch.Tensor
 
     Weights outside of the decoder blocks (embedding, head) are used as they are quantized, and stay so. Rectangles of fp16, of more than five bits and with
     nested scales stay, too.
-    ``info`` of each QTensor of a block says ``distill_kl_start`` and ``distill_kl_end``: the mean training loss of the first and of the last quarter of the
-    steps.
+    ``info`` of each QTensor of a block says ``distill_kl_start`` and ``distill_kl_end``: the mean KL on the same few of the windows, of the start and of what
+    is returned. If training has made it worse, that is the start, with a note.
 
     Memory beside the model: a copy of it, hidden states of all windows, one block's graph, and 16 bytes per constant. Raises QuantizationError if nothing can
     move.
@@ -135,19 +136,37 @@ class _Distillation:
         calls = capture_calls(self.student, self.tokens)
         with torch.no_grad():
             target = [final_hidden(self.model, t[None]) for t in self.progress.track(self.tokens.unbind(), "reference")]
+        before = self._kl(calls, target)  # the student still is the start, also where a run goes on
         done, order = self._resume(), self._order()
         for step in self.progress.track(range(done, self.options.steps), "distill"):
             self._step(step, order[step], calls, target)
             if self.state is not None and (step + 1) % EVERY == 0:
                 self._write(step + 1)
-        out = dict(self.start)
-        quarter = max(1, len(self.losses) // 4)
-        told = [sum(part) / quarter for part in (self.losses[:quarter], self.losses[-quarter:])]
+        after = self._kl(calls, target)
+        better = after <= before  # false for NaN
+        out, norms = dict(self.start), self.norms if better else {n: self.model.get_parameter(n) for n in self.norms}
         for name, w in self.learned.items():
-            out[name] = w.qtensor()
-            out[name].info = out[name].info | {"distill_kl_start": told[0], "distill_kl_end": told[1]}
-        self.progress.note(f"distilled: KL on calibration windows {told[0]:.4g} -> {told[1]:.4g}")
-        return out, {n: p.detach().clone() for n, p in self.norms.items()}
+            out[name] = w.qtensor() if better else copy.copy(self.start[name])
+            out[name].info = out[name].info | {"distill_kl_start": before, "distill_kl_end": after if better else before}
+        self.progress.note(f"distilled: KL on {len(self._judged())} calibration windows {before:.4g} -> {after:.4g}"
+                           + ("" if better else ", which is worse: the weights stay as they were; try fewer or more steps, or more windows"))
+        return out, {n: p.detach().clone() for n, p in norms.items()}
+
+    def _judged(self) -> list[int]:
+        """Indices of the windows to judge by, evenly spread."""
+        return torch.linspace(0, len(self.tokens) - 1, min(JUDGED, len(self.tokens))).round().long().tolist()
+
+    @torch.no_grad()
+    def _kl(self, calls: Calls, target: list[torch.Tensor]) -> float:
+        """Mean KL of the student as it is on the windows to judge by."""
+        total, chosen = 0.0, self._judged()
+        for w in chosen:
+            with autocast(self.options.precision):
+                hidden = embed(self.student, self.tokens[w:w + 1])
+                for i, block in enumerate(self.blocks):
+                    hidden = run_block(block, i, hidden, calls)
+            total += self._head(hidden, target[w], [])[0]
+        return total / len(chosen)
 
     def _order(self) -> list[list[int]]:
         """Windows of each step: every window once before any comes again."""
