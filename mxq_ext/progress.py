@@ -1,4 +1,4 @@
-"""Progress of long work: a rich display on a terminal, one plain line per step otherwise.
+"""Progress of long work: a rich display on a terminal, otherwise a plain line now and then.
 
     with Progress() as p:
         for block in p.track(blocks, "calibrate"):
@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
 
 T = TypeVar("T")
+EVERY = 5.0  #: seconds at least between two lines of one stage in a log, its first and its last excepted
 
 
 class Progress:
@@ -52,14 +53,19 @@ class Progress:
     def track(self, items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
         """Iterates over ``items``, showing ``label`` and how many are done."""
         total = total if total is not None else len(items) if isinstance(items, Sequence) else None
-        start = time.monotonic()
+        start = said = time.monotonic()
         task = self._rich.add_task(label, total=total) if self._rich is not None else None
-        for i, item in enumerate(items, 1):
+        done = told = 0
+        for done, item in enumerate(items, 1):
             yield item
+            now = time.monotonic()
             if task is not None:
                 self._rich.advance(task)
-            else:
-                self.note(f"{label}: {i}/{total if total is not None else '?'} ({time.monotonic() - start:.1f} s)")
+            elif done == 1 or done == total or now - said >= EVERY:
+                self.note(f"{label}: {done}/{total if total is not None else '?'} ({now - start:.1f} s)")
+                said, told = now, done
+        if task is None and told < done:
+            self.note(f"{label}: {done}/{total if total is not None else '?'} ({time.monotonic() - start:.1f} s)")
 
 
 #: For callers that pass no display.
