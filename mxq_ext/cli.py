@@ -94,6 +94,8 @@ def _as_typed(text: str, function: Callable[..., None]) -> str:
 
     def option(found: re.Match) -> str:
         value = found[2].strip("'\"")
+        if value == "False":
+            return f"--no-{options[found[1]].removeprefix('--')}"
         return options[found[1]] + ("" if value in ("True", "") else f" {value}")
 
     names = "|".join(map(re.escape, options))

@@ -162,7 +162,7 @@ def quantize_model(model: nn.Module, tokenizer, *, bits: float | None = None, nb
         work: directory of intermediate files; kept, and reused by a later call. A temporary one when None.
         context, batch: with them ``nbytes`` is a budget of the weights and of a cache of that many tokens and sequences together, and the plan has a KV
             section: more bits wherever, in weights or cache, they bring most.
-        kv: how keys and values are cached, as ``replace_attention`` reads it; wins over the plan's and the preset's. With ``context`` a KVSpec or its name:
+        kv: how keys and values are cached, as ``replace_attention`` reads it; wins over the plan's and the preset's. With ``context`` one for all layers:
             group, residual, sink, rotate, pre_rope and outliers of the section that is planned.
         transform: a change of the float model that keeps its function: ``"rotate"`` (``transforms.rotate_residual``) or ``"awq"``
             (``transforms.scale_activations``); None: the preset's.
@@ -210,13 +210,13 @@ def quantize_model(model: nn.Module, tokenizer, *, bits: float | None = None, nb
         rotate_residual(model)  # before bytes are counted, since a head that was tied becomes a unit of its own
     if plan is None and chosen.allocator == "uniform":
         plan = uniform_plan(find_units(model), chosen, bits=bits, nbytes=nbytes)
-    check_request(find_units(model), chosen, plan, bits=bits, nbytes=nbytes)
+    check_request(find_units(model), chosen, plan, bits=bits, nbytes=nbytes, shared=context is not None)
     if context is not None:
         if chosen.unit != "linear" or chosen.allocator == "uniform" or chosen.kv is not None:
             what = f"a cache as {chosen.kv}" if chosen.kv is not None else f"weights by {chosen.unit} ({chosen.allocator})"
             raise PlanError(f"{what} and a budget for weights and cache together", "only plans of whole linears are joined with a cache, whose bits they plan",
                             "drop context, or set kv beside the weights' own budget")
-        kv = KVSpec() if kv is None else KVSpec.parse(kv)
+        kv = _one_spec(kv)
         check_joint(model, chosen, kv, nbytes=nbytes, context=context, batch=batch)
     clock = None if times is None else TimeTable.load(times)
     if max_ms_per_token is not None and (clock is None or plan is not None or chosen.unit != "linear" or context is not None):
@@ -277,6 +277,15 @@ def quantize_model(model: nn.Module, tokenizer, *, bits: float | None = None, nb
         for name, weight in norms.items():
             model.get_parameter(name).data.copy_(weight)
     return Result(model, plan, table, stats if work is not None else None, stored, nbytes)
+
+
+def _one_spec(kv: KVSpec | KVPlan | str | None) -> KVSpec:
+    """The spec that all layers of a planned cache share but for their bits. Raises PlanError if they have several, or none."""
+    found = find_kv(kv) if isinstance(kv, str) else KVPlan.parse(KVSpec() if kv is None else kv)
+    if found is None or found.layers:
+        raise PlanError(f"a budget for weights and cache together, with kv={kv}", "the bits of each layer are planned, and the rest is one spec for all",
+                        "name a spec or a policy such as kivi4, or drop context")
+    return found.default
 
 
 def awq_formats(units: list[Unit], preset: Preset, plan: Plan | None, *, bits: float | None, nbytes: int | None) -> dict[str, Format]:

@@ -12,7 +12,7 @@ from torch import nn
 from . import banding
 from .errors import BudgetError, PlanError, QuantizationError
 from .formats import Format
-from .plan import KVPlan, KVSpec, Plan, solve, solve_joint
+from .plan import KVPlan, KVSpec, Plan, choose, solve, solve_joint
 from .plan.kv import BITS
 from .plan.language import Preset
 from .plan.presets import PRESETS, find_kv, find_preset
@@ -99,8 +99,9 @@ def _lossless(units: list[Unit], formats: Sequence[Format], kv: KVTable | None =
     return CostTable([u.name for u in units], formats, np.zeros(sizes.shape), sizes, np.array([u.numel for u in units]), kv=kv)
 
 
-def check_request(units: list[Unit], preset: Preset, plan: Plan | None, *, bits: float | None, nbytes: int | None) -> None:
-    """Everything that can be wrong with a request and needs no calibration to tell. Raises the error that the step itself would raise."""
+def check_request(units: list[Unit], preset: Preset, plan: Plan | None, *, bits: float | None, nbytes: int | None, shared: bool = False) -> None:
+    """Everything that can be wrong with a request and needs no calibration to tell. Raises and warns as the step itself would; ``shared``: the budget is that
+    of a cache too."""
     make_options(preset.method if preset.method != "auto" else "gptq", dict(preset.options))
     formats = [Format.parse(c) for c in preset.candidates]
     if plan is not None:
@@ -118,7 +119,7 @@ def check_request(units: list[Unit], preset: Preset, plan: Plan | None, *, bits:
         # Bands are counted when they are made: their bytes depend on what is seen.
     else:
         find_metric(preset.metric)
-        solve(_lossless(units, formats), bits=bits, nbytes=nbytes)
+        (choose if shared else solve)(_lossless(units, formats), bits=bits, nbytes=nbytes)
     if preset.method != "auto":
         for fmt in dict.fromkeys(formats):
             bad = find_method(preset.method).applies(fmt) if fmt.kind != "float" else None

@@ -317,6 +317,7 @@ def test_version():
      "error: quantizing for a cache of 9 tokens with --bits 3: weights and cache have one budget in bytes; pass it as --bytes N"),
     ("quantize", ModelError("a", "needs statistics", "use method='rtn', or --set metric=fisher and solver.tolerance=1"),
      "error: a: needs statistics; use --method rtn, or --set metric=fisher and solver.tolerance=1"),
+    ("generate", ModelError("a", "b", "continue the prompt instead, with chat=False"), "error: a: b; continue the prompt instead, with --no-chat"),
     ("generate", ModelError("a", "no text with bits=3", "pass temperature=0.7"), "error: a: no text with bits=3; pass --temperature 0.7"),
 ])
 def test_errors_name_the_options_of_their_verb(record, verb, error, line):

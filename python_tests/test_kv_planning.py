@@ -17,7 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface  # noqa: E40
 from transformers.masking_utils import sdpa_mask  # noqa: E402
 
 from mxq_ext import kv_planning, pipeline  # noqa: E402
-from mxq_ext.errors import BudgetError, ModelError, PlanError  # noqa: E402
+from mxq_ext.errors import BudgetError, ModelError, MxqWarning, PlanError  # noqa: E402
 from mxq_ext.evaluate import evaluate  # noqa: E402
 from mxq_ext.kv import reference as numpy_pages  # noqa: E402
 from mxq_ext.kv.attention import replace_attention  # noqa: E402
@@ -311,6 +311,8 @@ def test_mistakes_in_planning(tmp_path):
         solve_joint(table, nbytes=1000, context=1000)
     with pytest.raises(PlanError, match="holds no costs of cached keys and values.*mxq sense --kv"):
         solve_joint(cost_table(None), nbytes=10**6, context=1000)
+    with pytest.warns(MxqWarning, match=r"a budget of 1,000,000,000 bytes for weights and cache: the largest candidates take [\d,]+ bytes"):
+        solve_joint(table, nbytes=10**9, context=1000)
     with pytest.raises(PlanError, match="attention has no unit in common"):
         solve_joint(cost_table(kv_table(metric="attention")), nbytes=10**6, context=1000)
     with pytest.raises(PlanError, match="measured with 2, 4, 8 bits, not 3"):
@@ -479,6 +481,8 @@ def test_one_budget_through_the_line(tiny_dir, tmp_path):
         pipeline.quantize_checkpoint(tiny_dir, tmp_path / "q", nbytes=100_000, context=2000, text=text, windows=2)
     with pytest.raises(BudgetError, match="weights and cache have one budget in bytes"):
         pipeline.quantize_checkpoint(tiny_dir, tmp_path / "q", bits=4, context=2000, text=text, windows=2)
+    with pytest.raises(PlanError, match="with kv=none: the bits of each layer are planned"):
+        pipeline.quantize_checkpoint(tiny_dir, tmp_path / "q", nbytes=500_000, context=2000, kv="none", text=text, windows=2)
     done = pipeline.quantize_checkpoint(tiny_dir, tmp_path / "q", nbytes=500_000, context=2000, batch=2, text=text, windows=2, method="rtn")
     joint = done["joint"]
     assert joint["weights"]["nbytes"] == done["bytes_on_disk"] and joint["weights"]["nbytes"] + joint["cache"]["nbytes"] <= 500_000
@@ -503,7 +507,7 @@ def test_sense_and_plan_verbs(tiny_dir, tmp_path):
     plan = Plan.load(tmp_path / "plan.json")
     assert shown["joint"]["cache"]["nbytes"] + shown["joint"]["weights"]["nbytes"] <= 230_000
     assert all((s.group, s.sink) == (32, 2) for s in plan.kv.resolve(2))
-    with pytest.raises(BudgetError, match="give it as --bytes"):
+    with pytest.raises(BudgetError, match="give it as nbytes=N"):
         pipeline.plan_from_table(tmp_path / "cost.json", tmp_path / "plan.json", bits=3, context=1500)
     with pytest.raises(PlanError, match="costs of a cache by head: no cache is named"):
         pipeline.sense_model(tiny_dir, tmp_path / "stats", tmp_path / "cost.json", kv_by_head=True)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -125,12 +125,11 @@ def budget_bytes(table: CostTable, bits: float | None = None, nbytes: int | None
     return round(exact) if abs(exact - round(exact)) <= 4 * np.spacing(exact) else math.floor(exact)
 
 
-def warn_surplus(table: CostTable, budget: int) -> None:
-    """Warns if the largest candidates of all units leave over a hundredth of ``budget`` bytes unused; always from this line, so that each is told once."""
-    most = int(np.where(np.isfinite(table.loss), table.nbytes, 0).max(1).sum())
+def warn_surplus(budget: int, most: int, said: Callable[[int], str]) -> None:
+    """Warns if the largest candidates, of ``most`` bytes, leave over a hundredth of ``budget`` unused; always from this line, so that each is told once."""
     if budget > 1.01 * most:
-        warnings.warn(f"a budget of {table.stored_bits(budget):.6g} stored bits: the largest candidates of {', '.join(map(str, table.formats))} take "
-                      f"{table.stored_bits(most):.4f}, and the rest stays unused; ask for less, or add a wider candidate", MxqWarning, stacklevel=1)
+        warnings.warn(f"a budget of {said(budget)}: the largest candidates take {said(most)}, and the rest stays unused; ask for less, or add a wider one",
+                      MxqWarning, stacklevel=1)
 
 
 def choose(table: CostTable, *, bits: float | None = None, nbytes: int | None = None, method: str = "dp", groups: Groups | None = None,
@@ -186,7 +185,8 @@ def solve(table: CostTable, *, bits: float | None = None, nbytes: int | None = N
     Warns of a budget that no choice of candidates can use up.
     """
     a = choose(table, bits=bits, nbytes=nbytes, method=method, groups=groups, allowed=allowed, max_seconds=max_seconds)
-    warn_surplus(table, budget_bytes(table, bits, nbytes))
+    most = int(np.where(np.isfinite(table.loss), table.nbytes, 0).max(1).sum())
+    warn_surplus(budget_bytes(table, bits, nbytes), most, lambda size: f"{table.stored_bits(size):.6g} stored bits")
     how = {"method": a.method, "budget_bytes": budget_bytes(table, bits, nbytes), "bits": None if bits is None else float(bits),
            "exact": a.exact, "gap": a.gap}
     return plan_of(table, a.choice, quantizer=quantizer, meta={"allocation": how} | (meta or {}))

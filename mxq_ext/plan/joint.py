@@ -19,7 +19,7 @@ import numpy as np
 from ..errors import BudgetError, PlanError
 from ..sensitivity.table import CostTable, KVTable
 from . import knapsack
-from .allocate import Allowed, Groups, _merge, budget_bytes, plan_of
+from .allocate import Allowed, Groups, _merge, budget_bytes, plan_of, warn_surplus
 from .kv import KVPlan, KVSpec
 from .rules import METHODS
 from .schema import Plan
@@ -104,7 +104,8 @@ def solve_joint(table: CostTable, *, nbytes: int, context: int, batch: int = 1, 
         pairs, groups, allowed, method: as :func:`solve_kv` and ``allocate.choose`` have them.
 
     The plan's meta has, beside those of ``plan_of``, ``allocation``: method, budget_bytes, exact, gap, and ``joint``: context, batch, and bytes and loss
-    of weights and of the cache. Raises BudgetError if nothing fits, PlanError for a table without ``kv``, or whose losses have no common unit.
+    of weights and of the cache. Warns as ``allocate.solve`` does. Raises BudgetError if nothing fits,
+    PlanError for a table without ``kv``, or whose losses have no common unit.
     """
     kv = _need_kv(table, f"a plan of weights and cache in {nbytes:,} bytes")
     if kv.meta.get("metric") == "attention":
@@ -119,6 +120,7 @@ def solve_joint(table: CostTable, *, nbytes: int, context: int, batch: int = 1, 
     if budget < least:
         raise BudgetError(f"budget of {budget:,} bytes for {len(table.units)} units and a cache of {batch} x {context} tokens",
                           f"the smallest choice takes {least:,} bytes, {least - budget:,} more", "allow more, or plan for a shorter context")
+    warn_surplus(budget, int(np.where(np.isfinite(loss), sizes, 0).max(1).sum()), lambda size: f"{size:,} bytes for weights and cache")
     a = METHODS[method](loss, sizes, budget)
     of_weights, of_cache = a.choice[:rows][merged.row], a.choice[rows:]
     at = np.arange(more)
