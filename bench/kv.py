@@ -133,7 +133,7 @@ class Bench:
         if policy not in KV_POLICIES or not rest:
             return find_kv(name)
         replace_attention(self.model, None)
-        return plan_kv(self.model, kv_tokens(self.tokenizer)[::2], policy, bits=float(rest[0]), progress=self.progress)
+        return plan_kv(self.model, kv_tokens(self.model, self.tokenizer)[::2], policy, bits=float(rest[0]), progress=self.progress)
 
     def float_nbytes(self) -> int:
         """Bytes of keys and values in the model's float32."""

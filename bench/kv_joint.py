@@ -68,7 +68,7 @@ class Bench:
         self.table = make_table(self.model, tokens, stats, self.preset, work, progress)
         path = work / "kv-cost.json"
         if not path.exists():
-            write_json(path, make_kv_table(self.model, kv_tokens(tokenizer, context=context)[::2], anchored=True, progress=progress).to_json())
+            write_json(path, make_kv_table(self.model, kv_tokens(self.model, tokenizer, context=context)[::2], anchored=True, progress=progress).to_json())
         self.table.kv = KVTable.from_json(read_json(path))
         self.held = {k: texts.spread(texts.windows(tokenizer, texts.heldout_text(k), context), windows) for k in KINDS}
         self.record = read_json(out) if out.exists() else {"rows": []}

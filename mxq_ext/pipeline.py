@@ -81,12 +81,14 @@ class Result:
 
 def calibration_tokens(model: nn.Module, tokenizer, work: Path, *, text: str | None = None, windows: int = WINDOWS, length: int = LENGTH, seed: int = 0,
                        source: str | None = None, progress: Progress = SILENT) -> torch.Tensor:
-    """Calibration windows int64 [W, length], W <= ``windows``: of ``text``, spread evenly over it; when None, half of the windows
-    are of the built-in text and half are written by the model itself. Kept in ``work``, so that a resumed run sees the same.
+    """Calibration windows int64 [W, T], W <= ``windows`` and T ``length``, or as many as the model has positions where those are fewer: of ``text``, spread
+    evenly over it; when None, half of the windows are of the built-in text and half are written by the model itself. Kept in ``work``, so that a resumed run
+    sees the same.
 
     ``source``: fingerprint of the model before a transform, which leaves its function and so its own text alone; None: ``model`` is that.
     """
     need_tokenizer(tokenizer, "the model")
+    length = min(length, texts.max_positions(model) or length)
     asked = {"model": source or model_fingerprint(model), "text": texts.text_hash(texts.calibration_text() if text is None else text),
              "self_written": str(text is None), "windows": str(windows), "length": str(length), "seed": str(seed)}
     path = work / TOKENS
@@ -108,9 +110,10 @@ def calibration_tokens(model: nn.Module, tokenizer, work: Path, *, text: str | N
     return tokens
 
 
-def kv_tokens(tokenizer, text: str | None = None, context: int | None = None) -> torch.Tensor:
-    """Windows int64 [W, T] to measure a cache on: of ``text`` (None: the built-in one), as long as the planned context but at most KV_LENGTH."""
-    length = KV_LENGTH if context is None else min(KV_LENGTH, context)
+def kv_tokens(model: nn.Module, tokenizer, text: str | None = None, context: int | None = None) -> torch.Tensor:
+    """Windows int64 [W, T] to measure a cache on: of ``text`` (None: the built-in one), as long as the planned context but at most KV_LENGTH, and no
+    longer than the model has positions for."""
+    length = min(n for n in (KV_LENGTH, context, texts.max_positions(model)) if n is not None)
     return texts.spread(texts.windows(need_tokenizer(tokenizer, "the model"), texts.calibration_text() if text is None else text, length), KV_WINDOWS)
 
 
@@ -247,7 +250,7 @@ def quantize_model(model: nn.Module, tokenizer, *, bits: float | None = None, nb
                 if context is None:
                     plan = solve(table, bits=bits, nbytes=nbytes, method=chosen.allocator, max_seconds=limit, quantizer=chosen.quantizer())
                 else:
-                    table.kv = make_kv_table(model, kv_tokens(tokenizer, read, context), kv, anchored=True, progress=progress)
+                    table.kv = make_kv_table(model, kv_tokens(model, tokenizer, read, context), kv, anchored=True, progress=progress)
                     plan = solve_joint(table, nbytes=nbytes, context=context, batch=batch, method=chosen.allocator, quantizer=chosen.quantizer())
             plan = dataclasses.replace(plan, activations=chosen.activations, kv=plan.kv if chosen.kv is None else find_kv(chosen.kv))
             if context is None and limit is None:  # under a time limit fewer bytes may be the best
@@ -418,7 +421,7 @@ def sense_model(model_path, stats_dir, out, *, preset: str | None = None, candid
     trials = Trials(Path(stats_dir) / "trials", model, stats, chosen)
     table = sense(model, tokens, stats, chosen.candidates, metric=chosen.metric, trial=trials, progress=progress)
     if spec is not None:
-        table.kv = make_kv_table(model, kv_tokens(tokenizer), spec, anchored=True, by_head=kv_by_head, progress=progress)
+        table.kv = make_kv_table(model, kv_tokens(model, tokenizer), spec, anchored=True, by_head=kv_by_head, progress=progress)
     table.save(out)
     table.to_csv(Path(out).with_suffix(".csv"))
     rows = [{"format": f, "loss": loss, "nbytes": size, "stored_bits": table.stored_bits(size)} for f in table.formats for loss, size in [table.uniform(f)]]

@@ -212,6 +212,15 @@ def test_a_cache_beside_the_weights(source, tmp_path):
         pipeline.quantize_model(make_model(), None, plan=plan, kv="kivi")
 
 
+def test_windows_are_no_longer_than_the_model_has_positions(source, tmp_path):
+    model, tokenizer = make_model(), make_tokenizer()
+    model.config.max_position_embeddings = 100
+    for name, text in (("own", None), ("given", TEXT)):
+        assert pipeline.calibration_tokens(model, tokenizer, tmp_path / name, text=text, windows=2).shape == (2, 100)
+    assert pipeline.kv_tokens(model, tokenizer).shape == (4, 100) and pipeline.kv_tokens(model, tokenizer, context=60).shape == (4, 60)
+    assert pipeline.kv_tokens(make_model(), tokenizer, context=9000).shape == (4, 512)
+
+
 def test_budgets_that_are_none_or_many():
     with pytest.raises(PlanError, match="neither bits, nbytes nor plan: exactly one of the three must be given; pass for example bits=3.5"):
         pipeline.quantize_model(make_model(), None)
