@@ -7,6 +7,7 @@ Blocks per SM are what registers and threads allow (64 Ki registers and 64 warps
 """
 
 import argparse
+import functools
 import re
 import subprocess
 import sys
@@ -62,6 +63,7 @@ def threads_of(source: str, kernel: str) -> int:
     return 128 if source in ("attention", "dequant") or (source.startswith("mm_") and source != "mm_stage") else 256
 
 
+@functools.cache
 def compile_one(source: Path) -> list[Usage]:
     """Raises RuntimeError with the compiler's words; a warning is an error."""
     codes = [f"-gencode=arch=compute_{a[3:]},code={a}" for a in ARCHS]
