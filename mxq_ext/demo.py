@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import datetime
 import os
-import platform
 import shutil
 import time
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from .plan.presets import find_preset
 from .progress import SILENT, Progress
 from .report import bit_map_entries, bit_map_svg, bit_map_text, markdown_table
 from .structure import find_units
+from .testing.timing import machine
 from .trials import Trials
 
 UNIFORM = ("w8g128_asym", "w4g64_asym", "w3g32", "w3g128_asym", "w2g64_asym")
@@ -160,8 +160,7 @@ def _compare(rows: list[Row]) -> list[dict]:
 
 
 def _machine() -> dict:
-    return {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "target": ops.target(),
-            "python": platform.python_version(), "torch": torch.__version__}
+    return {**machine(), "threads": torch.get_num_threads(), "target": ops.target()}
 
 
 def _print(rows, comparisons, picture, sample, kept, out) -> None:
