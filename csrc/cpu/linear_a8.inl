@@ -16,7 +16,7 @@ static constexpr int BIAS = VNNI || APART ? 128 : 0, OFFSET8 = VNNI ? BIAS : 0;
 
 template <bool SMALL>
 MXQ_INLINE W dot_value(W acc, W u, W x) {
-  if constexpr (SMALL || VNNI || APART) return dot(acc, u, x);
+  if constexpr (SMALL || VNNI) return dot(acc, u, x);
   else return dot_signed(acc, u, x);
 }
 
@@ -383,7 +383,7 @@ static void gemv8_lut(const Job& j, const Piece& p, int64_t tile, int64_t end, i
   }
   for (int m = 0; m < MR; m++) {
     float bias = 0.0f;  // what every row has too little
-    for (int64_t g = 0; (BIAS || APART) && g < in.groups; g++)
+    for (int64_t g = 0; BIAS && g < in.groups; g++)
       bias += in.units[g * in.step + m] * (float)(APART ? in.negatives[g * in.step + m] : -OFFSET8 * in.sums[g * in.step + m]);
     V t[16];
     for (int64_t r = 0; r < 16; r++) t[r] = r < rows ? load(parts + 256 * m + 16 * r) : zero();
