@@ -28,7 +28,7 @@ test: VENV_ARGS = --cuda-compiler --extras nsga,tasks
 # The linter's verdict counts, but pytest runs in any case and has the last word.
 test: $(READY)
 	@$(VENV)/bin/ruff check .; lint=$$?; \
-	$(VENV)/bin/python -m pytest --cov --cov-report=term -n $(PYTEST_WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS); tests=$$?; \
+	$(VENV)/bin/python -m pytest --cov --cov-report=term --durations=20 --durations-min=10 -n $(PYTEST_WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS); tests=$$?; \
 	exit $$((lint > tests ? lint : tests))
 
 lint: $(READY)
