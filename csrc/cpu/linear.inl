@@ -1,7 +1,7 @@
 // The linear kernels, written once; target_*.cpp include this file with their own instruction set. Reading order:
 //   prepare: the input as the kernels want it, in float32 or int8
 //   finish: sparse part, bias, conversion, scatter
-//   linear_a16.inl, linear_a8.inl: the kernels proper, for one piece of a weight
+//   linear_a16.inl, linear_a8.inl with linear_gemv8.inl and linear_gemm8.inl: the kernels proper, for one piece of a weight
 //   gemv, gemm: one chunk of row tiles, piece after piece
 // Sums run in an order that depends on the shape alone, never on the threads.
 
@@ -246,6 +246,8 @@ static void finish_block(const Job& j, const GemmChunk& k, int64_t m0, int64_t m
 
 #include "linear_a16.inl"
 #include "linear_a8.inl"
+#include "linear_gemv8.inl"
+#include "linear_gemm8.inl"
 
 namespace mxq {
 namespace MXQ_TARGET {
