@@ -296,7 +296,7 @@ class QTensor:
             need(s.cols.dtype == torch.int32 and s.values.dtype == torch.float16 and s.cols.shape == s.values.shape and s.cols.dim() == 1,
                  "sparse.cols (int32) and sparse.values (float16) must be vectors of one length")
             if not s.rowptr.is_meta:
-                d = s.rowptr[1:] - s.rowptr[:-1]
+                d = s.rowptr.long().diff()  # int32 differences would wrap, and a fall of more than 2^31 pass for a rise
                 rises = int(s.rowptr[0]) == 0 and int(s.rowptr[-1]) == s.cols.numel() and bool((d >= 0).all())
                 need(rises, "sparse.rowptr must rise from 0 to the value count")
                 need(s.cols.numel() == 0 or (int(s.cols.min()) >= 0 and int(s.cols.max()) < k), f"sparse.cols must lie in 0..{k - 1}")

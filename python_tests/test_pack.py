@@ -15,7 +15,7 @@ from mxq_ext.errors import NativeError, ShapeError
 from mxq_ext.formats import UNIFORM_BITS, Format
 from mxq_ext.ops import Packed
 from mxq_ext.pack import pack_codes, unpack_codes
-from mxq_ext.qtensor import QTensor, Rectangle, nested_codes, nested_value
+from mxq_ext.qtensor import QTensor, Rectangle, Sparse, nested_codes, nested_value
 from mxq_ext.testing.cases import FORMATS, LAYOUTS, NESTED, NESTED_LAYOUT, SHAPES, random_qtensor, random_x
 
 
@@ -216,6 +216,14 @@ def test_empty_weights():
     for n, k in ((0, 5), (4, 0), (0, 0)):
         p = ops.prepack(QTensor((n, k), []))
         assert ops.unpack(p).shape == (n, k) and ops.dequantize(p).shape == (n, k)
+
+
+def test_sparse_rows_are_refused_that_only_seem_to_rise():
+    """In int32 each difference of these is positive. Native code would take them for rows of 2^31 values."""
+    q = random_qtensor("w4g32", 4, 40)
+    q.sparse = Sparse(torch.tensor([0, 2**31 - 1, -(2**31), -1, 5], dtype=torch.int32), torch.zeros(5, dtype=torch.int32), torch.zeros(5, dtype=torch.float16))
+    with pytest.raises(ShapeError, match="sparse.rowptr must rise"):
+        ops.prepack(q)
 
 
 def test_other_bytes_are_refused():
