@@ -353,6 +353,16 @@ def test_changes_of_the_model_reach_native_code(between):
 
 
 @torch.no_grad()
+def test_native_code_follows_weights_whose_memory_is_shared_later():
+    """share_memory() frees the bytes that native code has the address of; the modules have no norm among them whose address would tell."""
+    model = build("llama_gqa", fuse="layer")
+    want, weights = model(prompt(), use_cache=True).logits, path_of(model).weights
+    model.model.layers[1].self_attn.o_proj.share_memory()
+    assert not weights.current(False)
+    assert torch.equal(model(prompt(), use_cache=True).logits, want) and path_of(model).weights.current(False)
+
+
+@torch.no_grad()
 def test_casts_copies_and_pickles_stay_native():
     model = build("llama", fuse="layer")
     want = model(prompt(), use_cache=True).logits

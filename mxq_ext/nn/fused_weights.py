@@ -84,8 +84,11 @@ class NativeWeights:
             return False
         return all(map(operator.is_, there, self.modules)) and self._values() == self.values
 
-    def _values(self) -> tuple[list, list, list]:
-        return [m.held.packed for m in self.linears], [m.compute for m in self.linears], [entries[name].data_ptr() for entries, name in self.floats]
+    def _values(self) -> tuple[list, list, list, list]:
+        packed = [m.held.packed for m in self.linears]
+        # The same object may have its bytes elsewhere: share_memory() moves them.
+        return (packed, [0 if p is None else p.blob.data_ptr() for p in packed], [m.compute for m in self.linears],
+                [entries[name].data_ptr() for entries, name in self.floats])
 
     def _norm(self, module: nn.Module, size: int) -> int:
         weight = module.weight.detach().contiguous()
