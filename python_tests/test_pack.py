@@ -212,6 +212,12 @@ def test_a_packed_weight_can_be_copied_pickled_and_shared():
     process.join()
 
 
+def test_the_size_of_a_blob_is_counted_in_64_bits():
+    """The size depends on the shape alone: no memory is touched, and there is no weight of so many rows or columns here."""
+    n = 1 << 30
+    assert _native.cpu.blob_nbytes((n, 1, [], 64, 0, 0, 0, 0, 0)) > 8 * n and _native.cpu.blob_nbytes((1, n, [], 0, 64, 0, 0, 0, 0)) > 4 * n
+
+
 def test_empty_weights():
     for n, k in ((0, 5), (4, 0), (0, 0)):
         p = ops.prepack(QTensor((n, k), []))

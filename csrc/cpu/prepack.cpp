@@ -163,8 +163,8 @@ Layout plan(const Weight& w) {
   h.off_rects = place(w.rects.size() * sizeof(Rect));
   h.off_slots = place(l.slots.size() * sizeof(Slot));
   h.off_slots8 = place(l.slots8.size() * sizeof(Slot8));
-  if (w.perm_rows) h.off_perm_rows = place(4 * h.n), h.off_row_of = place(4 * h.n);
-  if (w.perm_cols) h.off_perm_cols = place(4 * h.k);
+  if (w.perm_rows) h.off_perm_rows = place(4 * uint64_t(h.n)), h.off_row_of = place(4 * uint64_t(h.n));
+  if (w.perm_cols) h.off_perm_cols = place(4 * uint64_t(h.k));
   if (w.rowptr) {
     h.off_rowptr = place(4 * (uint64_t(h.n) + 1)), h.off_cols = place(4 * h.nnz), h.off_values = place(2 * h.nnz);
     uint64_t steps = 0;
