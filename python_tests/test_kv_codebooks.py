@@ -3,6 +3,8 @@
 import copy
 import itertools
 import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -60,6 +62,20 @@ def cache(key, value, turns, batch, heads, sink, pages, tail, seed=0, dtype=torc
 
 
 # ------------------------------------------------------------------------------------------------------------------ pages
+
+
+def test_threads_that_meet_get_one_codebook(monkeypatch):
+    """Native code keeps its address, so that of two that are made at the same time none may go."""
+    fmt, both, make = PageFormat("keys", 3, 64, 32, levels(3, seed=99)), threading.Barrier(2, timeout=30), torch.tensor
+
+    def tensor(*args, **kwargs):
+        both.wait()
+        return make(*args, **kwargs)
+
+    with ThreadPoolExecutor(2) as pool, monkeypatch.context() as patch:
+        patch.setattr(torch, "tensor", tensor)
+        addresses = list(pool.map(lambda _: fmt.levels_pointer, range(2)))
+    assert set(addresses) == {fmt.levels_pointer}
 
 
 @pytest.mark.parametrize("bits", ops.LEVEL_BITS)

@@ -10,7 +10,6 @@ native code trusts it. Nothing here needs a gradient: inputs that require one ar
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 from functools import cached_property
@@ -128,9 +127,13 @@ class PageFormat:
         return 0 if self.levels is None else _codebook(self.levels).data_ptr()
 
 
-@functools.cache  # for good: pages of these formats hold its address
+_codebooks: dict[tuple[float, ...], torch.Tensor] = {}  # for good: pages of these formats hold their addresses
+
+
 def _codebook(levels: tuple[float, ...]) -> torch.Tensor:
-    return torch.tensor(levels, dtype=torch.float32)
+    # Not functools.cache: of two threads that meet here, one would get a tensor that the other one's replaces.
+    have = _codebooks.get(levels)
+    return _codebooks.setdefault(levels, torch.tensor(levels, dtype=torch.float32)) if have is None else have
 
 
 def _rows(t: torch.Tensor | None) -> tuple[int, ...]:
