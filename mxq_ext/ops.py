@@ -8,7 +8,7 @@
 
 Each op has a plain-loop twin (``linear_ref`` and so on) that reads the canonical layout and accumulates in double precision.
 Checks live in the ``check_*`` functions, which the real and the fake (shape-only) paths both call; native code trusts them.
-Outside of ``torch.compile`` the functions call native code directly, because a registered op costs more than a small layer.
+Outside of ``torch.compile`` the functions call native code directly for plain tensors, because a registered op costs more than a small layer.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from .qtensor import TYPES, QTensor, Rectangle, Sparse
 
 #: How a linear reads x: exactly, with float32 products and sums; or rounded to int8 by groups, with exact integer sums (docs/formats.md).
 COMPUTES = ("a16", "a8")
+#: Classes of tensors whose memory native code may take for what it is. A FakeTensor, say, has none.
+PLAIN = (torch.Tensor, torch.nn.Parameter)
 _WHICH = "check which layer this weight belongs to"
 
 
@@ -250,7 +252,8 @@ def linear(x: torch.Tensor, p: Packed | cuda.CudaPacked, bias: torch.Tensor | No
     if isinstance(p, cuda.CudaPacked):
         return _cuda_linear(x, p, bias, compute)
     differentiate = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
-    if differentiate or torch.compiler.is_compiling() or x.is_meta:
+    plain = type(x) in PLAIN and (bias is None or type(bias) in PLAIN)
+    if differentiate or not plain or torch.compiler.is_compiling() or x.is_meta:
         return torch.ops.mxq_ext.linear(x, p.blob, p.shape[0], bias, compute)
     check_compute(compute)
     n, k = p.shape
@@ -309,7 +312,7 @@ def embedding(ids: torch.Tensor, p: Packed | cuda.CudaPacked, dtype: torch.dtype
             return torch.ops.mxq_ext.embedding_cuda(ids, p.blob, p.head, p.shape[0], p.shape[1], dtype)
         check_embedding(ids, *p.shape, dtype, values=False, device=p.blob.device)
         return cuda.embedding(ids, p, dtype)
-    if torch.compiler.is_compiling() or ids.is_meta:
+    if torch.compiler.is_compiling() or ids.is_meta or type(ids) not in PLAIN:
         return torch.ops.mxq_ext.embedding(ids, p.blob, p.shape[0], p.shape[1], dtype)
     return _embedding(ids, p.blob, *p.shape, dtype)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import poison_memory
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from mxq_ext import _native, ops, reference
 from mxq_ext.qtensor import QTensor
@@ -442,6 +443,23 @@ def test_fake_agrees_with_real_and_meta_works(plain_memory):
     assert y.is_meta and y.shape == (2, 3, 20) and y.dtype == torch.bfloat16
     e = ops.embedding(torch.empty(4, dtype=torch.int64, device="meta"), ops.Packed(p.blob.to("meta"), p.shape, p.format_name), torch.float16)
     assert e.is_meta and e.shape == (4, 45) and e.dtype == torch.float16
+
+
+def test_fake_tensors_and_other_classes_go_through_the_registered_ops(plain_memory):
+    """A FakeTensor says that it is on the CPU, and has no memory; a class of tensors may watch what is called with them."""
+    p, seen = ops.prepack(cases.random_qtensor("w4g32", 20, 45)), []
+
+    class Watching(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return super().__torch_function__(func, types, args, kwargs)
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        y, e = ops.linear(torch.empty(3, 45), p, torch.empty(20)), ops.embedding(torch.empty(4, dtype=torch.int64), p)
+    assert (type(y), y.shape, type(e), e.shape) == (FakeTensor, (3, 20), FakeTensor, (4, 45))
+    x = torch.randn(3, 45)
+    assert torch.equal(ops.linear(x.as_subclass(Watching), p).as_subclass(torch.Tensor), ops.linear(x, p)) and "mxq_ext.linear" in seen
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -33,6 +33,7 @@ from ..formats import PAGE
 from ..kv.attention import NAME as PACKED_ATTENTION
 from ..kv.cache import MxqCacheLayer
 from ..kv.ops import CPU
+from ..ops import PLAIN
 from ..structure import decoder_blocks
 from . import fused_cuda
 from .fused_cache import FIELDS, CacheRows, adopt, float_rows
@@ -48,7 +49,6 @@ _STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 _TABLE = 1 << 17  #: positions beyond these get angles of their own, not a table
 #: Reasons for which a call goes through the modules without a warning: nobody expects speed there.
 _EXPECTED = ("training", "a gradient is needed", "no cache", "another device or tensor class", *fused_cuda.EXPECTED)
-PLAIN = (torch.Tensor, nn.Parameter)  #: classes of tensors whose memory native code may take for what it is
 _CAPTURING = "transformers.utils.output_capturing"  # its hooks stay on modules and do nothing unless a call asks for their output
 
 
