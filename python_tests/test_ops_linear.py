@@ -251,6 +251,19 @@ def test_a8_of_extreme_inputs(target):
         numeric.check(ops.linear(x, p, None, "a8")[0], ops.linear_ref(x, p, None, "a8")[0], 1e-5, "large")
 
 
+@pytest.mark.parametrize("name", ["w1g64_fz", "w3g64_asym", "w4g32", "w6", "w8", "nf4g64", "lut2", "lut4"])
+def test_a8_of_a_group_that_is_not_finite(name, target):
+    """Its codes are 0 and its unit is infinite or NaN, here and in the twin: no sum of codes beyond int32, of which anything may come, an infinity of either
+    sign among others."""
+    q = cases.random_qtensor(name, 20, 300)
+    p = ops.prepack(q)
+    for m in (1, 3, 12):
+        x = cases.random_x(m, 300)
+        x[0, 40], x[m - 1, 299] = float("inf"), -float("inf")
+        y, want = ops.linear(x, p, None, "a8"), ops.linear_ref(x, q, None, "a8")
+        assert y[[0, m - 1]].isnan().all() and torch.equal(y.isnan(), want.isnan())
+
+
 def test_a8_does_not_depend_on_threads(target, threads):
     weights = [ops.prepack(q) for q in (cases.random_qtensor("w3g64_asym", 900, 700), cases.random_qtensor("lut4", 500, 1100), cases.LAYOUTS[4].make())]
     for p in weights:

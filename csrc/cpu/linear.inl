@@ -78,11 +78,17 @@ static void prepare_floats(const Job& j, int64_t m0, int64_t mr) {
 }
 
 // One group of one row of x as int8: returns its unit, and the sum of its codes in `sum`. in[width] floats, width a multiple of 16.
-// Magnitudes below 2^-100 count as zero, so that the inverse of the unit is finite.
+// Magnitudes below 2^-100 count as zero, so that the inverse of the unit is finite. Of a group that is not finite the unit says all: what its numbers would be
+// rounded to is beyond int8, and the sums of such codes beyond int32.
 MXQ_INLINE float round_group(const float* in, int64_t width, int8_t* out, int32_t& sum) {
   W most = ints(0), total = ints(0);
   for (int64_t c = 0; c < width; c += 16) most = max_bits(most, load(in + c));
   const float largest = bits_to_float(max_lane(most));
+  if (!(largest <= 0x1.fffffep127f)) {
+    memset(out, 0, width);
+    sum = 0;
+    return largest / 127.0f;
+  }
   const float inverse = largest < 0x1p-100f ? 0.0f : 127.0f / largest;
   for (int64_t c = 0; c < width; c += 16) {
     const W q = round_to_ints(mul(load(in + c), set1(inverse)));

@@ -528,7 +528,7 @@ MXQ_INLINE W max_bits(W most, V v) {
   for (int i = 0; i < 16; i++) a[i] = (b[i] & 0x7fffffff) > a[i] ? b[i] & 0x7fffffff : a[i];
   return load_words(a);
 }
-MXQ_INLINE W round_to_ints(V v) {  // |v| < 2^22: the adder rounds to even at 1. A NaN gives any number: its group's scale is a NaN
+MXQ_INLINE W round_to_ints(V v) {  // |v| < 2^22: the adder rounds to even at 1. A NaN gives any number
   float f[16];
   int32_t out[16];
   store(f, v);
