@@ -363,9 +363,10 @@ static void gemv_blocks(const Job& j, int64_t tile0, int64_t tile1, int64_t b0, 
 
 // Blocks of x that share a tile's codes while they are in L1 or L2. All of these blocks pass by every tile, so they have to be in L2 themselves.
 static int64_t gemv_pass(const Job& j) {
+  if (!j.a8) return j.blocks;
   constexpr int64_t BYTES = 256 << 10;
-  const int64_t pass = BYTES / ((int64_t)header(j.blob).k * GEMV8_BLOCK);
-  return !j.a8 ? j.blocks : pass < 1 ? 1 : pass;
+  const int64_t pass = BYTES / ((int64_t)header(j.blob).k * GEMV8_BLOCK);  // not a8 without columns
+  return pass < 1 ? 1 : pass;
 }
 
 static void gemv(const Job& j, int64_t tile0, int64_t tile1, float* scratch) {
