@@ -26,14 +26,7 @@ void fetch_first(const uint8_t* blob) {
 
 }  // namespace
 
-bool uses_gemm(const uint8_t* blob, int64_t m, bool a8) {
-  const Header& h = header(blob);
-  if (!a8 || !h.slots8) return m > GEMV_ROWS;
-  const Target& target = current_target();
-  const Piece* pieces = at<Piece>(blob, h.off_pieces);
-  const bool bytes = std::all_of(pieces, pieces + h.pieces, [](const Piece& p) { return p.format.kind == UNIFORM && p.format.bits == 8; });
-  return m > (bytes && target.direct8 ? DIRECT8_ROWS : target.gemv8_rows);
-}
+bool uses_gemm(const uint8_t* blob, int64_t m, bool a8) { return uses_gemm(current_target(), blob, m, a8); }
 
 void linear(const uint8_t* blob, const void* x, int64_t ldx, int type, int64_t m, void* y, const void* bias, int bias_type, bool a8, int threads) {
   const Header& h = header(blob);
@@ -42,11 +35,10 @@ void linear(const uint8_t* blob, const void* x, int64_t ldx, int type, int64_t m
   const Blocking& blocking = a8 ? target.a8 : target.a16;
   const int64_t size = type == F32 ? 4 : 2;
   const int64_t pass = ceil_div(m, ceil_div(m, MAX_ROWS));  // nearly equal passes: a last one of a few rows would cost a whole one
-  const int64_t work = int64_t(h.n) * h.k * std::min<int64_t>(pass, 1 << 20);
-  threads = useful_threads(work, threads);
+  threads = useful_threads(int64_t(h.n) * h.k * pass, threads);
 
   Job job{};
-  job.blob = blob, job.ldx = ldx, job.type = type, job.bias = bias, job.bias_type = bias_type, job.m = pass, job.gemm = uses_gemm(blob, m, a8), job.a8 = a8;
+  job.blob = blob, job.ldx = ldx, job.type = type, job.bias = bias, job.bias_type = bias_type, job.m = pass, job.gemm = uses_gemm(target, blob, m, a8), job.a8 = a8;
   const InputSizes inputs(h, pass, a8, target.signs_apart);
   const int64_t per_worker = aligned(target.scratch_floats(job));
   float* const memory = scratch.get(inputs.total() + per_worker * threads);

@@ -35,7 +35,7 @@ void linear_group(const GroupItem* items, int count, const void* x, int64_t ldx,
     const Header& h = header(i->blob);
     work += int64_t(h.n) * h.k * m, tiles_of_all += h.tiles;
     Job job{};
-    job.blob = i->blob, job.m = m, job.a8 = in_integers(*i), job.gemm = uses_gemm(i->blob, m, job.a8);
+    job.blob = i->blob, job.m = m, job.a8 = in_integers(*i), job.gemm = uses_gemm(target, i->blob, m, job.a8);
     apart = apart || target.scratch_floats(job);
   }
   threads = useful_threads(work, threads);

@@ -12,6 +12,15 @@ static constexpr int64_t CHUNK_BYTES = 64 << 10;
 
 static inline int64_t aligned(int64_t floats) { return round_up(floats, 16); }
 
+// Whether `m` rows of x are computed by gemm. `target` is the caller's, so that one call has one instruction set whenever another thread chooses another.
+static inline bool uses_gemm(const Target& target, const uint8_t* blob, int64_t m, bool a8) {
+  const Header& h = header(blob);
+  if (!a8 || !h.slots8) return m > GEMV_ROWS;
+  const Piece* pieces = at<Piece>(blob, h.off_pieces);
+  const bool bytes = std::all_of(pieces, pieces + h.pieces, [](const Piece& p) { return p.format.kind == UNIFORM && p.format.bits == 8; });
+  return m > (bytes && target.direct8 ? DIRECT8_ROWS : target.gemv8_rows);
+}
+
 // Floats of each part of what prepare() makes of m rows of x.
 struct InputSizes {
   int64_t slots, sums, units, bytes;
