@@ -261,22 +261,24 @@ void unpack_row(const RowView& v, const Canonical& c, int64_t row) {
   }
 }
 
-void dequantize_piece(const RowView& v, float* out) {  // out[cols]; the formulas of formats.h
+// out[original column] of a piece's columns; perm_cols may be null. The formulas of formats.h.
+void dequantize_piece(const RowView& v, const int32_t* perm_cols, float* out) {
   const Format f = v.p.format;
   const int64_t cols = v.p.c1 - v.p.c0, width = f.group ? f.group : std::max<int64_t>(cols, 1);
   const auto scale = [&](const uint8_t* p) { return f.bf16 ? bf16_to_float(load_u16(p)) : half_to_float(load_u16(p)); };
   for (int64_t c = 0; c < cols; c++) {
     const uint32_t q = v.get(c);
-    if (f.kind == FLOAT) out[c] = half_to_float(uint16_t(q));
-    else if (f.kind == LUT) out[c] = half_to_float(load_u16(v.scales + 2 * q));
+    float& to = out[perm_cols ? perm_cols[v.p.c0 + c] : v.p.c0 + c];
+    if (f.kind == FLOAT) to = half_to_float(uint16_t(q));
+    else if (f.kind == LUT) to = half_to_float(load_u16(v.scales + 2 * q));
     else {
       const int64_t g = c / width;
       const float s = scale(v.half(v.scales, g));
-      if (f.kind == NF) out[c] = s * NF4_LEVELS[q];
-      else if (f.zero == FLOATZERO) out[c] = s * float(q) + scale(v.half(v.zeros, g));
+      if (f.kind == NF) to = s * NF4_LEVELS[q];
+      else if (f.zero == FLOATZERO) to = s * float(q) + scale(v.half(v.zeros, g));
       else {
         const int centre = 1 << (f.bits - 1), z = f.zero == INT ? int8_t(v.zeros[g * LANES + v.lane]) : 0;
-        out[c] = s * float(int(q) - centre - z);
+        to = s * float(int(q) - centre - z);
       }
     }
   }
@@ -358,17 +360,10 @@ void dequantize_row(const uint8_t* blob, int64_t row, float* out) {
   const int64_t stored = h.off_row_of ? at<int32_t>(blob, h.off_row_of)[row] : row;
   const Band* band = at<Band>(blob, h.off_bands);
   while (band->r1 <= stored) band++;
-  std::vector<float> part;
+  const int32_t* perm_cols = h.off_perm_cols ? at<int32_t>(blob, h.off_perm_cols) : nullptr;
   for (uint32_t i = 0; i < band->pieces; i++) {
     const Piece& p = at<Piece>(blob, h.off_pieces)[band->first_piece + i];
-    const RowView view(const_cast<uint8_t*>(blob), p, stored - band->r0);
-    if (!h.off_perm_cols) {
-      dequantize_piece(view, out + p.c0);
-    } else {
-      part.resize(p.c1 - p.c0);
-      dequantize_piece(view, part.data());
-      for (uint32_t c = p.c0; c < p.c1; c++) out[at<int32_t>(blob, h.off_perm_cols)[c]] = part[c - p.c0];
-    }
+    dequantize_piece(RowView(const_cast<uint8_t*>(blob), p, stored - band->r0), perm_cols, out);
   }
   if (h.off_rowptr) {
     const int32_t *ptr = at<int32_t>(blob, h.off_rowptr), *cols = at<int32_t>(blob, h.off_cols);
