@@ -35,7 +35,7 @@ struct Slot {
 };
 
 // One int8 copy of the input for the integer kernels, with a scale and a sum of codes for each group of columns. For a block of rows:
-// gemv [m][column]; gemm [group][m][column]. Scales and sums: [group][all m].
+// gemv [m][column], or [column / 32][m][32] on AVX2 (simd.h, STRIPED); gemm [group][m][column]. Scales and sums: [group][all m].
 struct Slot8 {
   uint32_t c0, c1;
   uint32_t group;    // columns per scale
