@@ -300,3 +300,5 @@ class QTensor:
                 rises = int(s.rowptr[0]) == 0 and int(s.rowptr[-1]) == s.cols.numel() and bool((d >= 0).all())
                 need(rises, "sparse.rowptr must rise from 0 to the value count")
                 need(s.cols.numel() == 0 or (int(s.cols.min()) >= 0 and int(s.cols.max()) < k), f"sparse.cols must lie in 0..{k - 1}")
+                places = torch.repeat_interleave(torch.arange(n), d) * k + s.cols
+                need(bool((places.diff() > 0).all()), "sparse.cols must ascend within a row")  # two values of one place: kernels add them, dense() takes one

@@ -232,6 +232,17 @@ def test_sparse_rows_are_refused_that_only_seem_to_rise():
         ops.prepack(q)
 
 
+@pytest.mark.parametrize("cols", [(3, 3), (5, 2)])
+def test_sparse_columns_ascend_within_a_row(cols):
+    """Of two values in one place kernels read the sum, dequantize() the latter."""
+    q = random_qtensor("w4g32", 2, 40)
+    q.sparse = Sparse(torch.tensor([0, 2, 3], dtype=torch.int32), torch.tensor([*cols, 1], dtype=torch.int32), torch.ones(3, dtype=torch.float16))
+    with pytest.raises(ShapeError, match="sparse.cols must ascend within a row"):
+        ops.prepack(q)
+    q.sparse.cols[:2] = torch.tensor([2, 5])
+    assert torch.equal(ops.dequantize(ops.prepack(q)), q.dequantize())
+
+
 def test_other_bytes_are_refused():
     p = ops.prepack(random_qtensor("w4g32", 4, 40))
     for blob in (p.blob[:-64], torch.zeros_like(p.blob), p.blob[:16]):
