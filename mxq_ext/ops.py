@@ -8,7 +8,7 @@
 
 Each op has a plain-loop twin (``linear_ref`` and so on) that reads the canonical layout and accumulates in double precision.
 Checks live in the ``check_*`` functions, which the real and the fake (shape-only) paths both call; native code trusts them.
-Outside of ``torch.compile`` the functions call native code directly for plain tensors, because a registered op costs more than a small layer.
+Unless something watches (:func:`watched`), the functions call native code directly for plain tensors, because a registered op costs more than a small layer.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import math
 import sys
 
 import torch
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import _native, cuda, env
 from ._native import set_target  # noqa: F401  (public: ops.set_target)
@@ -209,6 +210,12 @@ def check_embedding(ids: torch.Tensor, n: int, k: int, dtype: torch.dtype, value
 # ------------------------------------------------------------------------------------------------------------------- linear
 
 
+def watched() -> bool:
+    """Whether what torch is called with is compiled, traced or seen by a dispatch mode. What native code does would be missing there, and its result be memory
+    that nobody writes to: only registered ops are seen."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode()
+
+
 def _linear(x: torch.Tensor, blob: torch.Tensor, n: int, k: int, bias: torch.Tensor | None, compute: str, name: str | None = None) -> torch.Tensor:
     """The native call. Only this function and its twins below hand pointers over."""
     check_linear(x, n, k, bias)
@@ -253,7 +260,7 @@ def linear(x: torch.Tensor, p: Packed | cuda.CudaPacked, bias: torch.Tensor | No
         return _cuda_linear(x, p, bias, compute)
     differentiate = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
     plain = type(x) in PLAIN and (bias is None or type(bias) in PLAIN)
-    if differentiate or not plain or torch.compiler.is_compiling() or x.is_meta:
+    if differentiate or not plain or watched() or x.is_meta:
         return torch.ops.mxq_ext.linear(x, p.blob, p.shape[0], bias, compute)
     check_compute(compute)
     n, k = p.shape
@@ -267,7 +274,7 @@ def _cuda_linear(x: torch.Tensor, p: cuda.CudaPacked, bias: torch.Tensor | None,
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         raise NativeError("gradients through a weight that is packed for CUDA", "the CUDA kernels compute forward only",
                           "run under torch.no_grad(), or keep the layer on the CPU, whose kernels have a backward")
-    if torch.compiler.is_compiling() or x.is_meta:
+    if watched() or x.is_meta:
         return torch.ops.mxq_ext.linear_cuda(x, p.blob, p.head, p.shape[0], bias)
     check_linear(x, *p.shape, bias, p.blob.device)
     if _PRINT:
@@ -308,11 +315,11 @@ def embedding(ids: torch.Tensor, p: Packed | cuda.CudaPacked, dtype: torch.dtype
     Raises ShapeError for an id out of range; on a GPU, whose host would have to wait for the ids, such a row is NaN.
     """
     if isinstance(p, cuda.CudaPacked):
-        if torch.compiler.is_compiling() or ids.is_meta:
+        if watched() or ids.is_meta:
             return torch.ops.mxq_ext.embedding_cuda(ids, p.blob, p.head, p.shape[0], p.shape[1], dtype)
         check_embedding(ids, *p.shape, dtype, values=False, device=p.blob.device)
         return cuda.embedding(ids, p, dtype)
-    if torch.compiler.is_compiling() or ids.is_meta or type(ids) not in PLAIN:
+    if watched() or ids.is_meta or type(ids) not in PLAIN:
         return torch.ops.mxq_ext.embedding(ids, p.blob, p.shape[0], p.shape[1], dtype)
     return _embedding(ids, p.blob, *p.shape, dtype)
 

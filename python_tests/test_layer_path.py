@@ -9,6 +9,7 @@ import torch
 import transformers
 from conftest import make_model
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, StaticCache
 
 import mxq_ext as mxq
@@ -322,6 +323,16 @@ def test_compiled_models_compile_their_modules():
     want = model(prompt(), use_cache=False).logits
     have = torch.compile(model, backend="eager", fullgraph=False)(prompt(), use_cache=False).logits
     torch.testing.assert_close(have, want)
+
+
+@torch.no_grad()
+def test_modules_run_where_something_watches():
+    """A dispatch mode, as tracers and counters are, would see nothing of native code but its buffers."""
+    model = build("llama", fuse="layer")
+    with FlopCounterMode(display=False):
+        have = model(prompt(), use_cache=True).logits
+    assert path_of(model).native == 0
+    torch.testing.assert_close(have, model(prompt(), use_cache=True).logits, rtol=1e-3, atol=1e-3)
 
 
 # -- what changes under way -------------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import poison_memory
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from mxq_ext import _native, ops, reference
 from mxq_ext.qtensor import QTensor
@@ -473,6 +474,17 @@ def test_fake_tensors_and_other_classes_go_through_the_registered_ops(plain_memo
     assert (type(y), y.shape, type(e), e.shape) == (FakeTensor, (3, 20), FakeTensor, (4, 45))
     x = torch.randn(3, 45)
     assert torch.equal(ops.linear(x.as_subclass(Watching), p).as_subclass(torch.Tensor), ops.linear(x, p)) and "mxq_ext.linear" in seen
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("record", [torch.jit.trace, lambda f, x: make_fx(f)(x)], ids=["jit", "fx"])
+def test_recorded_calls_compute(plain_memory, record):
+    """Tracers see what torch is called with: of a direct call of native code only the allocation of its result."""
+    p, ids = ops.prepack(cases.random_qtensor("w4g32", 20, 45)), torch.tensor([1, 4])
+    linear, lookup = record(lambda x: ops.linear(x, p), torch.randn(3, 45)), record(lambda i: ops.embedding(i, p), ids)
+    x = torch.randn(3, 45)
+    assert torch.equal(linear(x), ops.linear(x, p)) and torch.equal(lookup(ids + 1), ops.embedding(ids + 1, p))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

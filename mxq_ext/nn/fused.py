@@ -33,7 +33,7 @@ from ..formats import PAGE
 from ..kv.attention import NAME as PACKED_ATTENTION
 from ..kv.cache import MxqCacheLayer
 from ..kv.ops import CPU
-from ..ops import PLAIN
+from ..ops import PLAIN, watched
 from ..structure import decoder_blocks
 from . import fused_cuda
 from .fused_cache import FIELDS, CacheRows, adopt, float_rows
@@ -187,7 +187,7 @@ class LayerPath(nn.Module):
     # -- a call ---------------------------------------------------------------------------------------------------------------
 
     def forward(self, *args, **kwargs):
-        if torch.compiler.is_compiling() or self.paused:
+        if watched() or self.paused:
             return self._plain(*args, **kwargs)
         decoder = self.family.decoder
         names = _arguments(type(decoder))
