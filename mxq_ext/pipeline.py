@@ -124,6 +124,7 @@ def make_table(model: nn.Module, tokens: torch.Tensor, stats: Stats, preset: Pre
     if path.exists():
         return CostTable.load(path)
     table = sense(model, tokens, stats, preset.candidates, metric=preset.metric, trial=trials, progress=progress)
+    table.meta["quantizer"] = preset.quantizer()
     table.save(path)
     return table
 
@@ -420,6 +421,7 @@ def sense_model(model_path, stats_dir, out, *, preset: str | None = None, candid
     stats, tokens = open_stats(stats_dir, model)
     trials = Trials(Path(stats_dir) / "trials", model, stats, chosen)
     table = sense(model, tokens, stats, chosen.candidates, metric=chosen.metric, trial=trials, progress=progress)
+    table.meta["quantizer"] = chosen.quantizer()
     if spec is not None:
         table.kv = make_kv_table(model, kv_tokens(model, tokenizer), spec, anchored=True, by_head=kv_by_head, progress=progress)
     table.save(out)
@@ -442,10 +444,12 @@ def plan_from_table(cost_path, out, *, bits: float | None = None, nbytes: int | 
     """``mxq plan``: solves for a budget and writes the Plan; ``front`` names a CSV for the whole front of the weights.
 
     With ``context`` the budget is in bytes, and covers the weights and a cache of ``batch`` sequences of that many tokens. A ``preset`` narrows the
-    table to its candidates, and gives allocator, quantizer, activations and cache; the table must have been measured with its metric. ``times`` names
-    a time table of this machine: then the plan's meta and the result say what the plan will take, and ``max_ms_per_token`` limits it.
+    table to its candidates, and gives allocator, activations and cache; ``changes`` replace its parts, or those of the table's own where no preset is named.
+    The table must have been measured with its metric and its quantizer, which the plan names. ``times`` names a time table of this machine: then the
+    plan's meta and the result say what the plan will take, and ``max_ms_per_token`` limits it.
     """
-    if context is not None and find_preset(preset, **(changes or {})).kv is not None:
+    changes = changes or {}
+    if context is not None and find_preset(preset, **changes).kv is not None:
         raise PlanError(f"a plan for a context of {context} tokens by a preset with a cache of its own", "the cache's bits are planned, or named, not both",
                         "drop context, or the preset's kv")
     if max_ms_per_token is not None and (times is None or context is not None):
@@ -453,13 +457,26 @@ def plan_from_table(cost_path, out, *, bits: float | None = None, nbytes: int | 
                           "measure one with `mxq bench MODEL --table times.json`, and give it as times=FILE")
     if context is not None and nbytes is None:
         raise BudgetError(f"a plan for a context of {context} tokens with bits={bits}", "weights and cache have one budget in bytes", "give it as nbytes=N")
-    table, chosen = CostTable.load(cost_path), find_preset(preset, **(changes or {}))
-    if preset is not None:
-        check_parts(chosen, preset)
-        need_linear(chosen, "a plan from a cost table")
-        if table.meta.get("metric") != chosen.metric:
-            raise PlanError(f"a plan by preset {preset} from {cost_path}", f"its metric is {chosen.metric}, the table's {table.meta.get('metric')}",
-                            f"measure it with `mxq sense --preset {preset}`, or --set metric={table.meta.get('metric')}")
+    if later := [part for part in ("transform", "reconstruct", "distill") if part in changes]:
+        raise PlanError(f"a plan from {cost_path} with {later[0]}={changes[later[0]]}", "a plan says formats, and that is done to the weights",
+                        f"give it to `mxq quantize --plan`: --{later[0]} {changes[later[0]]}")
+    table = CostTable.load(cost_path)
+    metric, quantizer = table.meta.get("metric"), table.meta.get("quantizer")  # of tables of earlier versions the latter is unknown
+    chosen = find_preset(preset)
+    if preset is None and quantizer is not None:
+        chosen = quantizer_of(Plan(quantizer=quantizer), chosen, method=None, weighting=None)
+    chosen = find_preset(chosen, **changes)
+    check_parts(chosen, preset)
+    need_linear(chosen, "a plan from a cost table")
+    named = isinstance(preset, str)
+    asked, measure = (f"a plan by preset {preset} from {cost_path}", f"measure it with `mxq sense --preset {preset}`") if named else (
+        f"a plan from {cost_path}", "measure it again")
+    if metric != chosen.metric and (preset is not None or "metric" in changes):
+        raise PlanError(asked, f"its metric is {chosen.metric}, the table's {metric}", f"{measure}, or --set metric={metric}")
+    if quantizer not in (None, chosen.quantizer()):
+        raise PlanError(asked, f"its quantizer is {_said(chosen.quantizer())}, and the table's losses are those of {_said(quantizer)}",
+                        f"{measure}, or make the plan without, and quantize with another --method")
+    if preset is not None or "candidates" in changes:
         table = table.subset(chosen.candidates)
     clock = None if times is None else TimeTable.load(times)
     if clock is not None:
@@ -484,6 +501,11 @@ def plan_from_table(cost_path, out, *, bits: float | None = None, nbytes: int | 
         write_text(front, "nbytes,stored_bits,loss\n" + "".join(f"{size},{table.stored_bits(size):.6f},{loss:.9g}\n" for size, loss in rows))
     shown = {"out": str(out), "formats": plan.counts(), **{k: plan.meta[k] for k in ("nbytes", "stored_bits", "loss", "predicted") if k in plan.meta}}
     return shown if context is None else shown | {"cache": kv_counts(plan, table.kv.layers), "joint": plan.meta["joint"]}
+
+
+def _said(quantizer: dict) -> str:
+    """A plan's ``quantizer`` section in one line."""
+    return ", ".join(str(v) if k == "name" else f"{k}={v}" for k, v in quantizer.items())
 
 
 def kv_counts(plan: Plan, layers: int) -> dict[str, int]:

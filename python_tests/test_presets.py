@@ -16,6 +16,7 @@ from mxq_ext.formats import Format
 from mxq_ext.plan import Bands, Plan, Tiles
 from mxq_ext.plan.presets import PRESETS, find_preset, parse_changes
 from mxq_ext.quantizers import quantize
+from mxq_ext.sensitivity import CostTable
 from mxq_ext.stats import calibrate
 from mxq_ext.stats.walk import sample_labels, window_uniform
 from mxq_ext.structure import find_units
@@ -147,6 +148,25 @@ def test_sense_and_plan_by_preset(source, tmp_path):
         pipeline.plan_from_table(tmp_path / "cost.json", tmp_path / "plan.json", bits=3.2, preset="owq")
     with pytest.raises(BudgetError, match="over 0.02 less"):
         pipeline.plan_from_table(tmp_path / "cost.json", tmp_path / "plan.json", bits=6.0, preset="llm_mq")
+
+def test_a_plan_is_by_the_tables_quantizer_and_takes_every_change(source, tmp_path):
+    pipeline.calibrate_model(source / "model", tmp_path / "stats", text_path=source / "calib.txt", windows=2)
+    cost, out = tmp_path / "cost.json", tmp_path / "plan.json"
+    pipeline.sense_model(source / "model", tmp_path / "stats", cost, preset="rtn", candidates=["w2g64_asym", "w4g64_asym", "w8"])
+    pipeline.plan_from_table(cost, out, bits=5)
+    assert Plan.load(out).quantizer["name"] == "rtn"  # whose losses these are
+    report = pipeline.plan_from_table(cost, out, bits=5, changes={"candidates": ["w2g64_asym", "w8"], "allocator": "milp"})
+    assert set(report["formats"]) == {"w2g64_asym", "w8"} and Plan.load(out).meta["allocation"]["method"] == "milp"
+    for preset, changes, match in (("gradient", None, "quantizer is gptq, weighting=gradient, and .* those of rtn"),
+                                   (None, {"method": "gptq"}, "the table's losses are those of rtn"),
+                                   (None, {"metric": "output"}, "its metric is output, the table's fisher"), (None, {"metric": "outptu"}, "unknown"),
+                                   (None, {"allocator": "uniform"}, "needs the weights"), (None, {"distill": 8}, "`mxq quantize --plan`: --distill 8")):
+        with pytest.raises(PlanError, match=match):
+            pipeline.plan_from_table(cost, out, bits=5, preset=preset, changes=changes)
+    table = CostTable.load(cost)
+    table.meta = {"shapes": table.meta["shapes"], "metric": "mine"}  # a table that says nothing of a quantizer, by a metric of one's own
+    table.save(cost)
+    assert pipeline.plan_from_table(cost, out, bits=5) and Plan.load(out).quantizer["name"] == "gptq"
 
 
 def test_bands_and_a_cache_are_not_planned_together(source, tmp_path):
