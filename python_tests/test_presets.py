@@ -107,6 +107,7 @@ def test_any_part_can_be_replaced():
         with pytest.raises(PlanError, match=match):
             find_preset("mxq", **bad)
     assert find_preset("mxq", options={"damp": 0.02}).options == (("damp", 0.02),)
+    assert find_preset("mxq", candidates="w3g64, w8").candidates == ("w3g64", "w8")
     with pytest.raises(PlanError, match="at least one format"):
         find_preset("mxq", **parse_changes(["candidates=,"], None))
     with pytest.raises(PlanError, match="PART=VALUE"):

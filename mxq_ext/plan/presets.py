@@ -42,7 +42,8 @@ PRESETS: dict[str, Preset] = {**_OURS, **FRAMEWORKS, **CONTROLS}
 
 
 def find_preset(name: str | Preset | None, **changes) -> Preset:
-    """A preset by name (None: the default), or one made by hand, with the parts in ``changes`` that are not None replaced.
+    """A preset by name (None: the default), or one made by hand, with the parts in ``changes`` that are not None replaced
+    (``candidates`` by a list, or by names between commas).
 
     Raises PlanError for an unknown name, part or value, FormatError for a bad candidate.
     """
@@ -59,7 +60,8 @@ def find_preset(name: str | Preset | None, **changes) -> Preset:
             close = difflib.get_close_matches(part, parts, n=1)
             raise PlanError(f"part {part!r} of a preset", f"its parts are {', '.join(parts)}", f"did you mean {close[0]!r}?" if close else "choose one of them")
     if "candidates" in changes:
-        changes["candidates"] = tuple(Format.parse(c).name for c in changes["candidates"])
+        named = changes["candidates"]
+        changes["candidates"] = tuple(Format.parse(c).name for c in (named.replace(" ", "").split(",") if isinstance(named, str) else named))
     for part in ("options", "solver"):
         if isinstance(changes.get(part), Mapping):
             changes[part] = tuple(changes[part].items())
