@@ -36,7 +36,7 @@ from .fileio import check_file, check_own, load_tensors, save_tensors
 from .formats import Format
 from .kv_planning import make_kv_table
 from .nn import quantized_modules, replace_linear
-from .nn.swap import as_plan
+from .nn.swap import as_plan, check_modules
 from .plan import KVPlan, KVSpec, Plan, pareto_front, solve, solve_joint
 from .plan.language import Preset
 from .plan.presets import find_kv, find_preset
@@ -52,7 +52,7 @@ from .stats import Stats, calibrate
 from .stats.outputs import output_moments
 from .stats.store import FILE as STATS_FILE
 from .stats.store import model_fingerprint
-from .structure import Unit, find_units
+from .structure import Unit, find_units, warn_left_out
 from .transforms import rotate_residual, scale_activations
 from .trials import Trials, code_hash, kept, short_hash
 
@@ -214,7 +214,11 @@ def quantize_model(model: nn.Module, tokenizer, *, bits: float | None = None, nb
         rotate_residual(model)  # before bytes are counted, since a head that was tied becomes a unit of its own
     if plan is None and chosen.allocator == "uniform":
         plan = uniform_plan(find_units(model), chosen, bits=bits, nbytes=nbytes)
-    check_request(find_units(model), chosen, plan, bits=bits, nbytes=nbytes, shared=context is not None)
+    units = find_units(model)
+    check_request(units, chosen, plan, bits=bits, nbytes=nbytes, shared=context is not None)
+    floats = set() if plan is None else {name for name, decision in plan.resolve(units).items() if decision is None}
+    check_modules(model, [u for u in units if u.name not in floats])
+    warn_left_out(model, units)
     if context is not None:
         if chosen.unit != "linear" or chosen.allocator == "uniform" or chosen.kv is not None:
             what = f"a cache as {chosen.kv}" if chosen.kv is not None else f"weights by {chosen.unit} ({chosen.allocator})"
@@ -418,6 +422,7 @@ def sense_model(model_path, stats_dir, out, *, preset: str | None = None, candid
     need_linear(chosen, "a cost table")
     check_file(out)
     model, tokenizer = load(model_path)
+    warn_left_out(model, find_units(model))
     stats, tokens = open_stats(stats_dir, model)
     trials = Trials(Path(stats_dir) / "trials", model, stats, chosen)
     table = sense(model, tokens, stats, chosen.candidates, metric=chosen.metric, trial=trials, progress=progress)

@@ -7,11 +7,13 @@ name in the model. An output head tied to the embedding is one unit with it, und
 from __future__ import annotations
 
 import re
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
-from .errors import ModelError
+from .errors import ModelError, MxqWarning
 
 
 @dataclass(frozen=True)
@@ -40,10 +42,14 @@ class Unit:
 
 
 def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Name and list of the decoder blocks: the longest ModuleList of one block class. Raises ModelError if there is none."""
-    best = None
+    """Name and list of the decoder blocks: the longest ModuleList of one block class, lists inside of others (experts) left out. Raises ModelError if there
+    is none."""
+    best, outer = None, []
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) and len({type(m) for m in module}) == 1 and (best is None or len(module) > len(best[1])):
+        if not isinstance(module, nn.ModuleList) or any(name.startswith(f"{o}.") for o in outer):
+            continue
+        outer.append(name)
+        if len(module) and len({type(m) for m in module}) == 1 and (best is None or len(module) > len(best[1])):
             best = (name, module)
     if best is None:
         raise ModelError(f"model {type(model).__name__}", "it has no list of equal decoder blocks", "use a decoder-only transformer such as Llama or Qwen")
@@ -85,3 +91,15 @@ def find_units(model: nn.Module) -> list[Unit]:
     if not any(u.kind == "linear" for u in found.values()):
         raise ModelError(f"model {type(model).__name__}", "it has no nn.Linear", "Conv1D models (GPT-2) need converting to nn.Linear first")
     return list(found.values())
+
+
+def warn_left_out(model: nn.Module, units: Sequence[Unit]) -> None:
+    """Warns of decoder blocks over a hundredth of whose weights are matrices that no unit covers: they stay in float, and neither budgets nor stored bits
+    count them. In transformers, the experts of a mixture are such: one parameter holds all of a block. Always from this line, so that each is told once."""
+    prefix, _ = decoder_blocks(model)
+    covered = {f"{name}.weight" for u in units for name in (u.name, *u.tied)}
+    inside = {name: p.numel() for name, p in model.named_parameters() if p.dim() > 1 and name.startswith(f"{prefix}.")}
+    left = {name: n for name, n in inside.items() if name not in covered}
+    if sum(left.values()) > 0.01 * sum(inside.values()):
+        warnings.warn(f"{sum(left.values()):,} of the {sum(inside.values()):,} weights in the blocks of a {type(model).__name__} are in no nn.Linear, the "
+                      f"largest in {max(left, key=left.get)}: they stay in float, and neither budgets nor stored bits count them", MxqWarning, stacklevel=1)

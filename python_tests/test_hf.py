@@ -1,5 +1,6 @@
 """Models from disk without network, from_pretrained on our checkpoints, and the exact shuffle."""
 
+import copy
 import importlib.util
 import json
 import shutil
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from conftest import load_real_model, make_model, make_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -244,6 +246,20 @@ def test_from_pretrained_reads_our_checkpoints(tmp_path, tied, plan):
         with pytest.raises(ModelError, match=r"would leave out the packed weights; call mxq_ext\.save"):
             one.save_pretrained(tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
+
+
+def test_gemma_scales_its_packed_embedding(tmp_path):
+    config = transformers.Gemma3TextConfig(vocab_size=257, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+                                           num_key_value_heads=2, head_dim=16, max_position_embeddings=64)
+    float_model = transformers.Gemma3ForCausalLM(config).eval()
+    want = float_model(IDS).logits
+    for dtype in (torch.float32, torch.bfloat16):
+        source = replace_linear(copy.deepcopy(float_model).to(dtype), "w8g32_asym")
+        assert (source(IDS).logits - want).abs().max() < (0.02 if dtype == torch.float32 else 0.05) * want.abs().max()
+        checkpoint.save(source, tmp_path / str(dtype))
+        assert torch.equal(checkpoint.load(tmp_path / str(dtype))(IDS).logits, source(IDS).logits)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "torch.float32")
+    assert torch.equal(again(IDS).logits, checkpoint.load(tmp_path / "torch.float32")(IDS).logits)
 
 
 IMPORTS = {

@@ -308,6 +308,26 @@ def test_mistakes_are_told_before_calibration(source, tmp_path, options, match):
     assert not (tmp_path / "q.work").exists()
 
 
+def test_what_is_wrong_with_a_model_is_told_before_calibration(source, tmp_path):
+    class Doubling(torch.nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model = make_model()
+    model.model.layers[1].mlp.up_proj.weight.data[3, 5] = float("nan")
+    with pytest.raises(ModelError, match=r"the model's model.layers.1.mlp.up_proj.weight holds values that are NaN"):
+        pipeline.quantize_model(model, make_tokenizer(), bits=4, text=source / "calib.txt", windows=2, work=tmp_path)
+    model.model.layers[1].mlp.up_proj = Doubling(64, 96, bias=False)
+    (tmp_path / pipeline.TOKENS).unlink()
+    with pytest.raises(ModelError, match="Doubling computes more"):
+        pipeline.quantize_model(model, make_tokenizer(), bits=4, text=source / "calib.txt", windows=2, work=tmp_path)
+    assert not list(tmp_path.iterdir())
+    model = make_model()
+    model.model.layers[1].mlp.experts = torch.nn.Parameter(torch.zeros(4, 64, 64))
+    with pytest.warns(MxqWarning, match="16,384 of the .* weights in the blocks of a LlamaForCausalLM"), pytest.raises(MxqError, match="cannot|no such file"):
+        pipeline.quantize_model(model, make_tokenizer(), bits=4, text=tmp_path / "none.txt")
+
+
 def test_a_model_without_tokenizer_or_quantized_already(source, tmp_path):
     make_model().save_pretrained(tmp_path / "bare")
     pipeline.quantize_checkpoint(tmp_path / "bare", tmp_path / "q", uniform="w8", method="rtn")

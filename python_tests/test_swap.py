@@ -6,15 +6,17 @@ import pytest
 import torch
 from conftest import make_model
 from torch import nn
+from transformers import FalconConfig, FalconForCausalLM
 
 from mxq_ext import nn as mxq_nn
-from mxq_ext.errors import FormatError, ModelError, PlanError, QuantizationError
+from mxq_ext.errors import FormatError, ModelError, MxqWarning, PlanError, QuantizationError
 from mxq_ext.formats import Format
 from mxq_ext.nn import QuantEmbedding, QuantLinear, quantized_modules, replace_linear
+from mxq_ext.nn.embedding import lookup_scale
 from mxq_ext.nn.swap import DEFAULT_WEIGHTING
 from mxq_ext.plan.schema import Plan
 from mxq_ext.quantizers import quantize
-from mxq_ext.structure import find_units
+from mxq_ext.structure import decoder_blocks, find_units
 
 IDS = torch.arange(24)[None] * 7 % 257
 
@@ -326,6 +328,55 @@ def test_modules_that_are_more_than_linear_are_refused():
     with pytest.raises(ModelError, match="model.layers.0.mlp.up_proj: it has forward hooks"):
         replace_linear(model, "w4g64")
     assert not quantized_modules(model)
+
+
+class ScaledEmbedding(nn.Embedding):
+    """As Gemma's is written in transformers."""
+
+    def __init__(self, rows, columns, scale):
+        super().__init__(rows, columns)
+        self.scalar_embed_scale = scale
+        self.register_buffer("embed_scale", torch.tensor(scale), persistent=False)
+
+    def forward(self, ids):
+        return super().forward(ids) * self.embed_scale.to(self.weight.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_an_embedding_that_scales_its_rows_goes_on_doing_so(dtype):
+    model, ids = make_model().to(dtype), torch.arange(40)[None]
+    scaled = ScaledEmbedding(257, 64, 7.7).to(dtype)
+    scaled.weight = model.lm_head.weight
+    model.model.embed_tokens = scaled
+    replace_linear(model, Plan(units={"model.embed_tokens": "w4g64"}))
+    table = model.lm_head.qtensor().dequantize().to(dtype)
+    packed = model.model.embed_tokens
+    assert torch.equal(packed(ids), table[ids] * torch.tensor(7.7).to(dtype)) and packed.held is model.lm_head.held and "scale=7.7" in repr(packed)
+    waiting = ScaledEmbedding(257, 64, 7.7).to("meta")
+    assert lookup_scale(waiting) == 7.7 and lookup_scale(nn.Embedding(3, 4)) == 1
+
+    class Clipped(ScaledEmbedding):
+        def forward(self, ids):
+            return super().forward(ids).clamp(-0.1, 0.1)
+
+    assert lookup_scale(Clipped(9, 64, 7.7)) is None
+    with pytest.raises(ModelError, match="Clipped: it computes more"):
+        QuantEmbedding.from_embedding(Clipped(9, 64, 7.7), "w4g64")
+
+
+def test_falcons_own_linear_is_a_linear():
+    model = FalconForCausalLM(FalconConfig(vocab_size=257, hidden_size=64, num_hidden_layers=2, num_attention_heads=4)).eval()
+    want = fake_quantized(model, Plan.uniform("w4g64"))(IDS).logits
+    assert torch.allclose(replace_linear(model, "w4g64")(IDS).logits, want, atol=1e-5)
+
+
+def test_weights_of_a_block_that_are_in_no_linear_are_told():
+    model = make_model()
+    model.model.layers[1].mlp.experts = nn.Parameter(torch.zeros(4, 64, 64))
+    model.model.layers[0].mlp.experts = nn.ModuleList([nn.Linear(64, 4) for _ in range(5)])  # more of them than blocks
+    assert decoder_blocks(model)[0] == "model.layers"
+    with pytest.warns(MxqWarning, match=r"16,384 of the 79,104 weights in the blocks of a LlamaForCausalLM .* the largest in model.layers.1.mlp.experts"):
+        replace_linear(model, "w4g64")
 
 
 def test_a_model_in_float64_is_refused():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -15,8 +15,8 @@ from ..formats import Format
 from ..plan.schema import Cut, Plan, closest
 from ..progress import SILENT, Progress
 from ..qtensor import QTensor, Rectangle
-from ..structure import Unit, find_units
-from .embedding import QuantEmbedding
+from ..structure import Unit, find_units, warn_left_out
+from .embedding import QuantEmbedding, lookup_scale
 from .linear import Held, QuantLinear, QuantModule, quantize_weight, shape_meta
 
 #: Which position weighting of the second moment a unit gets unless the plan's quantizer says otherwise. Keys and values of the
@@ -84,9 +84,9 @@ def replace_linear(model: nn.Module, plan: Plan | Format | str | os.PathLike, st
     wanted = {u.name: (u, d) for u, d in zip(units, plan.resolve(units).values(), strict=True) if d is not None}
     qtensors = dict(qtensors or {})
     _check_qtensors(qtensors, units, wanted)
-    for unit, _ in wanted.values():
-        for name in (unit.name, *unit.tied):
-            _check_module(model, name)
+    check_modules(model, [unit for unit, _ in wanted.values()])
+    if wanted:
+        warn_left_out(model, units)
     if fuse is not None:
         _fused().check_fuse(model, fuse, wanted)
 
@@ -118,7 +118,7 @@ def put(model: nn.Module, unit: Unit, held: Held) -> None:
         old = model.get_submodule(name)
         owner = name == unit.name
         if isinstance(old, nn.Embedding):
-            new = QuantEmbedding(held, old.weight.dtype, old.padding_idx, owner)
+            new = QuantEmbedding(held, old.weight.dtype, old.padding_idx, owner, lookup_scale(old))
         else:
             new = QuantLinear(held, old.bias, owner)
         parent, _, leaf = name.rpartition(".")
@@ -173,13 +173,24 @@ def _untie(model: nn.Module, name: str) -> None:
                     setattr(module, attribute, {k: v for k, v in keys.items() if gone not in full[k]})
 
 
+def check_modules(model: nn.Module, units: Sequence[Unit]) -> None:
+    """Raises ModelError if the modules of one of the units cannot be replaced by packed ones."""
+    for unit in units:
+        for name in (unit.name, *unit.tied):
+            _check_module(model, name)
+
+
 def _check_module(model: nn.Module, name: str) -> None:
     module = model.get_submodule(name)
     if isinstance(module, QuantModule):
         raise ModelError(f"quantizing {name}", f"it is quantized already ({module.format_name})",
                          'start from the float model, or set it to "keep" in the plan')
-    # A subclass may scale or clip in its forward (Gemma's embedding does), and the packed module would not.
-    if type(module).forward not in (nn.Linear.forward, nn.Embedding.forward) or getattr(module, "max_norm", None) is not None:
+    # A subclass may scale or clip in its forward, and the packed module would not. Gemma's embeddings scale, which ours can.
+    if isinstance(module, nn.Embedding):
+        plain = lookup_scale(module) is not None
+    else:
+        plain = type(module).forward is nn.Linear.forward or type(module).__qualname__ == "FalconLinear"  # which writes out the same product
+    if not plain or getattr(module, "max_norm", None) is not None:
         raise ModelError(f"quantizing {name}", f"{type(module).__qualname__} computes more than a plain nn.Linear or nn.Embedding does",
                          f'set "{name}": "keep" in the plan')
     if module.weight.dtype == torch.float64:

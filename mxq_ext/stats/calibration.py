@@ -49,7 +49,7 @@ def calibrate(model: nn.Module, tokens: torch.Tensor, out_dir: str | os.PathLike
 
     A run that was interrupted continues at the block where it stopped and ends with the same bytes; a finished one is opened as it is.
     Raises CheckpointError if ``out_dir`` belongs to another model, other tokens or other settings, saying which differ; ModelError for a
-    model that is not float32 or cannot be walked; ShapeError for malformed tokens.
+    model that is not float32, not finite or cannot be walked; ShapeError for malformed tokens.
     """
     tokens = check_tokens(tokens).to(torch.int64)
     unknown = sorted(set(weightings) - set(WEIGHTINGS))
@@ -59,6 +59,9 @@ def calibrate(model: nn.Module, tokens: torch.Tensor, out_dir: str | os.PathLike
     if wrong:
         raise ModelError("calibration", f"the model has parameters of {', '.join(sorted(wrong))}, float32 is needed",
                          "load it with dtype=torch.float32")
+    bad = next((n for n, p in model.named_parameters() if p.numel() and not torch.isfinite(torch.stack(p.detach().aminmax())).all()), None)
+    if bad is not None:
+        raise ModelError("calibration", f"the model's {bad} holds values that are NaN or infinite", "check the float model before quantizing it")
     settings = {"weightings": [w for w in WEIGHTINGS if w == "none" or w in weightings],
                 "fisher_windows": min(fisher_windows, tokens.shape[0]) if fisher else 0, "seed": seed}
     out = Path(out_dir)
