@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 transformers = pytest.importorskip("transformers")
 
-from mxq_ext.errors import CheckpointError, ModelError, ShapeError  # noqa: E402
+from mxq_ext.errors import CheckpointError, ModelError, MxqWarning, ShapeError  # noqa: E402
 from mxq_ext.fileio import read_json, sha256, write_json  # noqa: E402
 from mxq_ext.stats import Stats, backward_walk, calibrate, capture_block_inputs, capture_calls, final_hidden, run_from, tail, walk  # noqa: E402
 from mxq_ext.stats.calibration import _Calibration  # noqa: E402
@@ -412,13 +412,32 @@ def test_damaged_statistics_are_refused(tokens, tmp_path):
         Stats.load(tmp_path)
 
 
+def test_attention_weighting_of_one_linear_for_all_three_is_told_to_be_none(tokens, tmp_path):
+    config = transformers.GPTNeoXConfig(vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    with pytest.warns(MxqWarning, match="GPTNeoXForCausalLM has no linear k_proj or v_proj"):
+        stats = calibrate(transformers.GPTNeoXForCausalLM(config), tokens, tmp_path / "s", weightings=("attention",))
+    unit = "gpt_neox.layers.0.attention.query_key_value"
+    assert torch.equal(stats.hessian(unit, "attention"), stats.hessian(unit, "none"))
+
+
+def test_values_that_are_not_finite_are_told(tokens, tmp_path):
+    model = make("llama")
+    model.model.norm.weight.data[3] = float("inf")
+    with pytest.raises(ModelError, match="model.norm.weight holds values that are NaN or infinite"):
+        calibrate(model, tokens, tmp_path / "s")
+
+
 def test_unknown_units_and_unsupported_models(tokens, tmp_path):
     stats = calibrate(make("llama"), tokens, tmp_path / "s", fisher=False, weightings=("none",))
     assert "lm_head" in stats and "model.embed_tokens" not in stats
     with pytest.raises(CheckpointError, match="closest names: .*layers.1.mlp.up_proj"):
         stats.hessian("model.layers.1.mlp.up_project")
+    bloom = make("bloom")
+    with pytest.warns(MxqWarning, match="the weighting attention is the plain one here"):  # it has no unit that would need it
+        assert "transformer.h.0.self_attention.query_key_value" in calibrate(bloom, tokens, tmp_path / "bloom")
+    bloom.transformer.h[0].k_proj = torch.nn.Linear(64, 64)
     with pytest.raises(ModelError, match="cannot be watched"):
-        calibrate(make("bloom"), tokens, tmp_path / "b")
+        calibrate(bloom, tokens, tmp_path / "b")
     with pytest.raises(ModelError, match="torch.bfloat16, float32 is needed"):
         calibrate(make("llama").bfloat16(), tokens, tmp_path / "b")
     with pytest.raises(ModelError, match="weightings hessian"):

@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from ..errors import CheckpointError, ModelError
+from ..errors import CheckpointError, ModelError, MxqWarning
 from ..fileio import load_tensors, read_json, save_tensors, write_json
 from ..progress import SILENT, Progress
-from ..structure import decoder_blocks
-from .collect import WEIGHTINGS, AttentionProbe, BlockSums, probed_attention
+from ..structure import decoder_blocks, find_units
+from .collect import ATTENDED, WEIGHTINGS, AttentionProbe, BlockSums, probed_attention
 from .store import FILE, VERSION, Stats, differences, model_fingerprint, tokens_hash
 from .walk import (
     Recorder,
@@ -49,7 +50,7 @@ def calibrate(model: nn.Module, tokens: torch.Tensor, out_dir: str | os.PathLike
 
     A run that was interrupted continues at the block where it stopped and ends with the same bytes; a finished one is opened as it is.
     Raises CheckpointError if ``out_dir`` belongs to another model, other tokens or other settings, saying which differ; ModelError for a
-    model that is not float32, not finite or cannot be walked; ShapeError for malformed tokens.
+    model that is not float32, not finite or cannot be walked; ShapeError for malformed tokens. Warns where the weighting ``attention`` finds no unit.
     """
     tokens = check_tokens(tokens).to(torch.int64)
     unknown = sorted(set(weightings) - set(WEIGHTINGS))
@@ -62,6 +63,10 @@ def calibrate(model: nn.Module, tokens: torch.Tensor, out_dir: str | os.PathLike
     bad = next((n for n, p in model.named_parameters() if p.numel() and not torch.isfinite(torch.stack(p.detach().aminmax())).all()), None)
     if bad is not None:
         raise ModelError("calibration", f"the model's {bad} holds values that are NaN or infinite", "check the float model before quantizing it")
+    attended = any(u.role in ATTENDED for u in find_units(model))
+    if "attention" in weightings and not attended:
+        warnings.warn(f"a {type(model).__name__} has no linear {' or '.join(ATTENDED)}, the units whose inputs are weighted by attention (queries, keys and "
+                      "values are one linear, perhaps): the weighting attention is the plain one here", MxqWarning, stacklevel=1)
     settings = {"weightings": [w for w in WEIGHTINGS if w == "none" or w in weightings],
                 "fisher_windows": min(fisher_windows, tokens.shape[0]) if fisher else 0, "seed": seed}
     out = Path(out_dir)
@@ -70,7 +75,7 @@ def calibrate(model: nn.Module, tokens: torch.Tensor, out_dir: str | os.PathLike
         return Stats.load(out)
     run = _Calibration(model, tokens, out, settings, progress)
     with frozen(model), probed_attention(model) as probe:
-        if probe is None and "attention" in weightings:
+        if probe is None and attended and "attention" in weightings:
             raise ModelError(f"model {type(model).__name__}", "its attention does not use transformers' interface and cannot be watched",
                              'leave out the "attention" weighting (mxq quantize --preset gradient)')
         run.go(probe)
