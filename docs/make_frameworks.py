@@ -50,6 +50,51 @@ line; `mxq presets` lists them, `mxq quantize MODEL -o OUT --preset NAME --bits 
 
 All formats are real: every preset that runs computes with packed kernels, and stored bits count scales, tables, permutations and sparse parts of every
 unit, token embedding and head included. W is [N, K], H the second moment of the input, D the quantized weight minus the float one, H^-1 = U^T U.
+
+Parts of your own join the others by name, from Python. Files in a work directory that an earlier version of their source made are not taken again:
+
+```python
+from dataclasses import dataclass
+
+from mxq_ext.plan.knapsack import Allocation
+from mxq_ext.plan.presets import PRESETS, find_preset
+from mxq_ext.plan.rules import METHODS
+from mxq_ext.quantizers import quantize
+from mxq_ext.quantizers.base import Options, register
+from mxq_ext.sensitivity.metrics import METRICS, Metric
+
+
+class MyMetric(Metric):
+    weightings = ("gradient",)  # second moments to calibrate beside the plain ones; fisher = True for Fisher diagonals
+
+    def loss(self, unit, weight, deltas):  # one number >= 0 for each D [N, K]
+        h = self.context.stats.hessian(unit.name, "gradient")
+        return [float(((d @ h) * d).sum()) for d in deltas]
+
+
+def my_allocator(loss, nbytes, budget):  # [units, candidates] each, +inf where a candidate cannot be
+    choice = nbytes.argmin(axis=1)
+    rows = range(len(choice))
+    total = float(loss[rows, choice].sum())
+    return Allocation(choice, total, int(nbytes[rows, choice].sum()), bound=float(loss.min(axis=1).sum()), exact=False, method="mine")
+
+
+@dataclass
+class MyOptions(Options):
+    clip: float = 1.0
+
+
+@register("mine", MyOptions, lambda fmt: None)  # None, or (rule, way out) for a format that it cannot fill
+def my_quantizer(weight, fmt, options, *, hessian=None, fisher=None):  # float32 [N, K] -> (QTensor, report)
+    return quantize(weight.clamp(-options.clip, options.clip), fmt, method="rtn"), {}
+
+
+METRICS["mine"], METHODS["mine"] = MyMetric, my_allocator
+PRESETS["mine"] = find_preset("mxq", metric="mine", allocator="mine", method="mine", options={"clip": 0.5})
+```
+
+Then `quantize_model(model, tokenizer, bits=3.5, preset="mine")` runs it, and so does
+`mxq_ext.compare.compare("MODEL", "compared", bits=[3, 3.5], presets=["mine", "controls"])`, beside the controls.
 """
 
 

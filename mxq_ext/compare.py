@@ -12,6 +12,7 @@ A row is written down as soon as it is measured, so that a run may be stopped an
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import os
 import time
@@ -29,12 +30,16 @@ from .fileio import check_own, read_json, write_json, write_text
 from .plan.frameworks import CONTROLS, FRAMEWORKS
 from .plan.language import Preset
 from .plan.presets import PRESETS, find_preset, parse_changes
+from .plan.rules import METHODS
 from .progress import SILENT, Progress
+from .quantizers.base import METHODS as QUANTIZERS
 from .report import need_matplotlib, pareto_svg
 from .request import missing_parts
+from .sensitivity.metrics import METRICS
 from .structure import find_units
 from .tasks import need_lm_eval, run_tasks
 from .testing.timing import machine
+from .trials import own_code, short_hash
 from .verdicts import FLOAT, LLAMA_CPP, bits_at, bits_table, measured, rivals, rivals_table, rows_table, verdicts, verdicts_table
 
 GROUPS = {"all": tuple(PRESETS), "frameworks": tuple(FRAMEWORKS), "controls": tuple(CONTROLS),
@@ -62,6 +67,14 @@ class Contender:
     @property
     def candidates(self) -> list[str]:
         return list(self.resolve().candidates)
+
+    @property
+    def parts(self) -> str:
+        """What the preset is made of, and the code of what is not of this package: short, and another one where a row would be another one."""
+        p = self.resolve()
+        told = {f.name: getattr(p, f.name) for f in dataclasses.fields(p) if f.name not in ("about", "source", "formula", "departures", "missing")}
+        own = [part for part in (METRICS.get(p.metric), METHODS.get(p.allocator), QUANTIZERS[p.method].run if p.method in QUANTIZERS else None) if part]
+        return short_hash(told | {"own": own_code(*own)})
 
     @property
     def family(self) -> str:
@@ -137,7 +150,7 @@ class Comparison:
         self.calibrate([c for _, c in missing])
         for budget, contender in missing:
             row = {"name": contender.name(budget), "preset": contender.label, "family": contender.family, "bits": budget, "version": __version__,
-                   "candidates": contender.candidates, "command": self.command(contender, budget)}
+                   "candidates": contender.candidates, "parts": contender.parts, "command": self.command(contender, budget)}
             self.add(row, lambda c=contender, b=budget: self.measure(c, b), BudgetError, PlanError)
         self.measure_llama_cpp(llama_cpp)
         self.measure_tasks(tasks)
@@ -151,8 +164,9 @@ class Comparison:
 
     @staticmethod
     def is_missing(row: dict | None, contender: Contender) -> bool:
-        """Whether a row is to be measured: there is none; it was refused, which another version may not; its preset has had other candidates."""
-        return row is None or "refused" in row or row.get("candidates") != contender.candidates
+        """Whether a row is to be measured: there is none; it was refused, which another version may not; its preset has had other candidates, or parts (of
+        which rows of earlier versions do not tell)."""
+        return row is None or "refused" in row or row.get("candidates") != contender.candidates or row.get("parts", contender.parts) != contender.parts
 
     def add(self, row: dict, measure: Callable[[], dict], *refusals: type[MxqError]) -> None:
         """Completes a row and keeps it; one of ``refusals`` makes a row that says why there is no such plan or file."""

@@ -43,25 +43,27 @@ from .plan.presets import find_kv, find_preset
 from .plan.times import TimeTable
 from .progress import SILENT, Progress
 from .qtensor import QTensor
+from .quantizers import find_method
 from .quantizers.blocks import BlockOptions, reconstruct_blocks
 from .quantizers.distill import DistillOptions
 from .quantizers.distill import distill as train_constants
 from .request import check_joint, check_parts, check_request, check_spent, need_linear, needed_weightings, needs_fisher, quantizer_of, uniform_plan
 from .sensitivity import CostTable, sense
+from .sensitivity.metrics import find_metric
 from .stats import Stats, calibrate
 from .stats.outputs import output_moments
 from .stats.store import FILE as STATS_FILE
 from .stats.store import model_fingerprint
 from .structure import Unit, find_units, warn_left_out
 from .transforms import rotate_residual, scale_activations
-from .trials import Trials, code_hash, kept, short_hash
+from .trials import Trials, code_hash, kept, own_code, short_hash
 
 WINDOWS = 48  #: calibration windows of LENGTH tokens
 LENGTH = 512
 TOKENS = "tokens.safetensors"
 MOMENT_WINDOWS = 8  #: windows that the gradients at the outputs of blocks are taken on
 KV_WINDOWS, KV_LENGTH = 4, 1024  #: windows that the cost of a cache is measured on
-CALIBRATED = ("auto", "gptq", "kmeans", "awq")  #: methods that read second moments or Fisher diagonals; a plan for another needs no calibration
+UNCALIBRATED = ("rtn", "hqq")  #: methods that read neither second moments nor Fisher diagonals: a plan for one needs no calibration
 
 
 @dataclass
@@ -120,7 +122,8 @@ def kv_tokens(model: nn.Module, tokenizer, text: str | None = None, context: int
 def make_table(model: nn.Module, tokens: torch.Tensor, stats: Stats, preset: Preset, work: Path, progress: Progress = SILENT) -> CostTable:
     """The cost table of a preset, read from the work directory when it is there."""
     trials = Trials(work / "trials", model, stats, preset)
-    path = work / f"cost-{short_hash({'candidates': list(preset.candidates), 'metric': preset.metric, 'trials': trials.key})}.json"
+    settings = {"candidates": list(preset.candidates), "metric": [preset.metric, *own_code(find_metric(preset.metric))], "trials": trials.key}
+    path = work / f"cost-{short_hash(settings)}.json"
     if path.exists():
         return CostTable.load(path)
     table = sense(model, tokens, stats, preset.candidates, metric=preset.metric, trial=trials, progress=progress)
@@ -232,19 +235,20 @@ def quantize_model(model: nn.Module, tokenizer, *, bits: float | None = None, nb
                           "give times=FILE, and a preset whose unit is linear")
     limit = None if max_ms_per_token is None else clock.room(max_ms_per_token)
     table = stats = None
+    planned = plan is not None
     read = None if text is None else texts.read_text(text)
     if stats_dir is not None:
         stats, tokens = open_stats(stats_dir, model)
-    elif reads_text(chosen, planned=plan is not None):
+    elif reads_text(chosen, planned):
         need_tokenizer(tokenizer, "the model")
     with working_directory(work) as directory:
-        if stats is None and reads_text(chosen, planned=plan is not None):
+        if stats is None and reads_text(chosen, planned):
             tokens = calibration_tokens(model, tokenizer, directory, text=read, windows=windows, source=source, progress=progress)
-            stats = calibrate_for(model, tokens, chosen, directory / "rotate" if chosen.transform == "rotate" else directory, progress)
+            stats = calibrate_for(model, tokens, chosen, directory / "rotate" if chosen.transform == "rotate" else directory, progress, planned)
         if chosen.transform == "awq":
             formats = awq_formats(find_units(model), chosen, plan, bits=bits, nbytes=nbytes)
             scale_activations(model, stats, formats, progress=progress)
-            stats = calibrate_for(model, tokens, chosen, directory / f"awq-{short_hash({n: f.name for n, f in formats.items()})}", progress)
+            stats = calibrate_for(model, tokens, chosen, directory / f"awq-{short_hash({n: f.name for n, f in formats.items()})}", progress, planned)
         units, layouts = find_units(model), None
         if plan is None:
             if chosen.unit != "linear":
@@ -329,7 +333,8 @@ def quantize_by_layouts(model: nn.Module, layouts: dict[str, banding.Layout], st
                         progress: Progress = SILENT) -> dict[str, QTensor]:
     """QTensors of every unit in its layout; each kept under ``work/bands-<key>/`` as it is made, so that an interrupted run goes on."""
     modules, out = dict(model.named_modules()), {}
-    key = short_hash({"model": model_fingerprint(model), "quantizer": preset.quantizer(), "metric": preset.metric, "code": code_hash(), "stats": stats.meta})
+    code = [code_hash(), *([] if preset.method == "auto" else own_code(find_method(preset.method).run))]
+    key = short_hash({"model": model_fingerprint(model), "quantizer": preset.quantizer(), "metric": preset.metric, "code": code, "stats": stats.meta})
     for name, layout in progress.track(list(layouts.items()), "quantize"):
         weight = modules[name].weight.detach().float()
 
@@ -346,18 +351,18 @@ def quantize_by_layouts(model: nn.Module, layouts: dict[str, banding.Layout], st
 
 def reads_text(preset: Preset, planned: bool) -> bool:
     """Whether quantizing by a preset looks at calibration text: to choose a plan, unless there is one, for the quantizer, or before or after it."""
-    return (not planned or preset.method in CALIBRATED or preset.reconstruct is not None or preset.distill is not None
+    return (not planned or preset.method not in UNCALIBRATED or preset.reconstruct is not None or preset.distill is not None
             or preset.transform == "awq")
 
 
-def kinds_for(preset: Preset) -> frozenset[str]:
-    """The statistics that a preset reads: weightings, and ``fisher``."""
-    return frozenset(("none", *needed_weightings(preset), *(("fisher",) if needs_fisher(preset) else ())))
+def kinds_for(preset: Preset, planned: bool = False) -> frozenset[str]:
+    """The statistics that a preset reads: weightings, and ``fisher``; ``planned``: without those of its metric, which only chooses a plan."""
+    return frozenset((*needed_weightings(preset, planned), *(("fisher",) if needs_fisher(preset, planned) else ())))
 
 
-def calibrate_for(model: nn.Module, tokens: torch.Tensor, preset: Preset, work: Path, progress: Progress = SILENT) -> Stats:
-    """The statistics that a preset reads."""
-    return calibrate_kinds(model, tokens, kinds_for(preset), work, progress)
+def calibrate_for(model: nn.Module, tokens: torch.Tensor, preset: Preset, work: Path, progress: Progress = SILENT, planned: bool = False) -> Stats:
+    """The statistics that a preset reads, as ``kinds_for`` has them."""
+    return calibrate_kinds(model, tokens, kinds_for(preset, planned), work, progress)
 
 
 def calibrate_kinds(model: nn.Module, tokens: torch.Tensor, kinds: frozenset[str], work: Path, progress: Progress = SILENT) -> Stats:

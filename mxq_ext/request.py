@@ -146,15 +146,17 @@ def need_linear(preset: Preset, what: str) -> None:
                         "use mxq quantize --preset, which plans as it goes")
 
 
-def needs_fisher(preset: Preset) -> bool:
-    """Whether a preset reads weight-sized Fisher diagonals, which cost a file as large as the model."""
-    return preset.metric == "fisher_diag" or (preset.method == "kmeans" and preset.unit == "linear")
+def needs_fisher(preset: Preset, planned: bool = False) -> bool:
+    """Whether a preset reads weight-sized Fisher diagonals, which cost a file as large as the model. ``planned``: the plan is there, and no metric is asked."""
+    if preset.unit != "linear":
+        return preset.metric == "fisher_diag"
+    return preset.method == "kmeans" or (not planned and METRICS[preset.metric].fisher)
 
 
-def needed_weightings(preset: Preset) -> tuple[str, ...]:
+def needed_weightings(preset: Preset, planned: bool = False) -> tuple[str, ...]:
     """The second moments that a preset reads; each kind costs time and disk in calibration."""
-    gradient = ("gradient",) if preset.metric in ("fisher", "anchored_kl") else ()
-    return tuple(dict.fromkeys(("none", preset.weighting, *gradient)))
+    judged = METRICS[preset.metric].weightings if preset.unit == "linear" and not planned else ()
+    return tuple(dict.fromkeys(("none", preset.weighting, *judged)))
 
 
 def quantizer_of(plan: Plan, preset: Preset, *, method: str | None, weighting: str | None) -> Preset:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 import json
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from .fileio import load_tensors, save_tensors
 from .formats import Format
 from .plan.language import Preset
 from .qtensor import QTensor
-from .quantizers import prepare_hessian, quantize
+from .quantizers import find_method, prepare_hessian, quantize
 from .stats import Stats
 from .stats.store import model_fingerprint
 from .structure import Unit
@@ -30,6 +32,22 @@ def code_hash() -> str:
     for path in sorted([*files, *(package / f"{n}.py" for n in ("formats", "pack", "qtensor", "trials", "banding"))]):
         digest.update(path.read_bytes())
     return digest.hexdigest()
+
+
+def own_code(*parts: Callable) -> list[str]:
+    """What tells the versions of metrics and quantizers apart that others have registered: the source of their module, and their own. Nothing for those of
+    this package, which ``code_hash`` covers; a text that never comes again where there is no source (functions typed at a prompt)."""
+    out = []
+    for part in parts:
+        if part.__module__.partition(".")[0] == __package__:
+            continue
+        try:
+            module = inspect.getmodule(part)
+            whole = Path(module.__file__).read_text() if getattr(module, "__file__", None) else ""
+            out.append(hashlib.sha256((whole + inspect.getsource(part)).encode()).hexdigest())
+        except (OSError, TypeError):
+            out.append(uuid.uuid4().hex)
+    return out
 
 
 def short_hash(settings: dict) -> str:
@@ -59,7 +77,8 @@ class Trials:
     """
 
     def __init__(self, directory: Path, model: nn.Module, stats: Stats | None, preset: Preset):
-        self.key = short_hash({"model": model_fingerprint(model), "quantizer": preset.quantizer(), "code": code_hash(),
+        own = [] if preset.method == "auto" else own_code(find_method(preset.method).run)
+        self.key = short_hash({"model": model_fingerprint(model), "quantizer": preset.quantizer(), "code": [code_hash(), *own],
                                "stats": None if stats is None else stats.meta})
         self.directory, self.stats, self.preset = directory / self.key, stats, preset
         self._factor: tuple[str, object] | None = None

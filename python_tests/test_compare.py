@@ -13,6 +13,7 @@ from mxq_ext import text as texts
 from mxq_ext.compare import Comparison, compare, contenders
 from mxq_ext.errors import BudgetError, CheckpointError, PlanError
 from mxq_ext.evaluate import evaluate
+from mxq_ext.plan.presets import PRESETS, find_preset
 from mxq_ext.verdicts import FLOAT, bits_at, verdicts
 
 LACKING = 'owq missing=["a_lucky_hand"]'
@@ -55,6 +56,12 @@ def test_rows_that_are_measured_again(run):
     row, (preset,) = rows_of(run[2])["rtn 4.6"], contenders(["rtn"])
     assert not Comparison.is_missing(row, preset)
     assert all(Comparison.is_missing(r, preset) for r in (None, row | {"refused": "no"}, row | {"candidates": row["candidates"][1:]}))
+    assert not Comparison.is_missing({k: v for k, v in row.items() if k != "parts"}, preset)  # of an earlier version
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PRESETS, "rtn", find_preset("rtn", allocator="greedy"))
+        assert Comparison.is_missing(row, preset)
+        patch.setitem(PRESETS, "rtn", find_preset("rtn", allocator="dp"))
+        assert not Comparison.is_missing(row, preset)
 
 
 def test_the_checkpoint_of_a_row_is_what_was_measured(run):

@@ -1,7 +1,11 @@
 """Presets as data, their refusals, each one end to end on a tiny model, and each paper's rule on a small layer against a plain computation."""
 
 import dataclasses
+import importlib
 import itertools
+import linecache
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,8 +19,10 @@ from mxq_ext.errors import BudgetError, CheckpointError, MxqError, PlanError
 from mxq_ext.formats import Format
 from mxq_ext.plan import Bands, Plan, Tiles
 from mxq_ext.plan.presets import PRESETS, find_preset, parse_changes
+from mxq_ext.plan.rules import METHODS as ALLOCATORS
+from mxq_ext.quantizers import METHODS as QUANTIZERS
 from mxq_ext.quantizers import quantize
-from mxq_ext.sensitivity import CostTable
+from mxq_ext.sensitivity import METRICS, CostTable
 from mxq_ext.stats import calibrate
 from mxq_ext.stats.walk import sample_labels, window_uniform
 from mxq_ext.structure import find_units
@@ -168,6 +174,71 @@ def test_a_plan_is_by_the_tables_quantizer_and_takes_every_change(source, tmp_pa
     table.meta = {"shapes": table.meta["shapes"], "metric": "mine"}  # a table that says nothing of a quantizer, by a metric of one's own
     table.save(cost)
     assert pipeline.plan_from_table(cost, out, bits=5) and Plan.load(out).quantizer["name"] == "gptq"
+
+
+def test_parts_of_ones_own_get_what_they_read_and_are_told_apart_by_their_code(source, tmp_path, monkeypatch):
+    """A metric and a quantizer in a module of their own, which is then changed: nothing that the old one made is taken again."""
+    monkeypatch.syspath_prepend(tmp_path)
+    code = """
+from dataclasses import dataclass
+from mxq_ext.quantizers import quantize
+from mxq_ext.quantizers.base import Options, register
+from mxq_ext.sensitivity.metrics import METRICS, Fisher, Metric
+
+class Mine(Fisher):
+    fisher = True
+    def loss(self, unit, weight, deltas):
+        assert self.context.stats.fisher(unit.name).shape == weight.shape
+        return [FACTOR * value for value in super().loss(unit, weight, deltas)]
+
+class Short(Metric):
+    def loss(self, unit, weight, deltas):
+        return [1.0]
+
+@dataclass
+class MyOptions(Options):
+    shrink: float = 1.0
+
+@register("mine", MyOptions, lambda fmt: None)
+def run(weight, fmt, options, *, hessian=None, fisher=None):
+    return quantize(weight * options.shrink, fmt, method="rtn"), {}
+
+METRICS |= {"mine": Mine, "short": Short}
+"""
+    for registry in (METRICS, QUANTIZERS):
+        for name in ("mine", "short"):
+            monkeypatch.setitem(registry, name, None)  # gone after the test
+    results = []
+    for factor in (1.0, 3.0):
+        (tmp_path / "own_parts.py").write_text(code.replace("FACTOR", str(factor)) + "#" * int(factor))
+        monkeypatch.delitem(sys.modules, "own_parts", raising=False)
+        importlib.invalidate_caches()
+        linecache.clearcache()
+        importlib.import_module("own_parts")
+        results.append(pipeline.quantize_model(make_model(), make_tokenizer(), bits=4, text=source / "calib.txt", windows=2, metric="mine", method="mine",
+                                               candidates="w2g32_asym,w4g32_asym", work=tmp_path / "work", changes={"options": {"shrink": 0.5}}))
+    assert np.allclose(results[1].table.loss, np.where(results[0].table.loss > 0, 3 * results[0].table.loss, 0))
+    assert len(list((tmp_path / "work" / "trials").iterdir())) == 2
+    with pytest.raises(PlanError, match="under metric short: it gave 1 for 2 candidates"):
+        pipeline.quantize_model(make_model(), make_tokenizer(), bits=4, text=source / "calib.txt", windows=2, metric="short", work=tmp_path / "work",
+                                candidates="w2g32_asym,w4g32_asym")
+
+
+def test_the_pages_parts_of_ones_own_run(source, monkeypatch):
+    page = (Path(__file__).parents[1] / "docs" / "frameworks.md").read_text()
+    for registry in (METRICS, QUANTIZERS, ALLOCATORS, PRESETS):
+        monkeypatch.setitem(registry, "mine", None)
+    exec(page.split("```python\n")[1].split("```")[0], {"__name__": "test_presets"})
+    result = pipeline.quantize_model(make_model(), make_tokenizer(), bits=4, text=source / "calib.txt", windows=2, preset="mine",
+                                     candidates="w2g32_asym,w4g32_asym")
+    assert result.plan.counts() == {"w2g32_asym": 15} and result.plan.meta["allocation"]["method"] == "mine" and (result.table.loss > 0).all()
+
+
+def test_a_plan_that_is_there_needs_no_statistics_of_a_metric():
+    preset = find_preset("mxq")
+    assert pipeline.kinds_for(preset) == {"none", "attention", "gradient"} and pipeline.kinds_for(preset, planned=True) == {"none", "attention"}
+    lut = find_preset("lut", method="kmeans")
+    assert "fisher" in pipeline.kinds_for(lut, planned=True) and "fisher" in pipeline.kinds_for(find_preset("mxq", metric="fisher_diag"))
 
 
 def test_bands_and_a_cache_are_not_planned_together(source, tmp_path):

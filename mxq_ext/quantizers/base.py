@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import hashlib
+import inspect
 import json
 import math
 import time
@@ -91,7 +92,8 @@ class Options:
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            value, names = getattr(self, field.name), field.type.split(" | ")
+            value = getattr(self, field.name)
+            names = (field.type if isinstance(field.type, str) else inspect.formatannotation(field.type)).split(" | ")  # text under `import annotations`
             need(any(_TYPES[name][1](value) for name in names), field.name, value, f"it must be {' or '.join(_TYPES[name][0] for name in names)}")
         self.check()
 

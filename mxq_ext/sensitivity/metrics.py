@@ -50,7 +50,13 @@ class Context:
 
 
 class Metric:
-    """Base: holds the context; ``prepare`` does nothing unless a metric measures something over the whole model."""
+    """Base: holds the context; ``prepare`` does nothing unless a metric measures something over the whole model.
+
+    ``weightings``: second moments that it reads beside the plain ones; ``fisher``: whether it reads Fisher diagonals. Both are then calibrated.
+    """
+
+    weightings: tuple[str, ...] = ()
+    fisher = False
 
     def __init__(self, context: Context):
         self.context = context
@@ -162,6 +168,8 @@ class Hutchinson(Metric):
 class Fisher(Metric):
     """Second order of the KL with the true Fisher at the layer's output, channels of one token sharing their mean: nats per token."""
 
+    weightings = ("gradient",)
+
     def loss(self, unit, weight, deltas):
         stats = self.context.stats
         h, scale = stats.hessian(unit.name, "gradient"), stats.gradient_scale(unit.name)
@@ -170,6 +178,8 @@ class Fisher(Metric):
 
 class FisherDiagonal(Metric):
     """1/2 sum F_ij D_ij^2 with squared gradients of whole windows, divided by the window length: nats per token, roughly."""
+
+    fisher = True
 
     def loss(self, unit, weight, deltas):
         f = self.context.stats.fisher(unit.name)

@@ -34,7 +34,7 @@ def sense(model: nn.Module, tokens: torch.Tensor, stats: Stats, candidates: Sequ
         units: the units to look at; all of them when None.
 
     Raises:
-        PlanError: no candidates, an unknown metric, or a loss that is not finite (says where).
+        PlanError: no candidates, an unknown metric, or a loss that is not finite (says where), or one too few.
     """
     formats = [Format.parse(c) for c in dict.fromkeys(Format.parse(c) for c in candidates)]
     if not formats:
@@ -51,6 +51,8 @@ def sense(model: nn.Module, tokens: torch.Tensor, stats: Stats, candidates: Sequ
         tried = [trial(unit, weight, formats[f]) for f in order]
         deltas = [q.dequantize() - weight for q in tried]
         losses = judge.loss(unit, weight, deltas) if unit.name in stats else judge.lookup_loss(unit, deltas)
+        if len(losses) != len(order):
+            raise PlanError(f"losses of {unit.name} under metric {metric}", f"it gave {len(losses)} for {len(order)} candidates", "return one for each")
         for f, q, value in zip(order, tried, losses, strict=True):
             if not is_number(value):
                 raise PlanError(f"loss of {unit.name} as {formats[f]} under metric {metric}", f"it is {value}", "check the model and the calibration text")
