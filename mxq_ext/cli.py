@@ -296,10 +296,10 @@ def quantize(model: Model, out: Out, bits: Bits = None, nbytes: Bytes = None,
     if uniform is not None:
         uniform = Format.parse(uniform).name
     chosen = _formats(candidates)
-    from . import pipeline
+    from . import verbs
 
     with Progress() as progress:
-        result = pipeline.quantize_checkpoint(
+        result = verbs.quantize_checkpoint(
             model, out, overwrite=overwrite, progress=progress,
             **_given(bits=bits, nbytes=nbytes, preset=preset, changes=_changes(changes, preset), text=text, candidates=chosen, metric=metric,
                      method=method, activations=activations, windows=windows, uniform=uniform, plan=plan, stats=stats, kv=kv, context=context, batch=batch,
@@ -311,10 +311,10 @@ def quantize(model: Model, out: Out, bits: Bits = None, nbytes: Bytes = None,
 @verb
 def calibrate(model: Model, out: Out, text: Text = None, windows: Windows = None, as_json: Json = False) -> None:
     """Run MODEL over text and write what was seen: second moments, channel statistics, gradients."""
-    from . import pipeline
+    from . import verbs
 
     with Progress() as progress:
-        result = pipeline.calibrate_model(model, out, progress=progress, **_given(text_path=text, windows=windows))
+        result = verbs.calibrate_model(model, out, progress=progress, **_given(text_path=text, windows=windows))
     _show(result, f"statistics in {out}", as_json)
 
 
@@ -326,10 +326,10 @@ def sense(model: Model, stats: Annotated[Path, typer.Argument(metavar="STATS", h
           as_json: Json = False) -> None:
     """Estimate what each candidate format costs in each unit, and write the table."""
     chosen = _formats(candidates)
-    from . import pipeline
+    from . import verbs
 
     with Progress() as progress:
-        result = pipeline.sense_model(model, stats, out, progress=progress,
+        result = verbs.sense_model(model, stats, out, progress=progress,
                                       **_given(preset=preset, candidates=chosen, metric=metric, kv=kv, kv_by_head=kv_by_head or None))
     _show(result, f"cost table in {out}", as_json)
 
@@ -343,9 +343,9 @@ def plan(cost: Annotated[Path, typer.Argument(metavar="COST", help="A table writ
          as_json: Json = False) -> None:
     """Choose a format for each unit: the least loss within a budget, exactly solved."""
     _one_budget("plan", bits=bits, nbytes=nbytes)
-    from . import pipeline
+    from . import verbs
 
-    result = pipeline.plan_from_table(cost, out, **_given(bits=bits, nbytes=nbytes, preset=preset, changes=_changes(changes, preset),
+    result = verbs.plan_from_table(cost, out, **_given(bits=bits, nbytes=nbytes, preset=preset, changes=_changes(changes, preset),
                                                               times=times, max_ms_per_token=max_ms_per_token, context=context, batch=batch,
                                                               front=front))
     _show(result, f"plan in {out}", as_json)
@@ -376,10 +376,10 @@ def eval(checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="
          task_limit: Annotated[int | None, typer.Option("--task-limit", min=1, help="The first so many documents of each task.")] = None,
          as_json: Json = False) -> None:
     """Perplexity on held-out text, and with --reference the mean KL divergence and the greedy agreement; with --tasks zero-shot accuracy."""
-    from . import pipeline
+    from . import verbs
 
     with Progress() as progress:
-        result = pipeline.evaluate_checkpoint(checkpoint, progress=progress,
+        result = verbs.evaluate_checkpoint(checkpoint, progress=progress,
                                               **_given(reference=reference, text=text, windows=windows, length=length, kv=kv, tasks=_names(tasks) or None,
                                                        include=include, task_limit=task_limit))
     _show(result, f"evaluation of {checkpoint}", as_json)
@@ -429,10 +429,10 @@ def generate(checkpoint: Checkpoint, prompt: Annotated[str, typer.Argument(metav
              seed: Annotated[int | None, typer.Option("--seed", help="Of the drawing; 0 without it.")] = None,
              kv: KV = None, as_json: Json = False) -> None:
     """Answer or continue PROMPT; on a terminal, as it is written."""
-    from . import pipeline
+    from . import verbs
 
     shown = not as_json and sys.stdout.isatty()
-    result = pipeline.generate_text(checkpoint, prompt, max_new_tokens=max_new_tokens,
+    result = verbs.generate_text(checkpoint, prompt, max_new_tokens=max_new_tokens,
                                     **_given(chat=chat, temperature=temperature, top_p=top_p, seed=seed, kv=kv,
                                              show=functools.partial(print, end="", flush=True) if shown else None))
     if as_json:
@@ -486,14 +486,14 @@ def bench(checkpoint: Annotated[Path | None, typer.Argument(metavar="CHECKPOINT"
     if table is not None:
         if checkpoint is None:
             raise PlanError(f"mxq bench --table {table}", "the model whose shapes are to be timed is missing", "write mxq bench MODEL --table FILE")
-        from . import pipeline
+        from . import verbs
         from .bench import time_table
         from .fileio import check_file
 
         check_file(table)
 
         with Progress() as progress:
-            times = time_table(pipeline.load(checkpoint)[0], progress=progress, **_given(formats=chosen))
+            times = time_table(verbs.load(checkpoint)[0], progress=progress, **_given(formats=chosen))
         times.save(table)
         result = {"out": str(table), "entries": len(times.us), "rest_ms": {f"{m} rows": t / 1e3 for m, t in times.rest.items()}, **times.meta}
     elif checkpoint is None:
@@ -501,9 +501,9 @@ def bench(checkpoint: Annotated[Path | None, typer.Argument(metavar="CHECKPOINT"
 
         result = linear_speed(n=size, k=size, rows=rows, **_given(formats=chosen))
     else:
-        from . import evaluate, pipeline
+        from . import evaluate, verbs
 
-        result = {"model": str(checkpoint), **evaluate.speed(pipeline.load(checkpoint)[0])}
+        result = {"model": str(checkpoint), **evaluate.speed(verbs.load(checkpoint)[0])}
     _show(result, "bench", as_json)
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from . import __version__, checkpoint, llamacpp, pipeline
+from . import __version__, checkpoint, llamacpp, pipeline, verbs
 from . import text as texts
 from .errors import BudgetError, CheckpointError, MxqError, PlanError, QuantizationError
 from .evaluate import Reference, evaluate, speed
@@ -109,7 +109,7 @@ class Comparison:
         check_own(out, ("compare.json",), "a comparison")
         self.path, self.out, self.text, self.windows, self.progress = str(model_path), Path(out), text, windows, progress
         self.read = None if text is None else texts.read_text(text)
-        self.model, self.tokenizer = pipeline.load(model_path)
+        self.model, self.tokenizer = verbs.load(model_path)
         pipeline.need_tokenizer(self.tokenizer, model_path)
         found = {Path(f).stem: texts.read_text(f) for f in held_out} if held_out else {k: texts.heldout_text(k) for k in KINDS}
         if len(found) < len(held_out):
@@ -209,7 +209,7 @@ class Comparison:
         result = pipeline.quantize_model(copy.deepcopy(self.model), self.tokenizer, bits=bits, text=self.text, windows=self.windows, preset=contender.preset,
                                          changes=free | parse_changes(contender.settings, contender.preset), work=self.out / "work", progress=self.progress)
         minutes = (time.monotonic() - start) / 60
-        pipeline.save_counted(result.model, target, self.tokenizer, result.plan, result.nbytes, overwrite=True)
+        verbs.save_counted(result.model, target, self.tokenizer, result.plan, result.nbytes, overwrite=True)
         again, probe = checkpoint.load(target), next(iter(self.tokens.values()))[:1, :CHECKED]
         with torch.inference_mode():  # without a cache, so that both run module by module
             if not torch.equal(result.model(probe, use_cache=False).logits, again(probe, use_cache=False).logits):

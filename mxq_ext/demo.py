@@ -22,7 +22,7 @@ from .evaluate import Evaluation, Reference, evaluate, paired, speed
 from .fileio import write_json
 from .hf import demo_model_path, load_model, permute_model
 from .nn import replace_linear, set_compute
-from .pipeline import LENGTH, calibrate_for, calibration_tokens, make_table, quantize_by_plan, save_counted
+from .pipeline import LENGTH, calibrate_for, calibration_tokens, make_table, quantize_by_plan
 from .plan import Plan, solve
 from .plan.presets import find_preset
 from .progress import SILENT, Progress
@@ -30,6 +30,7 @@ from .report import bit_map_entries, bit_map_svg, bit_map_text, markdown_table
 from .structure import find_units
 from .testing.timing import machine
 from .trials import Trials
+from .verbs import save_counted
 
 UNIFORM = ("w8g128_asym", "w4g64_asym", "w3g32", "w3g128_asym", "w2g64_asym")
 MIXED = (4.0, 3.5, 3.0, 2.5)

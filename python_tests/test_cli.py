@@ -56,7 +56,7 @@ def without(seen, *names):
 
 
 def test_quantize_passes_what_was_given_and_nothing_else(record):
-    seen = record("pipeline.quantize_checkpoint", {"stored_bits": 3.5, "bytes": 12345})
+    seen = record("verbs.quantize_checkpoint", {"stored_bits": 3.5, "bytes": 12345})
     done = run("quantize", "m", "-o", "out", "--bits", "3.5")
     assert done.exit_code == 0, done.output
     assert without(seen, "progress") == {"model_path": Path("m"), "out": Path("out"), "bits": 3.5, "overwrite": False}
@@ -64,16 +64,16 @@ def test_quantize_passes_what_was_given_and_nothing_else(record):
 
 
 def test_parts_of_a_preset_reach_the_pipeline(record):
-    seen = record("pipeline.quantize_checkpoint", {})
+    seen = record("verbs.quantize_checkpoint", {})
     done = run("quantize", "m", "-o", "out", "--bits", 3, "--preset", "owq", "--set", "allocator=greedy", "--set", "options.damp=0.05")
     assert done.exit_code == 0, done.output
     assert seen["changes"] == {"allocator": "greedy", "options": (("clip_power", 2.4), ("damp", 0.05))} and seen["preset"] == "owq"
-    seen = record("pipeline.plan_from_table", {})
+    seen = record("verbs.plan_from_table", {})
     done = run("plan", "c.json", "-o", "p.json", "--bits", 3, "--preset", "llm_mq", "--set", "allocator=milp", "--times", "t.json", "--max-ms-per-token", 7.5)
     assert done.exit_code == 0, done.output
     assert without(seen, "cost_path", "out") == {"bits": 3.0, "preset": "llm_mq", "changes": {"allocator": "milp"}, "times": Path("t.json"),
                                                  "max_ms_per_token": 7.5}
-    seen = record("pipeline.sense_model", {})
+    seen = record("verbs.sense_model", {})
     assert run("sense", "m", "s", "-o", "c.json", "--preset", "llm_mq").exit_code == 0 and seen["preset"] == "llm_mq"
 
 
@@ -90,7 +90,7 @@ def test_presets_are_listed():
 def test_a_time_table_is_written(record, tmp_path):
     from mxq_ext.plan.times import TimeTable
 
-    record("pipeline.load", ("model", None))
+    record("verbs.load", ("model", None))
     seen = record("bench.time_table", TimeTable({(8, 8, "w8", 1): 3.0}, {1: 2000.0}, {"threads": 1}))
     done = run("bench", "m", "--table", tmp_path / "t.json", "--formats", "w8,w4g64", "--json")
     assert done.exit_code == 0, done.output
@@ -100,7 +100,7 @@ def test_a_time_table_is_written(record, tmp_path):
 
 
 def test_quantize_passes_every_option(record):
-    seen = record("pipeline.quantize_checkpoint", {})
+    seen = record("verbs.quantize_checkpoint", {})
     done = run("quantize", "m", "-o", "out", "--bytes", 1000, "--preset", "p", "--text", "t.txt", "--candidates", "w4g64,w2g64_asym",
                "--metric", "obq", "--method", "rtn", "--windows", 8, "--work", "w", "--overwrite")
     assert done.exit_code == 0, done.output
@@ -112,19 +112,19 @@ def test_quantize_passes_every_option(record):
 @pytest.mark.parametrize("option, value, name, expected", [
     ("--format", "w4g64_sym", "uniform", "w4g64"), ("--plan", "plan.json", "plan", Path("plan.json")), ("--bytes", 10, "nbytes", 10)])
 def test_quantize_takes_one_of_four_budgets(record, option, value, name, expected):
-    seen = record("pipeline.quantize_checkpoint", {})
+    seen = record("verbs.quantize_checkpoint", {})
     assert run("quantize", "m", "-o", "o", option, value).exit_code == 0
     assert seen[name] == expected
 
 
 def test_calibrate(record):
-    seen = record("pipeline.calibrate_model")
+    seen = record("verbs.calibrate_model")
     assert run("calibrate", "m", "-o", "stats", "--text", "t", "--windows", 4).exit_code == 0
     assert without(seen, "progress") == {"model_path": Path("m"), "out": Path("stats"), "text_path": Path("t"), "windows": 4}
 
 
 def test_sense(record):
-    seen = record("pipeline.sense_model")
+    seen = record("verbs.sense_model")
     assert run("sense", "m", "stats", "-o", "cost.json", "--candidates", "w8", "--metric", "linear_kl").exit_code == 0
     assert without(seen, "progress") == {
         "model_path": Path("m"), "stats_dir": Path("stats"), "out": Path("cost.json"), "candidates": ["w8"], "metric": "linear_kl"}
@@ -133,13 +133,13 @@ def test_sense(record):
 
 
 def test_plan(record):
-    seen = record("pipeline.plan_from_table")
+    seen = record("verbs.plan_from_table")
     assert run("plan", "cost.json", "-o", "plan.json", "--bits", 3, "--front", "front.csv").exit_code == 0
     assert seen == {"cost_path": Path("cost.json"), "out": Path("plan.json"), "bits": 3.0, "front": Path("front.csv")}
 
 
 def test_eval(record):
-    seen = record("pipeline.evaluate_checkpoint", {"perplexity": 20.5, "kl": 0.25})
+    seen = record("verbs.evaluate_checkpoint", {"perplexity": 20.5, "kl": 0.25})
     done = run("eval", "q", "--reference", "m", "--windows", 2, "--length", 64)
     assert without(seen, "progress") == {"path": Path("q"), "reference": Path("m"), "windows": 2, "length": 64}
     assert "perplexity  20.5" in done.stdout
@@ -243,20 +243,20 @@ def test_a_plan_that_was_cut_short(tmp_path):
     (OSError(28, "No space left on device"), "error: writing: no space left on device; check the path"),
 ])
 def test_errors_of_the_pipeline(record, error, line):
-    record("pipeline.calibrate_model", error=error)
+    record("verbs.calibrate_model", error=error)
     done = run("calibrate", "m", "-o", "s")
     assert (done.exit_code, done.stderr.strip()) == (2, line)
 
 
 @pytest.mark.parametrize("error", [ValueError("a bug"), OSError("no errno: a bug")])
 def test_a_bug_keeps_its_traceback(record, error):
-    record("pipeline.calibrate_model", error=error)
+    record("verbs.calibrate_model", error=error)
     done = run("calibrate", "m", "-o", "s")
     assert done.exit_code == 1 and done.exception is error
 
 
 def test_interrupt(record):
-    record("pipeline.calibrate_model", error=KeyboardInterrupt())
+    record("verbs.calibrate_model", error=KeyboardInterrupt())
     done = run("calibrate", "m", "-o", "s")
     assert (done.exit_code, done.stderr.strip()) == (130, "interrupted: run the same command again to resume")
 
@@ -273,7 +273,7 @@ def test_errors_are_red_on_a_terminal(monkeypatch, capsys):
 def test_warnings_of_mxq_are_one_line_and_others_stay(record, monkeypatch):
     shown = []
     monkeypatch.setattr(cli, "_other_warnings", lambda message, *rest: shown.append(str(message)))
-    module = importlib.import_module("mxq_ext.pipeline")
+    module = importlib.import_module("mxq_ext.verbs")
 
     def calibrate_model(*args, **kwargs):
         warnings.warn("slow kernel", MxqWarning, stacklevel=1)
@@ -320,25 +320,25 @@ def test_version():
     ("generate", ModelError("a", "no text with bits=3", "pass temperature=0.7"), "error: a: no text with bits=3; pass --temperature 0.7"),
 ])
 def test_errors_name_the_options_of_their_verb(record, verb, error, line):
-    record({"quantize": "pipeline.quantize_checkpoint", "generate": "pipeline.generate_text"}[verb], error=error)
+    record({"quantize": "verbs.quantize_checkpoint", "generate": "verbs.generate_text"}[verb], error=error)
     done = run(*{"quantize": ["quantize", "m", "-o", "out", "--bits", 3], "generate": ["generate", "m", "hi"]}[verb])
     assert (done.exit_code, done.stderr.strip()) == (2, line)
 
 
 def test_generate_passes_what_was_given(record):
-    seen = record("pipeline.generate_text", {"text": "said"})
+    seen = record("verbs.generate_text", {"text": "said"})
     assert run("generate", "q", "hi").stdout == "said\n" and without(seen, "max_new_tokens") == {"path": Path("q"), "prompt": "hi"}
     assert run("generate", "q", "hi", "--no-chat", "--temperature", 0.7, "--top-p", 0.9, "--seed", 3, "--kv", "kivi4").exit_code == 0
     assert without(seen, "max_new_tokens", "path", "prompt") == {"chat": False, "temperature": 0.7, "top_p": 0.9, "seed": 3, "kv": "kivi4"}
 
 
 def test_quantize_names_a_cache(record):
-    seen = record("pipeline.quantize_checkpoint", {})
+    seen = record("verbs.quantize_checkpoint", {})
     assert run("quantize", "m", "-o", "out", "--bits", 3, "--kv", "kivi4").exit_code == 0 and seen["kv"] == "kivi4"
 
 
 def test_a_table_needs_a_file_before_anything_is_measured(record, tmp_path):
-    record("pipeline.load", error=AssertionError("too late"))
+    record("verbs.load", error=AssertionError("too late"))
     (tmp_path / "file").touch()
     for table, rule in ((tmp_path, "it is a directory; name a file in it"), (tmp_path / "file" / "t.json", "is no directory")):
         done = run("bench", "m", "--table", table)

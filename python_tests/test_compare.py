@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import make_model, make_sharp_model, make_tokenizer
 
-from mxq_ext import checkpoint, pipeline
+from mxq_ext import checkpoint, pipeline, verbs
 from mxq_ext import text as texts
 from mxq_ext.compare import Comparison, compare, contenders
 from mxq_ext.errors import BudgetError, CheckpointError, PlanError
@@ -69,7 +69,7 @@ def test_the_checkpoint_of_a_row_is_what_was_measured(run):
     row = rows_of(result)["rtn 4.6"]
     model = checkpoint.load(path / "out" / "checkpoints" / "rtn-4.6")
     tokens = texts.spread(texts.windows(make_tokenizer(), (path / "held.txt").read_text(), 64), 2)
-    again = evaluate(model, pipeline.load(path / "model")[0], tokens)
+    again = evaluate(model, verbs.load(path / "model")[0], tokens)
     assert again.nll_windows == row["held"]["nll_windows"] and again.kl_windows == pytest.approx(row["held"]["kl_windows"], rel=1e-6)
     assert checkpoint.bytes_on_disk(path / "out" / "checkpoints" / "rtn-4.6")["total"] == row["checkpoint_bytes"]
 
@@ -163,9 +163,9 @@ def test_a_directory_of_something_else_is_left_alone(run):
         with pytest.raises(CheckpointError, match="the directory holds something else .* choose another directory"):
             compare(path / "model", out, bits=[4], presets=["rtn"], **setup)
         with pytest.raises(CheckpointError, match="writing statistics to .* holds something else"):
-            pipeline.calibrate_model(path / "model", out)
+            verbs.calibrate_model(path / "model", out)
     with pytest.raises(CheckpointError, match="exists and is no directory"):
-        pipeline.calibrate_model(path / "model", path / "held.txt")
+        verbs.calibrate_model(path / "model", path / "held.txt")
 
 
 def test_names_and_settings():

@@ -13,7 +13,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.masking_utils import sdpa_mask  # noqa: E402
 
 import mxq_ext as mxq  # noqa: E402
-from mxq_ext import pipeline  # noqa: E402
+from mxq_ext import verbs  # noqa: E402
 from mxq_ext.decoding import Decoder  # noqa: E402
 from mxq_ext.errors import CheckpointError, ModelError, PlanError  # noqa: E402
 from mxq_ext.evaluate import cached_hidden, evaluate  # noqa: E402
@@ -150,19 +150,19 @@ def test_the_verb_takes_a_cache(tiny_dir, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text(" ".join(str(i * i) for i in range(400)))
     options = {"text": text, "windows": 1, "length": 200, "reference": tiny_dir}
-    plain, packed, kivi = (pipeline.evaluate_checkpoint(tiny_dir, kv=kv, **options) for kv in (None, "k2v2_r0", "kivi2"))
+    plain, packed, kivi = (verbs.evaluate_checkpoint(tiny_dir, kv=kv, **options) for kv in (None, "k2v2_r0", "kivi2"))
     assert plain["kl"] == 0 < packed["kl"] and packed["kv"] == "k2v2g64_r0" and kivi["kv"] == str(KV_PRESETS["kivi2"].spec)
 
 
 def test_a_plan_with_a_cache_is_evaluated_with_it(tiny_dir, tmp_path):
-    model, tokenizer = pipeline.load(tiny_dir)
+    model, tokenizer = verbs.load(tiny_dir)
     import mxq_ext as mxq
 
     mxq.replace_linear(model, Plan(default="w8", quantizer={"name": "rtn"}, kv=KVSpec(2, 2, residual=0)))
     mxq.save(model, tmp_path / "q", tokenizer)
     text = tmp_path / "text.txt"
     text.write_text(" ".join(str(i * i) for i in range(400)))
-    own, none = (pipeline.evaluate_checkpoint(tmp_path / "q", text=text, windows=1, length=200, kv=kv) for kv in (None, "none"))
+    own, none = (verbs.evaluate_checkpoint(tmp_path / "q", text=text, windows=1, length=200, kv=kv) for kv in (None, "none"))
     assert own["kv"] == "k2v2g64_r0" and "kv" not in none and own["nll"] != none["nll"]
 
 

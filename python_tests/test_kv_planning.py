@@ -16,7 +16,7 @@ from conftest import make_sharp_model  # noqa: E402
 from transformers import AttentionInterface, AttentionMaskInterface  # noqa: E402
 from transformers.masking_utils import sdpa_mask  # noqa: E402
 
-from mxq_ext import kv_planning, pipeline  # noqa: E402
+from mxq_ext import kv_planning, verbs  # noqa: E402
 from mxq_ext.errors import BudgetError, ModelError, MxqWarning, PlanError  # noqa: E402
 from mxq_ext.evaluate import evaluate  # noqa: E402
 from mxq_ext.kv import reference as numpy_pages  # noqa: E402
@@ -476,18 +476,18 @@ def test_policies_that_pages_cannot_hold_are_refused():
 def test_one_budget_through_the_line(tiny_dir, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text(" ".join(f"{i * i} is the square of {i}." for i in range(900)))
-    model, _ = pipeline.load(tiny_dir)
+    model, _ = verbs.load(tiny_dir)
     with pytest.raises(BudgetError, match="and a cache of 1 x 2000 tokens"):
-        pipeline.quantize_checkpoint(tiny_dir, tmp_path / "q", nbytes=100_000, context=2000, text=text, windows=2)
+        verbs.quantize_checkpoint(tiny_dir, tmp_path / "q", nbytes=100_000, context=2000, text=text, windows=2)
     with pytest.raises(BudgetError, match="weights and cache have one budget in bytes"):
-        pipeline.quantize_checkpoint(tiny_dir, tmp_path / "q", bits=4, context=2000, text=text, windows=2)
+        verbs.quantize_checkpoint(tiny_dir, tmp_path / "q", bits=4, context=2000, text=text, windows=2)
     with pytest.raises(PlanError, match="with kv=none: the bits of each layer are planned"):
-        pipeline.quantize_checkpoint(tiny_dir, tmp_path / "q", nbytes=500_000, context=2000, kv="none", text=text, windows=2)
-    done = pipeline.quantize_checkpoint(tiny_dir, tmp_path / "q", nbytes=500_000, context=2000, batch=2, text=text, windows=2, method="rtn")
+        verbs.quantize_checkpoint(tiny_dir, tmp_path / "q", nbytes=500_000, context=2000, kv="none", text=text, windows=2)
+    done = verbs.quantize_checkpoint(tiny_dir, tmp_path / "q", nbytes=500_000, context=2000, batch=2, text=text, windows=2, method="rtn")
     joint = done["joint"]
     assert joint["weights"]["nbytes"] == done["bytes_on_disk"] and joint["weights"]["nbytes"] + joint["cache"]["nbytes"] <= 500_000
     assert sum(done["cache"].values()) == 2
-    loaded, _ = pipeline.load(tmp_path / "q")
+    loaded, _ = verbs.load(tmp_path / "q")
     cache = MxqCache(loaded.config, loaded.mxq_kv)
     for layer in cache.layers:
         layer.append(*torch.randn(2, 2, 2, 2000, 16))
@@ -498,16 +498,16 @@ def test_one_budget_through_the_line(tiny_dir, tmp_path):
 def test_sense_and_plan_verbs(tiny_dir, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text(" ".join(f"{i * i} is the square of {i}." for i in range(900)))
-    pipeline.calibrate_model(tiny_dir, tmp_path / "stats", text_path=text, windows=2)
-    sensed = pipeline.sense_model(tiny_dir, tmp_path / "stats", tmp_path / "cost.json", candidates=["w2g64_asym", "w4g64_asym"], kv="k4v4g32_s2",
+    verbs.calibrate_model(tiny_dir, tmp_path / "stats", text_path=text, windows=2)
+    sensed = verbs.sense_model(tiny_dir, tmp_path / "stats", tmp_path / "cost.json", candidates=["w2g64_asym", "w4g64_asym"], kv="k4v4g32_s2",
                                   kv_by_head=True)
     assert [row["bits"] for row in sensed["cache"]] == [2, 3, 4, 8, 16]
     assert CostTable.load(tmp_path / "cost.json").kv.heads == 2
-    shown = pipeline.plan_from_table(tmp_path / "cost.json", tmp_path / "plan.json", nbytes=230_000, context=1500)
+    shown = verbs.plan_from_table(tmp_path / "cost.json", tmp_path / "plan.json", nbytes=230_000, context=1500)
     plan = Plan.load(tmp_path / "plan.json")
     assert shown["joint"]["cache"]["nbytes"] + shown["joint"]["weights"]["nbytes"] <= 230_000
     assert all((s.group, s.sink) == (32, 2) for s in plan.kv.resolve(2))
     with pytest.raises(BudgetError, match="give it as nbytes=N"):
-        pipeline.plan_from_table(tmp_path / "cost.json", tmp_path / "plan.json", bits=3, context=1500)
+        verbs.plan_from_table(tmp_path / "cost.json", tmp_path / "plan.json", bits=3, context=1500)
     with pytest.raises(PlanError, match="costs of a cache by head: no cache is named"):
-        pipeline.sense_model(tiny_dir, tmp_path / "stats", tmp_path / "cost.json", kv_by_head=True)
+        verbs.sense_model(tiny_dir, tmp_path / "stats", tmp_path / "cost.json", kv_by_head=True)

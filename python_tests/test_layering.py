@@ -24,7 +24,7 @@ LEVELS = [
     ["nn"],
     ["checkpoint", "hf"],
     ["evaluate", "tasks", "trials", "banding", "kv_planning", "request", "pipeline"],
-    ["report", "bench", "doctor", "llamacpp", "verdicts", "compare", "demo", "cli", "__main__"],
+    ["verbs", "report", "bench", "doctor", "llamacpp", "verdicts", "compare", "demo", "cli", "__main__"],
 ]
 POSITION = {name: (level, place) for level, row in enumerate(LEVELS) for place, name in enumerate(row)}
 #: Names that live in the package's own __init__ and may be imported from anywhere: it imports nothing itself but ``_plugin``.

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import make_model, make_sharp_model, make_tokenizer
 
-from mxq_ext import checkpoint, pipeline, trials
+from mxq_ext import checkpoint, pipeline, trials, verbs
 from mxq_ext.checkpoint import load
 from mxq_ext.decoding import end_tokens, greedy
 from mxq_ext.errors import BudgetError, CheckpointError, ModelError, MxqError, MxqWarning, PlanError
@@ -42,7 +42,7 @@ def logits(model):
 
 def run(source, out, **options):
     options = {"text": source / "calib.txt", "candidates": CANDIDATES, "windows": 3} | options
-    return pipeline.quantize_checkpoint(source / "model", out, **options)
+    return verbs.quantize_checkpoint(source / "model", out, **options)
 
 
 def test_a_budget_is_kept_and_its_bytes_are_on_disk(source, tmp_path):
@@ -111,10 +111,10 @@ def test_existing_output_is_refused(source, tmp_path):
 
 def test_each_step_through_files(source, tmp_path):
     stats, cost, plan, front = tmp_path / "stats", tmp_path / "cost.json", tmp_path / "plan.json", tmp_path / "front.csv"
-    pipeline.calibrate_model(source / "model", stats, text_path=source / "calib.txt", windows=3)
-    report = pipeline.sense_model(source / "model", stats, cost, candidates=CANDIDATES)
+    verbs.calibrate_model(source / "model", stats, text_path=source / "calib.txt", windows=3)
+    report = verbs.sense_model(source / "model", stats, cost, candidates=CANDIDATES)
     assert [r["format"] for r in report["uniform"]] == CANDIDATES and (tmp_path / "cost.csv").exists()
-    report = pipeline.plan_from_table(cost, plan, bits=3.9, front=front)
+    report = verbs.plan_from_table(cost, plan, bits=3.9, front=front)
     units = find_units(make_model())
     assert Plan.load(plan).stored_bits(units) <= 3.9 and sum(report["formats"].values()) == len(units)
     lines = front.read_text().splitlines()
@@ -134,15 +134,15 @@ def test_each_step_through_files(source, tmp_path):
 def test_sense_refuses_statistics_of_another_model(source, tmp_path):
     make_model(seed=7).save_pretrained(tmp_path / "other")
     make_tokenizer().save_pretrained(tmp_path / "other")
-    pipeline.calibrate_model(tmp_path / "other", tmp_path / "stats", text_path=source / "calib.txt", windows=2)
+    verbs.calibrate_model(tmp_path / "other", tmp_path / "stats", text_path=source / "calib.txt", windows=2)
     with pytest.raises(CheckpointError, match="another model"):
-        pipeline.sense_model(source / "model", tmp_path / "stats", tmp_path / "cost.json", candidates=CANDIDATES)
+        verbs.sense_model(source / "model", tmp_path / "stats", tmp_path / "cost.json", candidates=CANDIDATES)
 
 
 def test_evaluate_and_generate_on_paths(source, tmp_path, monkeypatch):
     run(source, tmp_path / "q", bits=8)
     (tmp_path / "held.txt").write_text(TEXT[::-1])
-    report = pipeline.evaluate_checkpoint(tmp_path / "q", reference=source / "model", text=tmp_path / "held.txt", windows=2, length=64)
+    report = verbs.evaluate_checkpoint(tmp_path / "q", reference=source / "model", text=tmp_path / "held.txt", windows=2, length=64)
     assert report["perplexity"] > 1 and 0 <= report["kl"] < 1
     model, tokenizer = load(tmp_path / "q"), make_tokenizer()
     ids = tokenizer("hello", return_tensors="pt")["input_ids"]
@@ -151,39 +151,39 @@ def test_evaluate_and_generate_on_paths(source, tmp_path, monkeypatch):
     for tokens, ends in ((None, ()), (7, (7,)), ([7, 3], (3, 7))):
         model.generation_config.eos_token_id = tokens
         assert sorted(end_tokens(model)) == list(ends)
-    monkeypatch.setattr(pipeline, "end_tokens", lambda model: {expected[3]})
-    assert pipeline.generate_text(tmp_path / "q", "hello", max_new_tokens=6)["new_tokens"] == expected.index(expected[3]) + 1
-    assert pipeline.generate_text(tmp_path / "q", "hello", max_new_tokens=1)["new_tokens"] == 1
+    monkeypatch.setattr(verbs, "end_tokens", lambda model: {expected[3]})
+    assert verbs.generate_text(tmp_path / "q", "hello", max_new_tokens=6)["new_tokens"] == expected.index(expected[3]) + 1
+    assert verbs.generate_text(tmp_path / "q", "hello", max_new_tokens=1)["new_tokens"] == 1
     with pytest.raises(MxqError, match="prompt"):
-        pipeline.generate_text(tmp_path / "q", "")
+        verbs.generate_text(tmp_path / "q", "")
     with pytest.raises(ModelError, match=r"windows of 600 tokens: the model was made for 512 positions .*; ask for 512 at most"):
-        pipeline.evaluate_checkpoint(tmp_path / "q", windows=1, length=600)
+        verbs.evaluate_checkpoint(tmp_path / "q", windows=1, length=600)
     with pytest.warns(MxqWarning, match="5 tokens and up to 600 new ones: the model was made for 512 positions"):
-        pipeline.generate_text(tmp_path / "q", "hello", max_new_tokens=600)
+        verbs.generate_text(tmp_path / "q", "hello", max_new_tokens=600)
 
 
 def test_generating_in_other_ways(source, tmp_path, monkeypatch):
     tokenizer = make_tokenizer()
     checkpoint.save(replace_linear(make_sharp_model(), "w8"), tmp_path / "q", tokenizer)
     path, some = tmp_path / "q", {"max_new_tokens": 12}
-    monkeypatch.setattr(pipeline, "end_tokens", lambda model: frozenset())
-    plain, shown = pipeline.generate_text(path, "hello", **some), []
-    assert pipeline.generate_text(path, "hello", show=shown.append, **some) == plain and "".join(shown) == plain["text"] and len(shown) > 1
-    drawn = [pipeline.generate_text(path, "hello", temperature=2.0, seed=seed, **some)["text"] for seed in (0, 0, 1)]
+    monkeypatch.setattr(verbs, "end_tokens", lambda model: frozenset())
+    plain, shown = verbs.generate_text(path, "hello", **some), []
+    assert verbs.generate_text(path, "hello", show=shown.append, **some) == plain and "".join(shown) == plain["text"] and len(shown) > 1
+    drawn = [verbs.generate_text(path, "hello", temperature=2.0, seed=seed, **some)["text"] for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2] and drawn[0] != plain["text"]
-    assert pipeline.generate_text(path, "hello", temperature=1.0, top_p=1e-9, **some) == plain  # the most probable token alone
-    assert pipeline.generate_text(path, "hello", kv="k2v2_r0", **some)["new_tokens"] == 12
+    assert verbs.generate_text(path, "hello", temperature=1.0, top_p=1e-9, **some) == plain  # the most probable token alone
+    assert verbs.generate_text(path, "hello", kv="k2v2_r0", **some)["new_tokens"] == 12
     with pytest.raises(ModelError, match="no chat template; continue the prompt instead"):
-        pipeline.generate_text(path, "hello", chat=True)
+        verbs.generate_text(path, "hello", chat=True)
     for bad in ({"temperature": -1.0}, {"temperature": float("nan")}, {"top_p": 0.0}, {"top_p": 1.5}):
         with pytest.raises(MxqError, match="sampling with"):
-            pipeline.generate_text(path, "hello", **bad)
+            verbs.generate_text(path, "hello", **bad)
     tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<answer>{% endif %}"
     path = checkpoint.save(checkpoint.load(path), tmp_path / "chat", tokenizer)
     asked = []
-    monkeypatch.setattr(pipeline, "sample", lambda model, ids, **how: asked.append(tokenizer.decode(ids[0])) or iter([torch.tensor([72]), torch.tensor([105])]))
+    monkeypatch.setattr(verbs, "sample", lambda model, ids, **how: asked.append(tokenizer.decode(ids[0])) or iter([torch.tensor([72]), torch.tensor([105])]))
     for chat in (None, True, False):
-        said = pipeline.generate_text(path, "hello", chat=chat)["text"]
+        said = verbs.generate_text(path, "hello", chat=chat)["text"]
         assert said.startswith("hello") == (chat is False)
     assert asked == ["<user>hello<answer>"] * 2 + ["hello"]
 
@@ -249,9 +249,9 @@ def test_killed_at_any_moment_leaves_nothing_and_resumes(source, tmp_path):
     """SIGKILL after growing delays: never a file under the final name before the run is whole; the last start ends the job."""
     script = textwrap.dedent(f"""
         import sys; sys.path.insert(0, {os.path.dirname(__file__)!r})
-        from mxq_ext import pipeline
-        pipeline.quantize_checkpoint({str(source / 'model')!r}, {str(tmp_path / 'q')!r}, bits=4.0, text={str(source / 'calib.txt')!r},
-                                     candidates={CANDIDATES!r}, windows=3)
+        from mxq_ext import verbs
+        verbs.quantize_checkpoint({str(source / 'model')!r}, {str(tmp_path / 'q')!r}, bits=4.0, text={str(source / 'calib.txt')!r},
+                                  candidates={CANDIDATES!r}, windows=3)
     """)
     killed = 0
     marks = ["stats-attention-gradient-none/calibrate.json", "stats-attention-gradient-none/stats.json", "trials", "plan.json"]
@@ -330,12 +330,12 @@ def test_what_is_wrong_with_a_model_is_told_before_calibration(source, tmp_path)
 
 def test_a_model_without_tokenizer_or_quantized_already(source, tmp_path):
     make_model().save_pretrained(tmp_path / "bare")
-    pipeline.quantize_checkpoint(tmp_path / "bare", tmp_path / "q", uniform="w8", method="rtn")
-    for call in (lambda: pipeline.generate_text(tmp_path / "q", "hi"), lambda: pipeline.evaluate_checkpoint(tmp_path / "q", text=source / "calib.txt")):
+    verbs.quantize_checkpoint(tmp_path / "bare", tmp_path / "q", uniform="w8", method="rtn")
+    for call in (lambda: verbs.generate_text(tmp_path / "q", "hi"), lambda: verbs.evaluate_checkpoint(tmp_path / "q", text=source / "calib.txt")):
         with pytest.raises(MxqError, match="no tokenizer"):
             call()
     with pytest.raises(MxqError, match="quantized already"):
-        pipeline.quantize_checkpoint(tmp_path / "q", tmp_path / "again", uniform="w4", method="rtn")
+        verbs.quantize_checkpoint(tmp_path / "q", tmp_path / "again", uniform="w4", method="rtn")
     with pytest.raises(PlanError, match="names its own quantizer"):
         pipeline.quantize_model(make_model(), None, plan=Plan.uniform("w8"), preset="rtn")
 

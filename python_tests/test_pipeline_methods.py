@@ -8,7 +8,7 @@ import torch
 from conftest import make_sharp_model, make_tokenizer
 from typer.testing import CliRunner
 
-from mxq_ext import checkpoint, pipeline
+from mxq_ext import checkpoint, pipeline, verbs
 from mxq_ext import text as texts
 from mxq_ext.cli import app
 from mxq_ext.errors import ModelError, PlanError, QuantizationError
@@ -74,7 +74,7 @@ def test_a_uniform_preset_counts_the_head_that_rotation_unties(source):
 
 @pytest.mark.parametrize("transform, method", [("rotate", "gptq"), ("rotate", "awq"), ("awq", "awq"), ("awq", "gptq")])
 def test_a_transformed_model_is_quantized_and_loads_again(source, tmp_path, transform, method):
-    report = pipeline.quantize_checkpoint(source / "model", tmp_path / "q", uniform="w8g32", text=source / "calib.txt", windows=2,
+    report = verbs.quantize_checkpoint(source / "model", tmp_path / "q", uniform="w8g32", text=source / "calib.txt", windows=2,
                                           transform=transform, method=method)
     model = checkpoint.load(tmp_path / "q")
     assert report["predicted_bytes"] == report["bytes_on_disk"]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import make_model, make_tokenizer
 
-from mxq_ext import banding, checkpoint, ops, pipeline, request
+from mxq_ext import banding, checkpoint, ops, pipeline, request, verbs
 from mxq_ext.banding import Layout, choose_layouts, compose
 from mxq_ext.decoding import Decoder
 from mxq_ext.errors import BudgetError, CheckpointError, MxqError, PlanError
@@ -56,7 +56,7 @@ def setting(tmp_path_factory):
 @pytest.mark.parametrize("name", RUN)
 def test_every_preset_of_the_literature_runs_saves_and_reloads_bit_equal(source, tmp_path, name):
     bits = BITS.get(name, 4.2)
-    result = pipeline.quantize_checkpoint(source / "model", tmp_path / "q", bits=bits, text=source / "calib.txt", windows=3, preset=name,
+    result = verbs.quantize_checkpoint(source / "model", tmp_path / "q", bits=bits, text=source / "calib.txt", windows=3, preset=name,
                                           changes={"solver": (("tolerance", 0.5),)}, work=tmp_path / "work")
     assert bits - 0.5 <= result["stored_bits"] <= bits + 1e-9 and result["predicted_bytes"] == result["bytes_on_disk"]
     again = pipeline.quantize_model(small(), make_tokenizer(), bits=bits, text=source / "calib.txt", windows=3, preset=name,
@@ -77,7 +77,7 @@ def test_what_cannot_run_names_what_is_missing(source, tmp_path):
     assert request.missing_parts(lacking) == ["a format of 2.5 bits", "a lucky hand"]
     for preset, parts in ((lacking, lacking.missing), (find_preset("mxq", metric="guess"), ["the metric guess for the unit linear"])):
         with pytest.raises(PlanError, match="preset made by hand: it cannot run yet") as e:
-            pipeline.quantize_checkpoint(source / "model", tmp_path / "q", bits=4, preset=preset)
+            verbs.quantize_checkpoint(source / "model", tmp_path / "q", bits=4, preset=preset)
         assert all(part in str(e.value) for part in parts)
     assert not (tmp_path / "q.work").exists()
     listed = {r["name"]: r for r in request.describe_presets()}
@@ -93,7 +93,7 @@ def test_what_cannot_run_names_what_is_missing(source, tmp_path):
 ])
 def test_budgets_that_a_preset_cannot_spend(source, tmp_path, name, bits, match):
     with pytest.raises(BudgetError, match=match):
-        pipeline.quantize_checkpoint(source / "model", tmp_path / "q", bits=bits, text=source / "calib.txt", windows=3, preset=name)
+        verbs.quantize_checkpoint(source / "model", tmp_path / "q", bits=bits, text=source / "calib.txt", windows=3, preset=name)
 
 
 def test_any_part_can_be_replaced():
@@ -143,37 +143,37 @@ def test_parts_that_do_not_go_together(setting, changes, match):
 
 
 def test_sense_and_plan_by_preset(source, tmp_path):
-    pipeline.calibrate_model(source / "model", tmp_path / "stats", text_path=source / "calib.txt", windows=2)
-    pipeline.sense_model(source / "model", tmp_path / "stats", tmp_path / "cost.json", preset="llm_mq")
-    pipeline.plan_from_table(tmp_path / "cost.json", tmp_path / "plan.json", bits=3.2, preset="llm_mq",
+    verbs.calibrate_model(source / "model", tmp_path / "stats", text_path=source / "calib.txt", windows=2)
+    verbs.sense_model(source / "model", tmp_path / "stats", tmp_path / "cost.json", preset="llm_mq")
+    verbs.plan_from_table(tmp_path / "cost.json", tmp_path / "plan.json", bits=3.2, preset="llm_mq",
                              changes={"allocator": "milp", "kv": "kivi4", "solver": (("tolerance", 0.5),)})
     plan = Plan.load(tmp_path / "plan.json")
     assert plan.meta["allocation"]["method"] == "milp" and plan.quantizer["weighting"] == "none" and plan.kv is not None
     with pytest.raises(PlanError, match="its metric is linear_kl, the table's first_order"):
-        pipeline.plan_from_table(tmp_path / "cost.json", tmp_path / "plan.json", bits=3.2, preset="linear_kl")
+        verbs.plan_from_table(tmp_path / "cost.json", tmp_path / "plan.json", bits=3.2, preset="linear_kl")
     with pytest.raises(PlanError, match="needs the weights"):
-        pipeline.plan_from_table(tmp_path / "cost.json", tmp_path / "plan.json", bits=3.2, preset="owq")
+        verbs.plan_from_table(tmp_path / "cost.json", tmp_path / "plan.json", bits=3.2, preset="owq")
     with pytest.raises(BudgetError, match="over 0.02 less"):
-        pipeline.plan_from_table(tmp_path / "cost.json", tmp_path / "plan.json", bits=6.0, preset="llm_mq")
+        verbs.plan_from_table(tmp_path / "cost.json", tmp_path / "plan.json", bits=6.0, preset="llm_mq")
 
 def test_a_plan_is_by_the_tables_quantizer_and_takes_every_change(source, tmp_path):
-    pipeline.calibrate_model(source / "model", tmp_path / "stats", text_path=source / "calib.txt", windows=2)
+    verbs.calibrate_model(source / "model", tmp_path / "stats", text_path=source / "calib.txt", windows=2)
     cost, out = tmp_path / "cost.json", tmp_path / "plan.json"
-    pipeline.sense_model(source / "model", tmp_path / "stats", cost, preset="rtn", candidates=["w2g64_asym", "w4g64_asym", "w8"])
-    pipeline.plan_from_table(cost, out, bits=5)
+    verbs.sense_model(source / "model", tmp_path / "stats", cost, preset="rtn", candidates=["w2g64_asym", "w4g64_asym", "w8"])
+    verbs.plan_from_table(cost, out, bits=5)
     assert Plan.load(out).quantizer["name"] == "rtn"  # whose losses these are
-    report = pipeline.plan_from_table(cost, out, bits=5, changes={"candidates": ["w2g64_asym", "w8"], "allocator": "milp"})
+    report = verbs.plan_from_table(cost, out, bits=5, changes={"candidates": ["w2g64_asym", "w8"], "allocator": "milp"})
     assert set(report["formats"]) == {"w2g64_asym", "w8"} and Plan.load(out).meta["allocation"]["method"] == "milp"
     for preset, changes, match in (("gradient", None, "quantizer is gptq, weighting=gradient, and .* those of rtn"),
                                    (None, {"method": "gptq"}, "the table's losses are those of rtn"),
                                    (None, {"metric": "output"}, "its metric is output, the table's fisher"), (None, {"metric": "outptu"}, "unknown"),
                                    (None, {"allocator": "uniform"}, "needs the weights"), (None, {"distill": 8}, "`mxq quantize --plan`: --distill 8")):
         with pytest.raises(PlanError, match=match):
-            pipeline.plan_from_table(cost, out, bits=5, preset=preset, changes=changes)
+            verbs.plan_from_table(cost, out, bits=5, preset=preset, changes=changes)
     table = CostTable.load(cost)
     table.meta = {"shapes": table.meta["shapes"], "metric": "mine"}  # a table that says nothing of a quantizer, by a metric of one's own
     table.save(cost)
-    assert pipeline.plan_from_table(cost, out, bits=5) and Plan.load(out).quantizer["name"] == "gptq"
+    assert verbs.plan_from_table(cost, out, bits=5) and Plan.load(out).quantizer["name"] == "gptq"
 
 
 def test_parts_of_ones_own_get_what_they_read_and_are_told_apart_by_their_code(source, tmp_path, monkeypatch):
@@ -243,9 +243,9 @@ def test_a_plan_that_is_there_needs_no_statistics_of_a_metric():
 
 def test_bands_and_a_cache_are_not_planned_together(source, tmp_path):
     with pytest.raises(PlanError, match="only plans of whole linears are joined"):
-        pipeline.quantize_checkpoint(source / "model", tmp_path / "q", nbytes=10**6, context=256, preset="owq", text=source / "calib.txt")
+        verbs.quantize_checkpoint(source / "model", tmp_path / "q", nbytes=10**6, context=256, preset="owq", text=source / "calib.txt")
     with pytest.raises(PlanError, match="a cache as kivi4 and a budget"):
-        pipeline.quantize_checkpoint(source / "model", tmp_path / "q", nbytes=10**6, context=256, changes={"kv": "kivi4"}, text=source / "calib.txt")
+        verbs.quantize_checkpoint(source / "model", tmp_path / "q", nbytes=10**6, context=256, changes={"kv": "kivi4"}, text=source / "calib.txt")
 
 
 def test_a_preset_brings_its_cache(source, tmp_path):
@@ -470,7 +470,7 @@ def test_a_method_that_cannot_fill_bands_is_refused_before_calibration(source, t
     for changes, match in (({"method": "kmeans", "options": ()}, "k-means makes tables, and w3 has none"),
                            ({"method": "awq", "options": (), "candidates": ["w3g32_nest", "fp16"]}, "16 groups of w3g32_nest share a range")):
         with pytest.raises(MxqError, match=match):
-            pipeline.quantize_checkpoint(source / "model", tmp_path / "q", bits=5, preset="owq", changes=changes, text=source / "calib.txt",
+            verbs.quantize_checkpoint(source / "model", tmp_path / "q", bits=5, preset="owq", changes=changes, text=source / "calib.txt",
                                          work=tmp_path / "work")
     assert not list(tmp_path.iterdir())
 
@@ -613,7 +613,7 @@ def test_sfmp_on_many_tiles_saves_and_reloads_bit_equal(source, tmp_path):
                                      work=tmp_path / "work")
     cut = [e for e in result.plan.units.values() if isinstance(e, dict)]
     assert len(cut) > 3 and any(len(e["tiles"]) > 1 for e in cut) and Plan.load(tmp_path / "work" / "plan.json").units == result.plan.units
-    pipeline.save_counted(result.model, tmp_path / "q", make_tokenizer(), result.plan, result.nbytes)
+    verbs.save_counted(result.model, tmp_path / "q", make_tokenizer(), result.plan, result.nbytes)
     loaded, ids = checkpoint.load(tmp_path / "q", fuse=None), torch.arange(30)[None]
     with torch.no_grad():
         assert torch.equal(loaded(ids).logits, result.model(ids).logits)

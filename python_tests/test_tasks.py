@@ -10,8 +10,8 @@ import pytest
 import torch
 from conftest import make_sharp_model, make_tokenizer
 
-from mxq_ext import pipeline
 from mxq_ext import text as texts
+from mxq_ext import verbs
 from mxq_ext.compare import compare
 from mxq_ext.errors import ModelError, MxqError
 from mxq_ext.nn import quantized_modules, replace_linear
@@ -131,7 +131,7 @@ def test_unknown_tasks_are_named():
 
 def test_without_lm_eval_an_error_says_how_to_get_it(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    for call in (lambda: run_tasks(None, None, ["pairs"]), lambda: pipeline.evaluate_checkpoint(tmp_path, tasks=["pairs"]),
+    for call in (lambda: run_tasks(None, None, ["pairs"]), lambda: verbs.evaluate_checkpoint(tmp_path, tasks=["pairs"]),
                  lambda: compare(tmp_path, tmp_path / "out", bits=[4], presets=["rtn"], tasks=["pairs"])):
         with pytest.raises(MxqError, match=r"lm-eval is not installed.*mxq_ext\[tasks\]"):
             call()
@@ -150,7 +150,7 @@ def test_eval_and_compare_have_the_same_accuracy(tmp_path, monkeypatch):
                      held_out=[tmp_path / "held.txt"])
     rows = compare(tmp_path / "model", tmp_path / "out", **arguments)["rows"]
     for row, path in zip(rows, (tmp_path / "model", tmp_path / "out" / "checkpoints" / "rtn-4.6"), strict=True):
-        one = pipeline.evaluate_checkpoint(path, text=tmp_path / "held.txt", windows=2, length=64, tasks=["cloze"])
+        one = verbs.evaluate_checkpoint(path, text=tmp_path / "held.txt", windows=2, length=64, tasks=["cloze"])
         assert one["tasks"] == row["tasks"] and set(row["tasks"]) == {"cloze"}
     assert " cloze |" in (tmp_path / "out" / "compare.md").read_text()
     asked = []

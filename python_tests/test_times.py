@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import make_model, make_tokenizer
 
-from mxq_ext import bench, pipeline
+from mxq_ext import bench, verbs
 from mxq_ext.errors import BudgetError, MxqError, PlanError
 from mxq_ext.formats import Format
 from mxq_ext.plan import Bands, Plan
@@ -80,8 +80,8 @@ def cost(tmp_path_factory):
     make_model().save_pretrained(path / "model")
     make_tokenizer().save_pretrained(path / "model")
     (path / "text.txt").write_text(TEXT)
-    pipeline.calibrate_model(path / "model", path / "stats", text_path=path / "text.txt", windows=2)
-    pipeline.sense_model(path / "model", path / "stats", path / "cost.json", candidates=FORMATS)
+    verbs.calibrate_model(path / "model", path / "stats", text_path=path / "text.txt", windows=2)
+    verbs.sense_model(path / "model", path / "stats", path / "cost.json", candidates=FORMATS)
     synthetic(find_units(make_model())).save(path / "times.json")
     return path
 
@@ -89,25 +89,25 @@ def cost(tmp_path_factory):
 def test_a_plan_under_a_time_limit(cost):
     """Meets bytes and time; a smaller limit gives up loss, not the limit; one that is too small names the least."""
     units = find_units(make_model())
-    free = pipeline.plan_from_table(cost / "cost.json", cost / "free.json", bits=4.6, times=cost / "times.json")
+    free = verbs.plan_from_table(cost / "cost.json", cost / "free.json", bits=4.6, times=cost / "times.json")
     assert free["predicted"]["decode_ms"] == pytest.approx(
         TimeTable.load(cost / "times.json").predict(units, Plan.load(cost / "free.json").resolve(units))["decode_ms"])
     losses = [free["loss"]]
     for share in (0.99, 0.97):
         limit = share * free["predicted"]["decode_ms"]
-        got = pipeline.plan_from_table(cost / "cost.json", cost / "limited.json", bits=4.6, times=cost / "times.json", max_ms_per_token=limit)
+        got = verbs.plan_from_table(cost / "cost.json", cost / "limited.json", bits=4.6, times=cost / "times.json", max_ms_per_token=limit)
         assert got["predicted"]["decode_ms"] <= limit * (1 + 1e-9) and got["stored_bits"] <= 4.6
         losses.append(got["loss"])
     assert losses[0] < losses[1] <= losses[2]
     with pytest.raises(BudgetError, match="the fastest choice of that size takes"):
-        pipeline.plan_from_table(cost / "cost.json", cost / "limited.json", bits=4.6, times=cost / "times.json", max_ms_per_token=0.15)
+        verbs.plan_from_table(cost / "cost.json", cost / "limited.json", bits=4.6, times=cost / "times.json", max_ms_per_token=0.15)
     with pytest.raises(BudgetError, match="needs a time table"):
-        pipeline.plan_from_table(cost / "cost.json", cost / "limited.json", bits=4.6, max_ms_per_token=1.0)
+        verbs.plan_from_table(cost / "cost.json", cost / "limited.json", bits=4.6, max_ms_per_token=1.0)
 
 
 def test_quantize_under_a_time_limit(cost, tmp_path):
     def run(out, **options):
-        return pipeline.quantize_checkpoint(cost / "model", tmp_path / out, candidates=FORMATS, stats=cost / "stats", work=tmp_path / "work",
+        return verbs.quantize_checkpoint(cost / "model", tmp_path / out, candidates=FORMATS, stats=cost / "stats", work=tmp_path / "work",
                                             times=cost / "times.json", **options)
 
     free = run("a", bits=4.6)
