@@ -230,7 +230,8 @@ TABLES: dict[str, list[tuple[str, Callable[[dict], list[str]]]]] = {
                   ("linear-cuda.json", gpu_table)],
     "docs/quality.md": [("quality.json", quality_table), ("reconstruction.json", reconstruction_table), ("autoround.json", autoround_table)],
     "docs/performance.md": [("linear-cpu-zen4.json", shapes_table), ("linear-cpu-avx2.json", shapes_table),
-                            ("decode-cpu-avx2.json", decode_table), ("linear-cpu.json", speed_table), ("attention-cpu.json", attention_table)],
+                            ("decode-cpu-avx2.json", decode_table), ("linear-cpu.json", speed_table), ("attention-cpu.json", attention_table),
+                            ("attention-cpu-avx2.json", attention_table)],
     "docs/kv.md": [("kv-quality.json", kv_table), ("kv-joint.json", joint_table)]}
 
 

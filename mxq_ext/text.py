@@ -125,7 +125,9 @@ def check_positions(model, length: int, what: str) -> None:
 
 
 def spread(windows: torch.Tensor, count: int) -> torch.Tensor:
-    """At most ``count`` of the windows [W, T], evenly spaced from the first to the last."""
+    """At most ``count`` of the windows [W, T], evenly spaced from the first to the last. Raises ModelError for a ``count`` below 1."""
+    if count < 1:
+        raise ModelError(f"{count} windows of a text", "there must be at least 1", "ask for more")
     keep = torch.linspace(0, windows.shape[0] - 1, min(count, windows.shape[0])).round().long()
     return windows[keep]
 

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import cuda_tools
 import torch
+import transformers.generation  # noqa: F401 - it looks for devices when it is first imported: not when there is a pretended one
 from torch.overrides import TorchFunctionMode
 
 from mxq_ext import cuda

@@ -217,9 +217,10 @@ def test_mistakes_in_attention_options(bench, tmp_path, args, message):
     assert str(error.value).startswith(message)
 
 
-def test_published_attention_results_hold_what_is_claimed():
+@pytest.mark.parametrize("name", ["attention-cpu.json", "attention-cpu-avx2.json"])
+def test_published_attention_results_hold_what_is_claimed(name):
     """Four bits: faster than torch over both float caches from 4096 tokens on, and linear in the context."""
-    rows = json.loads((ROOT / "bench" / "results" / "attention-cpu.json").read_text())["rows"]
+    rows = json.loads((ROOT / "bench" / "results" / name).read_text())["rows"]
     assert {r["context"] for r in rows} == {1024, 4096, 16384, 65536}
     assert all((r["head_dim"], r["kv_heads"]) == (128, 8) and r["error"] <= r["limit"] for r in rows)
     four = {r["context"]: r for r in rows if (r["key"], r["value"], r["threads"]) == (4, 4, 1)}

@@ -184,3 +184,5 @@ def test_self_written_refusals():
 def test_spread_keeps_both_ends():
     w = torch.arange(20).view(10, 2)
     assert module.spread(w, 4)[:, 0].tolist() == [0, 6, 12, 18] and torch.equal(module.spread(w, 99), w)
+    with pytest.raises(ModelError, match="0 windows of a text: there must be at least 1"):
+        module.spread(w, 0)
