@@ -176,6 +176,8 @@ def quantize_model(model: nn.Module, tokenizer, *, bits: float | None = None, nb
     Raises:
         BudgetError: no mix of candidates fits; says by how much.
         MxqError: any other mistake of the caller.
+
+    After an error a model with a transform may have it already: the same function by other weights, and a head that is tied no longer.
     """
     asked = {name: value for name, value in (("bits", bits), ("nbytes", nbytes), ("plan", plan)) if value is not None}
     if len(asked) != 1:

@@ -79,7 +79,7 @@ def check_spent(preset: Preset, stored: float, asked: float, others: Sequence[st
         listed = f" (its candidates for all units: {', '.join(others)})" if others else ""
         raise BudgetError(f"a plan of {asked:.4f} stored bits from {', '.join(preset.candidates)}",
                           f"the largest that the preset makes of it has {stored:.4f}, over {preset.tolerance:g} less{listed}",
-                          f"ask for {math.ceil(stored * 1e4) / 1e4:.4f}, or --set solver.tolerance={math.ceil((asked - stored) * 100) / 100:g}")
+                          f"ask for {math.ceil(stored * 1e4) / 1e4:.4f}, or raise solver.tolerance to {math.ceil((asked - stored) * 100) / 100:g}")
 
 
 def check_span(units: list[Unit], preset: Preset, formats: Sequence[Format], *, bits: float | None, nbytes: int | None) -> None:
