@@ -249,13 +249,14 @@ def test_from_pretrained_reads_our_checkpoints(tmp_path, tied, plan):
 
 
 def test_gemma_scales_its_packed_embedding(tmp_path):
+    torch.manual_seed(0)
     config = transformers.Gemma3TextConfig(vocab_size=257, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
                                            num_key_value_heads=2, head_dim=16, max_position_embeddings=64)
     float_model = transformers.Gemma3ForCausalLM(config).eval()
     want = float_model(IDS).logits
     for dtype in (torch.float32, torch.bfloat16):
         source = replace_linear(copy.deepcopy(float_model).to(dtype), "w8g32_asym")
-        assert (source(IDS).logits - want).abs().max() < (0.02 if dtype == torch.float32 else 0.05) * want.abs().max()
+        assert (source(IDS).logits - want).norm() < 0.05 * want.norm()
         checkpoint.save(source, tmp_path / str(dtype))
         assert torch.equal(checkpoint.load(tmp_path / str(dtype))(IDS).logits, source(IDS).logits)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "torch.float32")
