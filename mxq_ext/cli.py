@@ -320,7 +320,7 @@ def calibrate(model: Model, out: Out, text: Text = None, windows: Windows = None
 
 @verb
 def sense(model: Model, stats: Annotated[Path, typer.Argument(metavar="STATS", help="A directory written by `mxq calibrate`.")],
-          out: Out, preset: PresetName = None, candidates: Candidates = None, metric: Metric = None,
+          out: Out, preset: PresetName = None, candidates: Candidates = None, metric: Metric = None, changes: Changes = None,
           kv: Annotated[str | None, typer.Option("--kv", help="Also measure a cache of the group, window and sink of this spec: k4v4g64_r64.")] = None,
           kv_by_head: Annotated[bool, typer.Option("--kv-by-head", help="Measure each key/value head, so that plans give each bits of its own.")] = False,
           as_json: Json = False) -> None:
@@ -330,7 +330,8 @@ def sense(model: Model, stats: Annotated[Path, typer.Argument(metavar="STATS", h
 
     with Progress() as progress:
         result = verbs.sense_model(model, stats, out, progress=progress,
-                                      **_given(preset=preset, candidates=chosen, metric=metric, kv=kv, kv_by_head=kv_by_head or None))
+                                   **_given(preset=preset, candidates=chosen, metric=metric, changes=_changes(changes, preset), kv=kv,
+                                            kv_by_head=kv_by_head or None))
     _show(result, f"cost table in {out}", as_json)
 
 
@@ -345,9 +346,8 @@ def plan(cost: Annotated[Path, typer.Argument(metavar="COST", help="A table writ
     _one_budget("plan", bits=bits, nbytes=nbytes)
     from . import verbs
 
-    result = verbs.plan_from_table(cost, out, **_given(bits=bits, nbytes=nbytes, preset=preset, changes=_changes(changes, preset),
-                                                              times=times, max_ms_per_token=max_ms_per_token, context=context, batch=batch,
-                                                              front=front))
+    result = verbs.plan_from_table(cost, out, **_given(bits=bits, nbytes=nbytes, preset=preset, changes=_changes(changes, preset), times=times,
+                                                       max_ms_per_token=max_ms_per_token, context=context, batch=batch, front=front))
     _show(result, f"plan in {out}", as_json)
 
 
@@ -380,8 +380,8 @@ def eval(checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="
 
     with Progress() as progress:
         result = verbs.evaluate_checkpoint(checkpoint, progress=progress,
-                                              **_given(reference=reference, text=text, windows=windows, length=length, kv=kv, tasks=_names(tasks) or None,
-                                                       include=include, task_limit=task_limit))
+                                           **_given(reference=reference, text=text, windows=windows, length=length, kv=kv, tasks=_names(tasks) or None,
+                                                    include=include, task_limit=task_limit))
     _show(result, f"evaluation of {checkpoint}", as_json)
 
 
@@ -433,8 +433,8 @@ def generate(checkpoint: Checkpoint, prompt: Annotated[str, typer.Argument(metav
 
     shown = not as_json and sys.stdout.isatty()
     result = verbs.generate_text(checkpoint, prompt, max_new_tokens=max_new_tokens,
-                                    **_given(chat=chat, temperature=temperature, top_p=top_p, seed=seed, kv=kv,
-                                             show=functools.partial(print, end="", flush=True) if shown else None))
+                                 **_given(chat=chat, temperature=temperature, top_p=top_p, seed=seed, kv=kv,
+                                          show=functools.partial(print, end="", flush=True) if shown else None))
     if as_json:
         _show(result, "", True)
     else:

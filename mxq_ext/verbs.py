@@ -59,9 +59,11 @@ def calibrate_model(model_path, out, *, text_path=None, windows: int = WINDOWS, 
     return {"out": str(out), "text": texts.text_hash(texts.calibration_text() if text is None else text), **stats.meta}
 
 
-def sense_model(model_path, stats_dir, out, *, preset: str | None = None, candidates=None, metric: str | None = None, kv: str | None = None,
-                kv_by_head: bool = False, progress: Progress = SILENT) -> dict:
+def sense_model(model_path, stats_dir, out, *, preset: str | None = None, candidates=None, metric: str | None = None, changes: dict | None = None,
+                kv: str | None = None, kv_by_head: bool = False, progress: Progress = SILENT) -> dict:
     """``mxq sense``: writes the CostTable to the JSON file ``out`` (and a CSV beside it); trials are kept beside the Stats.
+
+    ``changes`` replace any parts of the preset, such as the quantizer (``method``) and its options; ``candidates`` and ``metric`` are two of them.
 
     ``kv`` names a spec whose group, residual, sink and rotate a cache would have; then the table also says what its bits cost, ``kv_by_head``: in each
     key/value head. Raises PlanError for ``kv_by_head`` without it.
@@ -69,7 +71,9 @@ def sense_model(model_path, stats_dir, out, *, preset: str | None = None, candid
     if kv_by_head and kv is None:
         raise PlanError("costs of a cache by head", "no cache is named", "name one, for example kv=k4v4g64")
     spec = None if kv is None else KVSpec.named(kv)
-    chosen = find_preset(preset, candidates=candidates, metric=metric)
+    named = {name: value for name, value in (("candidates", candidates), ("metric", metric)) if value is not None}
+    chosen = find_preset(preset, **{**(changes or {}), **named})
+    _check_formats_alone(changes or {}, "a cost table")
     check_parts(chosen, preset)
     need_linear(chosen, "a cost table")
     check_file(out)
@@ -87,6 +91,13 @@ def sense_model(model_path, stats_dir, out, *, preset: str | None = None, candid
     cache = [] if table.kv is None else [{"bits": b, "loss_keys": float(table.kv.loss[::2, i].sum()), "loss_values": float(table.kv.loss[1::2, i].sum())}
                                          for i, b in enumerate(table.kv.bits)]
     return {"out": str(out), "metric": chosen.metric, "units": len(table.units), "uniform": rows} | ({"cache": cache} if cache else {})
+
+
+def _check_formats_alone(changes: dict, what: str) -> None:
+    """Raises PlanError for changes of what is done to the weights before or after they have formats."""
+    if later := [part for part in ("transform", "reconstruct", "distill") if part in changes]:
+        raise PlanError(f"{what} with {later[0]}={changes[later[0]]}", "it is about formats, and that is done to the weights",
+                        f"give it to `mxq quantize --plan`: --{later[0]} {changes[later[0]]}")
 
 
 def units_of(table: CostTable) -> list[Unit]:
@@ -114,9 +125,7 @@ def plan_from_table(cost_path, out, *, bits: float | None = None, nbytes: int | 
                           "measure one with `mxq bench MODEL --table times.json`, and give it as times=FILE")
     if context is not None and nbytes is None:
         raise BudgetError(f"a plan for a context of {context} tokens with bits={bits}", "weights and cache have one budget in bytes", "give it as nbytes=N")
-    if later := [part for part in ("transform", "reconstruct", "distill") if part in changes]:
-        raise PlanError(f"a plan from {cost_path} with {later[0]}={changes[later[0]]}", "a plan says formats, and that is done to the weights",
-                        f"give it to `mxq quantize --plan`: --{later[0]} {changes[later[0]]}")
+    _check_formats_alone(changes, f"a plan from {cost_path}")
     table = CostTable.load(cost_path)
     metric, quantizer = table.meta.get("metric"), table.meta.get("quantizer")  # of tables of earlier versions the latter is unknown
     chosen = find_preset(preset)

@@ -130,6 +130,7 @@ def test_sense(record):
         "model_path": Path("m"), "stats_dir": Path("stats"), "out": Path("cost.json"), "candidates": ["w8"], "metric": "linear_kl"}
     assert run("sense", "m", "stats", "-o", "cost.json", "--kv", "k4v4", "--kv-by-head").exit_code == 0
     assert (seen["kv"], seen["kv_by_head"]) == ("k4v4", True)
+    assert run("sense", "m", "stats", "-o", "cost.json", "--set", "method=rtn").exit_code == 0 and seen["changes"] == {"method": "rtn"}
 
 
 def test_plan(record):

@@ -159,7 +159,9 @@ def test_sense_and_plan_by_preset(source, tmp_path):
 def test_a_plan_is_by_the_tables_quantizer_and_takes_every_change(source, tmp_path):
     verbs.calibrate_model(source / "model", tmp_path / "stats", text_path=source / "calib.txt", windows=2)
     cost, out = tmp_path / "cost.json", tmp_path / "plan.json"
-    verbs.sense_model(source / "model", tmp_path / "stats", cost, preset="rtn", candidates=["w2g64_asym", "w4g64_asym", "w8"])
+    with pytest.raises(PlanError, match="a cost table with transform=awq: it is about formats"):
+        verbs.sense_model(source / "model", tmp_path / "stats", cost, changes={"transform": "awq"})
+    verbs.sense_model(source / "model", tmp_path / "stats", cost, candidates=["w2g64_asym", "w4g64_asym", "w8"], changes={"method": "rtn"})
     verbs.plan_from_table(cost, out, bits=5)
     assert Plan.load(out).quantizer["name"] == "rtn"  # whose losses these are
     report = verbs.plan_from_table(cost, out, bits=5, changes={"candidates": ["w2g64_asym", "w8"], "allocator": "milp"})
