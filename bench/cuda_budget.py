@@ -64,9 +64,9 @@ def threads_of(source: str, kernel: str) -> int:
 
 
 @functools.cache
-def compile_one(source: Path, archs: tuple[str, ...] = ARCHS) -> list[Usage]:
+def compile_one(source: Path) -> list[Usage]:
     """Raises RuntimeError with the compiler's words; a warning is an error."""
-    codes = [f"-gencode=arch=compute_{a[3:]},code={a}" for a in archs]
+    codes = [f"-gencode=arch=compute_{a[3:]},code={a}" for a in ARCHS]
     with tempfile.TemporaryDirectory() as folder:
         command = [find_nvcc(), *FLAGS, *codes, "-Xptxas", "-v", "-c", str(source), "-o", f"{folder}/x.o"]
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -83,26 +83,21 @@ def compile_one(source: Path, archs: tuple[str, ...] = ARCHS) -> list[Usage]:
     return out
 
 
-def examine(sources=SOURCES, jobs: int = 2, archs: tuple[str, ...] = ARCHS) -> list[Usage]:
-    """Usage of every kernel in ``sources`` on every architecture of ``archs``."""
+def examine(sources=SOURCES, jobs: int = 2) -> list[Usage]:
+    """Usage of every kernel in ``sources`` on every architecture of ``ARCHS``."""
     order = sorted(sources, key=lambda p: "mixed" not in p.name)  # the longest first
     with ThreadPoolExecutor(jobs) as pool:
-        found = [u for part in pool.map(functools.partial(compile_one, archs=archs), order) for u in part]
+        found = [u for part in pool.map(compile_one, order) for u in part]
     return sorted(found, key=lambda u: (u.source, u.kernel, u.arch))
 
 
-def cells(usage: Usage) -> str:
-    return f"{usage.registers} | {usage.blocks}"
-
-
 def table(usages: list[Usage]) -> str:
-    """Usages of every architecture of ``ARCHS``, as Markdown."""
     head = "| kernel | threads | " + " | ".join(f"registers {a} | blocks an SM" for a in ARCHS) + " | spilled bytes |"
     lines = [head, "| --- " * (head.count("|") - 1) + "|"]
     for name in dict.fromkeys(u.kernel for u in usages):
         of = {u.arch: u for u in usages if u.kernel == name}
-        both = " | ".join(cells(of[a]) for a in ARCHS)
-        lines.append(f"| `{name}` | {of[ARCHS[0]].threads} | {both} | {sum(u.spills for u in of.values())} |")
+        cells = " | ".join(f"{of[a].registers} | {of[a].blocks}" for a in ARCHS)
+        lines.append(f"| `{name}` | {of[ARCHS[0]].threads} | {cells} | {sum(u.spills for u in of.values())} |")
     return "\n".join(lines) + "\n"
 
 
