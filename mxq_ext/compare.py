@@ -32,14 +32,13 @@ from .plan.language import Preset
 from .plan.presets import PRESETS, find_preset, parse_changes
 from .plan.rules import METHODS
 from .progress import SILENT, Progress
-from .quantizers.base import METHODS as QUANTIZERS
 from .report import need_matplotlib, pareto_svg
 from .request import missing_parts
 from .sensitivity.metrics import METRICS
 from .structure import find_units
 from .tasks import need_lm_eval, run_tasks
 from .testing.timing import machine
-from .trials import own_code, short_hash
+from .trials import own_code, own_quantizer, short_hash
 from .verdicts import FLOAT, LLAMA_CPP, bits_at, bits_table, measured, rivals, rivals_table, rows_table, verdicts, verdicts_table
 
 GROUPS = {"all": tuple(PRESETS), "frameworks": tuple(FRAMEWORKS), "controls": tuple(CONTROLS),
@@ -73,8 +72,8 @@ class Contender:
         """What the preset is made of, and the code of what is not of this package: short, and another one where a row would be another one."""
         p = self.resolve()
         told = {f.name: getattr(p, f.name) for f in dataclasses.fields(p) if f.name not in ("about", "source", "formula", "departures", "missing")}
-        own = [part for part in (METRICS.get(p.metric), METHODS.get(p.allocator), QUANTIZERS[p.method].run if p.method in QUANTIZERS else None) if part]
-        return short_hash(told | {"own": own_code(*own)})
+        own = [part for part in (METRICS.get(p.metric), METHODS.get(p.allocator)) if part]
+        return short_hash(told | {"own": own_code(*own) + own_quantizer(p.method)})
 
     @property
     def family(self) -> str:

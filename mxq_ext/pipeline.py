@@ -39,7 +39,6 @@ from .plan.presets import find_kv, find_preset
 from .plan.times import TimeTable
 from .progress import SILENT, Progress
 from .qtensor import QTensor
-from .quantizers import find_method
 from .quantizers.blocks import BlockOptions, reconstruct_blocks
 from .quantizers.distill import DistillOptions
 from .quantizers.distill import distill as train_constants
@@ -52,7 +51,7 @@ from .stats.store import FILE as STATS_FILE
 from .stats.store import model_fingerprint
 from .structure import Unit, find_units, warn_left_out
 from .transforms import rotate_residual, scale_activations
-from .trials import Trials, code_hash, kept, own_code, short_hash
+from .trials import Trials, code_hash, kept, own_code, own_quantizer, short_hash
 
 WINDOWS = 48  #: calibration windows of LENGTH tokens
 LENGTH = 512
@@ -213,9 +212,9 @@ def quantize_model(model: nn.Module, tokenizer, *, bits: float | None = None, nb
     source = model_fingerprint(model)
     if chosen.transform == "rotate":
         rotate_residual(model)  # before bytes are counted, since a head that was tied becomes a unit of its own
-    if plan is None and chosen.allocator == "uniform":
-        plan = uniform_plan(find_units(model), chosen, bits=bits, nbytes=nbytes)
     units = find_units(model)
+    if plan is None and chosen.allocator == "uniform":
+        plan = uniform_plan(units, chosen, bits=bits, nbytes=nbytes)
     check_request(units, chosen, plan, bits=bits, nbytes=nbytes, shared=context is not None)
     floats = set() if plan is None else {name for name, decision in plan.resolve(units).items() if decision is None}
     check_modules(model, [u for u in units if u.name not in floats])
@@ -331,7 +330,7 @@ def quantize_by_layouts(model: nn.Module, layouts: dict[str, banding.Layout], st
                         progress: Progress = SILENT) -> dict[str, QTensor]:
     """QTensors of every unit in its layout; each kept under ``work/bands-<key>/`` as it is made, so that an interrupted run goes on."""
     modules, out = dict(model.named_modules()), {}
-    code = [code_hash(), *([] if preset.method == "auto" else own_code(find_method(preset.method).run))]
+    code = [code_hash(), *own_quantizer(preset.method)]
     key = short_hash({"model": model_fingerprint(model), "quantizer": preset.quantizer(), "metric": preset.metric, "code": code, "stats": stats.meta})
     for name, layout in progress.track(list(layouts.items()), "quantize"):
         weight = modules[name].weight.detach().float()

@@ -50,6 +50,11 @@ def own_code(*parts: Callable) -> list[str]:
     return out
 
 
+def own_quantizer(method: str) -> list[str]:
+    """``own_code`` of a quantizer by its name."""
+    return [] if method == "auto" else own_code(find_method(method).run)
+
+
 def short_hash(settings: dict) -> str:
     """Twelve hex digits of a JSON object, for file names."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:12]
@@ -77,8 +82,7 @@ class Trials:
     """
 
     def __init__(self, directory: Path, model: nn.Module, stats: Stats | None, preset: Preset):
-        own = [] if preset.method == "auto" else own_code(find_method(preset.method).run)
-        self.key = short_hash({"model": model_fingerprint(model), "quantizer": preset.quantizer(), "code": [code_hash(), *own],
+        self.key = short_hash({"model": model_fingerprint(model), "quantizer": preset.quantizer(), "code": [code_hash(), *own_quantizer(preset.method)],
                                "stats": None if stats is None else stats.meta})
         self.directory, self.stats, self.preset = directory / self.key, stats, preset
         self._factor: tuple[str, object] | None = None
