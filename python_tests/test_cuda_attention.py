@@ -550,6 +550,7 @@ def interpret(source, arch, call, arrays, kernels):
         ptx(source, arch).launch(launch.kernel, launch.grid, launch.block, launch.args, launch.shared, arrays)
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("case, arch", (*((i, "sm_80") for i in range(len(SMALL))), pytest.param(len(SMALL) - 1, "sm_75", marks=pytest.mark.slow)))
 def test_instructions(case, arch):
     """The PTX of both kernels of attention and of the merge; sm_75 has products of half the depth."""
@@ -561,6 +562,7 @@ def test_instructions(case, arch):
     result(out, want, SMALL[case].get("dtype", torch.float16))
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("side, bits", (("keys", 3), ("values", 4), ("values", 16)))
 def test_instructions_of_packing(side, bits):
     if reason := simt.missing_tool("nvcc"):

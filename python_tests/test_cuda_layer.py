@@ -139,6 +139,7 @@ def test_silu_gate(options, dtype):
 # ------------------------------------------------------------------------------------------------------------------ from the PTX
 
 
+@pytest.mark.no_cover
 @pytest.mark.skipif(simt.missing_tool("nvcc") is not None, reason="nvcc is not in PATH")
 @pytest.mark.parametrize("arch", ("sm_75", "sm_80", "sm_90"))
 def test_from_the_ptx(arch):

@@ -12,6 +12,7 @@ from mxq_ext.testing import cases
 if reason := simt.missing_tool("nvcc"):
     pytest.skip(reason, allow_module_level=True)
 
+pytestmark = pytest.mark.no_cover
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 

@@ -12,6 +12,7 @@ from simt import Library, missing_tool
 from simt.build import ROOT
 from simt.selftest import EVERY, GEMM, GEMV, PTX_HEADER, Gemm, Gemv, Parts, plant
 
+pytestmark = pytest.mark.no_cover
 needs_nvcc = pytest.mark.skipif(missing_tool("nvcc") is not None, reason=f"PTX comes from nvcc: {missing_tool('nvcc')}")
 ARCHS = ["sm_75", "sm_80", "sm_90"]
 RIGHT = 1e-5
