@@ -25,6 +25,7 @@ MACHINE = platform.machine().lower()
 CUDA_ARCHS = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0+PTX")
 CUDA_SOURCES = ("bind_cuda.cpp", "cpu/parallel.cpp", *(f"cuda/{p.name}" for p in sorted((ROOT / "csrc" / "cuda").glob("*.c*")) if p.suffix in (".cu", ".cpp")))
 CUDA_MEMORY_PER_JOB = 2 << 30
+PTXAS_REPORTS = ROOT / "build" / "ptxas"  # what the assembler says of each kernel; bench/cuda_budget.py reads it
 # No --use_fast_math: it flushes subnormals and rounds divisions, so that results would differ from the reference.
 NVCC_FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden", "-cudart=static"]
 
@@ -182,6 +183,7 @@ class NinjaBuild(build_ext):
             number = arch.removesuffix("+PTX").replace(".", "")
             codes.append(f"-gencode=arch=compute_{number},code=[{f'compute_{number},' if arch.endswith('+PTX') else ''}sm_{number}]")
         names = " ".join(archs)
+        flags = " ".join([*NVCC_FLAGS, *compression(NVCC), *codes, "-Xptxas=-v"])
         lines = [
             "ninja_required_version = 1.5",
             "rule host",
@@ -190,7 +192,8 @@ class NinjaBuild(build_ext):
             "  deps = gcc",
             "  description = compile $in",
             "rule nvcc",
-            f"  command = {escape(NVCC)} -ccbin {compiler} {' '.join(NVCC_FLAGS + compression(NVCC))} {' '.join(codes)} -MMD -MF $out.d -c $in -o $out",
+            f"  command = {escape(NVCC)} -ccbin {compiler} {flags} -MMD -MF $out.d -c $in -o $out "
+            "> $report.part 2>&1; status=$$?; cat $report.part; [ $$status -ne 0 ] || mv $report.part $report; exit $$status",
             "  depfile = $out.d",
             "  deps = gcc",
             f"  description = compile $in for {names}",
@@ -198,11 +201,14 @@ class NinjaBuild(build_ext):
             f"  command = {escape(NVCC)} -ccbin {compiler} -shared -cudart=static -L{escape(static)} -Xcompiler=-pthread $in -o $out",
             "  description = link $out",
         ]
+        PTXAS_REPORTS.mkdir(parents=True, exist_ok=True)
         objects = []
         # The longest compilation first, so that it does not run alone at the end.
         for source in sorted(CUDA_SOURCES, key=lambda s: (s != "cuda/mv_mixed.cu", not s.endswith(".cu"))):
             objects.append(source.replace("/", "_") + ".o")
             lines.append(f"build {objects[-1]}: {'nvcc' if source.endswith('.cu') else 'host'} {escape(ROOT / 'csrc' / source)}")
+            if source.endswith(".cu"):
+                lines.append(f"  report = {escape(PTXAS_REPORTS / Path(source).stem)}.txt")
             if source.startswith("bind"):
                 lines.append(f"  extra = {self.binding_flags()} '-DMXQ_CUDA_ARCH_NAMES=\"{names}\"'")
         lines += [f"build {escape(output)}: link {' '.join(objects)}", f"default {escape(output)}", ""]

@@ -3,6 +3,7 @@
     python bench/cuda_budget.py             prints the table
     python bench/cuda_budget.py --write     puts it into docs/cuda.md
 
+The build keeps that report (build/ptxas) of the architectures that it was for; what it lacks, or is older than the sources, is compiled here.
 Blocks per SM are what registers and threads allow (64 Ki registers and 64 warps an SM); shared memory of mv depends on the call and may allow fewer.
 """
 
@@ -21,7 +22,7 @@ sys.path.insert(0, str(ROOT))  # the checkout wins over an installed package
 
 from mxq_ext.doctor import find_nvcc  # noqa: E402
 
-DOCUMENT = ROOT / "docs" / "cuda.md"
+DOCUMENT, REPORTS = ROOT / "docs" / "cuda.md", ROOT / "build" / "ptxas"
 ARCHS = ("sm_80", "sm_90")
 FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "--expt-relaxed-constexpr", "--threads", "0"]
 SOURCES = sorted(p for p in (ROOT / "csrc" / "cuda").glob("*.cu") if p.name != "device.cu")
@@ -63,17 +64,38 @@ def threads_of(source: str, kernel: str) -> int:
     return 128 if source in ("attention", "dequant") or (source.startswith("mm_") and source != "mm_stage") else 256
 
 
-@functools.cache
-def compile_one(source: Path) -> list[Usage]:
+def kept_report(source: Path, folder: Path = REPORTS) -> str:
+    """What the build kept of ``source``; nothing if a file of csrc is newer, or the compiler warned."""
+    report = folder / f"{source.stem}.txt"
+    if not report.exists() or report.stat().st_mtime <= max(p.stat().st_mtime for p in (ROOT / "csrc").rglob("*") if p.is_file()):
+        return ""
+    text = report.read_text(encoding="utf-8")
+    return "" if "warning" in text else text
+
+
+def compiled_report(source: Path, archs: list[str]) -> str:
     """Raises RuntimeError with the compiler's words; a warning is an error."""
-    codes = [f"-gencode=arch=compute_{a[3:]},code={a}" for a in ARCHS]
+    codes = [f"-gencode=arch=compute_{a[3:]},code={a}" for a in archs]
     with tempfile.TemporaryDirectory() as folder:
         command = [find_nvcc(), *FLAGS, *codes, "-Xptxas", "-v", "-c", str(source), "-o", f"{folder}/x.o"]
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode or "warning" in done.stdout:
         raise RuntimeError(f"{source.name}:\n{done.stdout[-4000:]}")
+    return done.stdout
+
+
+@functools.cache
+def usages_of(source: Path) -> list[Usage]:
+    """Of every kernel of one file on every architecture of ``ARCHS``."""
+    kept = parsed(source, kept_report(source))
+    lacking = [a for a in ARCHS if a not in {u.arch for u in kept}]
+    return [u for u in kept if u.arch in ARCHS] + (parsed(source, compiled_report(source, lacking)) if lacking else [])
+
+
+def parsed(source: Path, report: str) -> list[Usage]:
+    """The usages that a report of the assembler's tells."""
     out = []
-    for part in done.stdout.split("Compiling entry function '")[1:]:
+    for part in report.split("Compiling entry function '")[1:]:
         mangled, arch = re.match(r"(\S+)' for '(sm_\d+)'", part).groups()
         stores, loads = map(int, re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", part).groups())
         shared = re.search(r"(\d+) bytes smem", part)
@@ -87,7 +109,7 @@ def examine(sources=SOURCES, jobs: int = 2) -> list[Usage]:
     """Usage of every kernel in ``sources`` on every architecture of ``ARCHS``."""
     order = sorted(sources, key=lambda p: "mixed" not in p.name)  # the longest first
     with ThreadPoolExecutor(jobs) as pool:
-        found = [u for part in pool.map(compile_one, order) for u in part]
+        found = [u for part in pool.map(usages_of, order) for u in part]
     return sorted(found, key=lambda u: (u.source, u.kernel, u.arch))
 
 

@@ -20,13 +20,13 @@ from mxq_ext.plan.presets import PRESETS  # noqa: E402
 from mxq_ext.plan.rules import METHODS  # noqa: E402
 from mxq_ext.report import Column, table  # noqa: E402
 from mxq_ext.request import missing_parts  # noqa: E402
-from mxq_ext.verdicts import LLAMA_CPP, bits_table, flat, measured, quality_columns, rivals_table, verdicts_table  # noqa: E402
+from mxq_ext.verdicts import LLAMA_CPP, bits_table, flat, measured, quality_columns, rivals_table, task_columns, verdicts_table  # noqa: E402
 
 OUTPUT, RESULTS = ROOT / "docs" / "frameworks.md", ROOT / "bench" / "results" / "frameworks.json"
 NOTHING: dict = {"rows": [], "verdicts": [], "rivals": [], "bits_at": []}
 KINDS = ("technical", "literary")
-COLUMNS = (Column("preset"), Column("bits", "asked", "g"), Column("stored_bits", "stored bits", ".3f"), Column("mb", "checkpoint MB", ".1f"),
-           *quality_columns(KINDS), Column("decode_tokens_per_s", "decode tok/s", ".1f"), Column("minutes", "minutes", ".1f"), Column("code", "command"))
+SIZES = (Column("stored_bits", "stored bits", ".3f"), Column("mb", "checkpoint MB", ".1f"))
+MINUTES = (Column("minutes", "minutes", ".1f"), Column("code", "command"))
 
 INTRODUCTION = """# Frameworks
 
@@ -99,7 +99,7 @@ Then `quantize_model(model, tokenizer, bits=3.5, preset="mine")` runs it, and so
 
 
 def shown(rows: list[dict]) -> list[dict]:
-    """Rows as ``COLUMNS`` reads them, those that were refused left out."""
+    """Rows as the tables of this page read them, those that were refused left out."""
     return [{**r, "code": f"`{r['command']}`"} for r in flat(measured(rows), KINDS)]
 
 
@@ -136,7 +136,7 @@ def comparison(results: dict) -> str:
                   f"Ours has the lower KL in {sum(r['kl'] < 0 for r in results['rivals'])} of {len(results['rivals'])} pairs of file and text. By "
                   "llama.cpp's own logits, its files without a vocabulary. `imatrix`: with an importance matrix from the same calibration windows. The "
                   "literary text is unlike those windows, and feedback of errors fits what it saw: there the lead is the smaller one.",
-                  table(shown(rivals), [Column("name", "file"), *(c for c in COLUMNS if c.key not in ("preset", "bits", "decode_tokens_per_s"))]).markdown()]
+                  table(shown(rivals), [Column("name", "file"), *SIZES, *quality_columns(KINDS), *MINUTES]).markdown()]
     return "\n\n".join(parts) + "\n"
 
 
@@ -151,7 +151,9 @@ def section(name: str, p: Preset, rows: list[dict]) -> str:
         lines += ["- Cannot run yet, and is refused. It needs:", *(f"  - {m}" for m in missing)]
     lines.append("")
     if measured(mine):
-        lines.append(table(shown(mine), COLUMNS).markdown())
+        columns = [Column("preset"), Column("bits", "asked", "g"), *SIZES, *quality_columns(KINDS), *task_columns(mine),
+                   Column("decode_tokens_per_s", "decode tok/s", ".1f"), *MINUTES]
+        lines.append(table(shown(mine), columns).markdown())
     elif not missing:
         lines.append(f"Not measured yet. To run it: `mxq quantize MODEL -o OUT --preset {name} --bits B`.")
     lines += [line for r in mine if "refused" in r and not missing for line in ("", f"{r['bits']:g} bits were refused: {r['refused']}.")]

@@ -1,6 +1,7 @@
 """What nvcc makes of the CUDA kernels: no spills, and the numbers that docs/cuda.md shows. Rules of the sources that hold everywhere."""
 
 import importlib.util
+import os
 import re
 import sys
 
@@ -59,3 +60,41 @@ def test_instructions_live_in_one_header():
         if path.name not in ("ptx.cuh", "simt.hpp"):
             text = re.sub(r"//.*", "", path.read_text(encoding="utf-8"))
             assert not re.search(r"\basm\b|__CUDA_ARCH__|cuda_fp16|cuda_bf16", text), path.name
+
+
+def report_of(*archs, name="_ZN3mxq4cuda2mvILi2EJNS0_7UniformILi4EEEEEEvNS0_6ParamsE"):
+    return "".join(f"""ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '{name}' for '{arch}'
+ptxas info    : Function properties for {name}
+    0 bytes stack frame, {8 * i} bytes spill stores, {4 * i} bytes spill loads
+ptxas info    : Used {96 + i} registers, used 1 barriers, 2048 bytes smem
+""" for i, arch in enumerate(archs))
+
+
+def test_a_report_that_the_build_kept_is_taken_while_it_is_newer_than_all_sources(tmp_path):
+    source, report = cuda_tools.ROOT / "csrc" / "cuda" / "mv_w4.cu", tmp_path / "mv_w4.txt"
+    assert cuda_budget.kept_report(source, tmp_path) == ""
+    report.write_text(report_of("sm_80"))
+    assert cuda_budget.kept_report(source, tmp_path) == report_of("sm_80")
+    header = (cuda_tools.ROOT / "csrc" / "cuda" / "ptx.cuh").stat().st_mtime
+    os.utime(report, (header - 1, header - 1))
+    assert cuda_budget.kept_report(source, tmp_path) == ""
+    report.write_text("mv_w4.cu(1): warning: the assembler was told less\n" + report_of("sm_80"))
+    assert cuda_budget.kept_report(source, tmp_path) == ""
+
+
+def test_only_architectures_without_a_report_are_compiled(monkeypatch):
+    source, asked = cuda_tools.ROOT / "csrc" / "cuda" / "mv_w4.cu", []
+
+    def compile_for(source, archs):
+        asked.append(archs)
+        return report_of(*archs)
+
+    monkeypatch.setattr(cuda_budget, "compiled_report", compile_for)
+    usage = cuda_budget.Usage
+    for kept, compiled in ((("sm_75", "sm_80"), ["sm_90"]), (("sm_75", "sm_80", "sm_90"), None), ((), ["sm_80", "sm_90"])):
+        monkeypatch.setattr(cuda_budget, "kept_report", lambda _, kept=kept: report_of(*kept))
+        found = cuda_budget.usages_of.__wrapped__(source)
+        assert [u.arch for u in found] == ["sm_80", "sm_90"] and asked == ([compiled] if compiled else [])
+        asked.clear()
+    assert found[1] == usage("mv_w4", "mv_w4<2>", 384, "sm_90", 97, 12, 2048)
