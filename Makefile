@@ -14,6 +14,9 @@ PYTEST_ARGS ?=
 # Processes that share the test files, one thread each: a core and up to 4 GB of memory for each of them. 0: none beside pytest itself, for a debugger.
 PYTEST_WORKERS ?= 2
 
+# The GPUs of this machine, or a single capability without one: all that a wheel is for takes seven times as long.
+export MXQ_CUDA_ARCHS ?= native
+
 READY  := $(VENV)/.ready
 INPUTS := pyproject.toml setup.py .ci/venv.py $(wildcard third_party/*.txt) $(shell find csrc -type f)
 
@@ -22,8 +25,6 @@ INPUTS := pyproject.toml setup.py .ci/venv.py $(wildcard third_party/*.txt) $(sh
 demo: $(READY)
 	$(VENV)/bin/mxq demo $(DEMO_ARGS)
 
-# One capability is built for the tests, which need the module and not its speed; + PTX, so that a GPU of another kind can run them too.
-test: export MXQ_CUDA_ARCHS ?= 8.0+PTX
 test: VENV_ARGS = --cuda-compiler --extras nsga,tasks
 # The linter's verdict counts, but pytest runs in any case and has the last word.
 test: $(READY)

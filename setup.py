@@ -106,15 +106,28 @@ def compression(nvcc: str) -> list[str]:
     return ["--compress-mode=size"] if "--compress-mode" in subprocess.run([nvcc, "--help"], capture_output=True, text=True).stdout else []
 
 
+def gpus_here() -> list[str]:
+    """Capabilities of this machine's GPUs, as the driver's tool tells them; none without it."""
+    if not (tool := shutil.which("nvidia-smi")):
+        return []
+    told = subprocess.run([tool, "--query-gpu=compute_cap", "--format=csv,noheader"], capture_output=True, text=True).stdout
+    return sorted(set(re.findall(r"^\d+\.\d$", told, re.M)), key=float)
+
+
 def cuda_archs(nvcc: str) -> list[str]:
-    """Capabilities to compile for, such as ``["7.5", "9.0", "12.0+PTX"]``: ``MXQ_CUDA_ARCHS``, or all of ours that this nvcc knows."""
+    """Capabilities to compile for, such as ``["7.5", "9.0", "12.0+PTX"]``: ``MXQ_CUDA_ARCHS``, or all of ours that this nvcc knows.
+
+    ``MXQ_CUDA_ARCHS=native`` are those of the GPUs here, as far as this nvcc knows them, and 8.0+PTX where there are none.
+    """
     known = re.findall(r"compute_(\d+)\b", subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout)
     asked = os.environ.get("MXQ_CUDA_ARCHS")
+    if asked == "native":
+        return [a for a in gpus_here() if a.replace(".", "") in known] or ["8.0+PTX"]
     archs = re.split(r"[;, ]+", asked.strip()) if asked else [a for a in CUDA_ARCHS if a.removesuffix("+PTX").replace(".", "") in known]
     for arch in archs:
         if not re.fullmatch(r"\d+\.\d(\+PTX)?", arch) or arch.removesuffix("+PTX").replace(".", "") not in known:
             raise SystemExit(f"mxq_ext: MXQ_CUDA_ARCHS={asked!r} has {arch!r}, which {nvcc} does not know; it knows "
-                             + " ".join(f"{a[:-1]}.{a[-1]}" for a in known) + ", each with +PTX or without")
+                             + " ".join(f"{a[:-1]}.{a[-1]}" for a in known) + ", each with +PTX or without, and native")
     return archs
 
 

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import re
+import runpy
 import sys
 
 import cuda_tools
@@ -98,3 +99,37 @@ def test_only_architectures_without_a_report_are_compiled(monkeypatch):
         assert [u.arch for u in found] == ["sm_80", "sm_90"] and asked == ([compiled] if compiled else [])
         asked.clear()
     assert found[1] == usage("mv_w4", "mv_w4<2>", 384, "sm_90", 97, 12, 2048)
+
+
+@pytest.fixture
+def build_script(monkeypatch):
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    return runpy.run_path(str(cuda_tools.ROOT / "setup.py"))
+
+
+@pytest.mark.parametrize("told, archs", (("9.0\n8.6\n9.0\n", ["8.6", "9.0"]), ("12.0\n", ["12.0"]), ("6.1\n", ["8.0+PTX"]), ("6.1\n7.5\n", ["7.5"]),
+                                         ('Field "compute_cap" is not a valid field to query.\n', ["8.0+PTX"]), (None, ["8.0+PTX"])))
+def test_native_is_what_the_gpus_are_and_the_compiler_knows(build_script, tmp_path, monkeypatch, told, archs):
+    for name, says in (("nvcc", "".join(f"compute_{a}\n" for a in (75, 80, 86, 90, 120))), ("nvidia-smi", told)):
+        if says is not None:
+            tool = tmp_path / name
+            tool.write_text(f"#!{sys.executable}\nprint({says!r}, end='')\n")
+            tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("MXQ_CUDA_ARCHS", "native")
+    assert build_script["cuda_archs"](str(tmp_path / "nvcc")) == archs
+
+
+def test_capabilities_that_the_compiler_does_not_know_are_refused(build_script, tmp_path, monkeypatch):
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text(f"#!{sys.executable}\nprint('compute_80')\nprint('compute_90')\n")
+    nvcc.chmod(0o755)
+    monkeypatch.delenv("MXQ_CUDA_ARCHS", raising=False)
+    assert build_script["cuda_archs"](str(nvcc)) == ["8.0", "9.0"]
+    monkeypatch.setenv("MXQ_CUDA_ARCHS", "8.0;9.0+PTX")
+    assert build_script["cuda_archs"](str(nvcc)) == ["8.0", "9.0+PTX"]
+    for wrong in ("8.6", "80", "natives"):
+        monkeypatch.setenv("MXQ_CUDA_ARCHS", wrong)
+        told = rf"MXQ_CUDA_ARCHS='{wrong}' has '{wrong}', which .* does not know; it knows 8.0 9.0, each with \+PTX or without, and native"
+        with pytest.raises(SystemExit, match=told):
+            build_script["cuda_archs"](str(nvcc))
