@@ -93,9 +93,12 @@ def sense_model(model_path, stats_dir, out, *, preset: str | None = None, candid
     return {"out": str(out), "metric": chosen.metric, "units": len(table.units), "uniform": rows} | ({"cache": cache} if cache else {})
 
 
+BESIDE_FORMATS = ("transform", "reconstruct", "distill")  #: what is done to the weights before or after they have formats
+
+
 def _check_formats_alone(changes: dict, what: str) -> None:
-    """Raises PlanError for changes of what is done to the weights before or after they have formats."""
-    if later := [part for part in ("transform", "reconstruct", "distill") if part in changes]:
+    """Raises PlanError for changes of ``BESIDE_FORMATS``."""
+    if later := [part for part in BESIDE_FORMATS if part in changes]:
         raise PlanError(f"{what} with {later[0]}={changes[later[0]]}", "it is about formats, and that is done to the weights",
                         f"give it to `mxq quantize --plan`: --{later[0]} {changes[later[0]]}")
 
@@ -113,8 +116,8 @@ def plan_from_table(cost_path, out, *, bits: float | None = None, nbytes: int | 
 
     With ``context`` the budget is in bytes, and covers the weights and a cache of ``batch`` sequences of that many tokens. A ``preset`` narrows the
     table to its candidates, and gives allocator, activations and cache; ``changes`` replace its parts, or those of the table's own where no preset is named.
-    The table must have been measured with its metric and its quantizer, which the plan names. ``times`` names a time table of this machine: then the
-    plan's meta and the result say what the plan will take, and ``max_ms_per_token`` limits it.
+    The table must have been measured with its metric and its quantizer, which the plan names; a warning tells what else the preset does. ``times`` names a
+    time table of this machine: then the plan's meta and the result say what the plan will take, and ``max_ms_per_token`` limits it.
     """
     changes = changes or {}
     if context is not None and find_preset(preset, **changes).kv is not None:
@@ -159,6 +162,9 @@ def plan_from_table(cost_path, out, *, bits: float | None = None, nbytes: int | 
         units = units_of(table)
         plan.meta["predicted"] = clock.predict(units, plan.resolve(units))
     plan.save(out)
+    if left := [f"--{part} {getattr(chosen, part)}" for part in BESIDE_FORMATS if getattr(chosen, part) not in (None, "none")]:
+        warnings.warn(f"a plan by preset {preset}: it says formats alone, and the preset does more; give the rest to `mxq quantize MODEL --plan {out}`: "
+                      f"{' '.join(left)}", MxqWarning, stacklevel=2)
     if front is not None:
         from .fileio import write_text
 

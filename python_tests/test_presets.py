@@ -5,6 +5,7 @@ import importlib
 import itertools
 import linecache
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from conftest import make_model, make_tokenizer
 from mxq_ext import banding, checkpoint, ops, pipeline, request, verbs
 from mxq_ext.banding import Layout, choose_layouts, compose
 from mxq_ext.decoding import Decoder
-from mxq_ext.errors import BudgetError, CheckpointError, MxqError, PlanError
+from mxq_ext.errors import BudgetError, CheckpointError, MxqError, MxqWarning, PlanError
 from mxq_ext.formats import Format
 from mxq_ext.plan import Bands, Plan, Tiles
 from mxq_ext.plan.presets import PRESETS, find_preset, parse_changes
@@ -172,6 +173,12 @@ def test_a_plan_is_by_the_tables_quantizer_and_takes_every_change(source, tmp_pa
                                    (None, {"allocator": "uniform"}, "needs the weights"), (None, {"distill": 8}, "`mxq quantize --plan`: --distill 8")):
         with pytest.raises(PlanError, match=match):
             verbs.plan_from_table(cost, out, bits=5, preset=preset, changes=changes)
+    same = {"method": "rtn", "candidates": ["w2g64_asym", "w8"]}
+    with pytest.warns(MxqWarning, match=r"mxq_tuned: it says formats alone, .* `mxq quantize MODEL --plan \S+plan.json`: --reconstruct 0 --distill 64$"):
+        verbs.plan_from_table(cost, out, bits=5, preset="mxq_tuned", changes=same)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        verbs.plan_from_table(cost, out, bits=5, preset="mxq", changes=same)
     table = CostTable.load(cost)
     table.meta = {"shapes": table.meta["shapes"], "metric": "mine"}  # a table that says nothing of a quantizer, by a metric of one's own
     table.save(cost)
