@@ -19,7 +19,7 @@ from torch import nn
 from . import checkpoint, ops
 from . import text as texts
 from .evaluate import Evaluation, Reference, evaluate, paired, speed
-from .fileio import write_json
+from .fileio import check_own, write_json
 from .hf import demo_model_path, load_model, permute_model
 from .nn import replace_linear, set_compute
 from .pipeline import LENGTH, calibrate_for, calibration_tokens, make_table, quantize_by_plan
@@ -67,9 +67,10 @@ HEADER = ["plan", "stored bits", "weights on disk", "ppl technical", "KL technic
 def run_demo(out: str | os.PathLike = "mxq-demo", quick: bool = False, progress: Progress = SILENT) -> dict:
     """Runs the demo into the directory ``out`` and returns what ``demo.json`` holds. Resumes calibration and trials of an earlier run.
 
-    ``quick``: 8 calibration windows, 3 windows of each text, and two mixed plans.
+    ``quick``: 8 calibration windows, 3 windows of each text, and two mixed plans. Raises CheckpointError if the directory holds something else.
     """
     start, out = time.monotonic(), Path(out)
+    check_own(out, ("work", "work-quick", "demo.json"), "a demonstration")
     resumed = any(out.glob("work*"))
     say = progress.note
     model, tokenizer = load_model(demo_model_path())

@@ -7,6 +7,7 @@ import torch
 from conftest import make_model, make_tokenizer
 
 from mxq_ext import checkpoint, demo
+from mxq_ext.errors import CheckpointError
 from mxq_ext.progress import SILENT
 
 
@@ -53,3 +54,10 @@ def test_comparisons_are_against_no_larger_plans(shown):
         assert c["uniform"] == min(fits, key=kl.get)
         nll = {r["name"]: r[c["text"]]["nll"] for r in result["rows"]}
         assert c["nll"] == pytest.approx(nll[c["mixed"]] - nll[c["uniform"]], abs=1e-9)
+
+
+def test_a_directory_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / "mine.txt").write_text("kept")
+    with pytest.raises(CheckpointError, match=r"writing a demonstration to .*: the directory holds something else \(mine.txt\)"):
+        demo.run_demo(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
