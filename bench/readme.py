@@ -177,6 +177,20 @@ def decode_table(result: dict) -> list[str]:
     return [*lines, "", f"{m['cpu']}, {m['target']}; the best of {rounds} rounds in turns, in one process."]
 
 
+def times_table(result: dict) -> list[str]:
+    """What a time table foretells of each plan, and what it takes."""
+    lines = ["| plan | stored bits |" + "".join(f" ms a {what}, foretold | measured | error | less drift |" for what in ("token", "prompt")),
+             "| --- | ---: |" + " ---: |" * 8]
+    for r in result["rows"]:
+        name = r["plan"] + (f" of {r['limit_ms']:.2f} ms" if "limit_ms" in r else "")
+        sides = [(r["predicted"][k], r["measured"][k], r["drift"][k]) for k in ("decode_ms", "prefill_ms")]
+        cells = " | ".join(f"{want:.2f} | {got:.2f} | {want / got - 1:+.1%} | {want * drift / got - 1:+.1%}" for want, got, drift in sides)
+        lines.append(f"| {name} | {r['stored_bits']:.2f} | {cells} |")
+    m, o = result["machine"], result["options"]
+    return [*lines, "", f"{m['cpu']}, {m['target']}; threads: {o['threads']}; prompts of {o['prefill']} tokens. The machine's drift since the time "
+            "table was made is that of a model of one format, measured before and after each plan."]
+
+
 def widths_lines(result: dict, n: int, k: int) -> list[str]:
     """Integer mode at one shape, one thread: how many times as fast as the fastest peer of the width."""
     rows = [r for r in result["rows"] if (r["n"], r["k"], r["threads"]) == (n, k, 1) and r["ours"] and r["name"].endswith(" a8") and r["best_peer"]]
@@ -229,7 +243,7 @@ TABLES: dict[str, list[tuple[str, Callable[[dict], list[str]]]]] = {
     "README.md": [("demo.json", demo_table), ("frameworks.json", files_table), ("decode-cpu.json", decode_table), ("linear-cpu.json", widths_table),
                   ("linear-cuda.json", gpu_table)],
     "docs/quality.md": [("quality.json", quality_table), ("reconstruction.json", reconstruction_table), ("autoround.json", autoround_table)],
-    "docs/performance.md": [("linear-cpu-zen4.json", shapes_table), ("linear-cpu-avx2.json", shapes_table),
+    "docs/performance.md": [("times-cpu-avx2.json", times_table), ("linear-cpu-zen4.json", shapes_table), ("linear-cpu-avx2.json", shapes_table),
                             ("decode-cpu-avx2.json", decode_table), ("linear-cpu.json", speed_table), ("attention-cpu.json", attention_table),
                             ("attention-cpu-avx2.json", attention_table)],
     "docs/kv.md": [("kv-quality.json", kv_table), ("kv-joint.json", joint_table)]}
