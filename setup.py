@@ -8,6 +8,7 @@ A binary built on any machine runs on every machine of its architecture: the CPU
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -110,24 +111,33 @@ def gpus_here() -> list[str]:
     """Capabilities of this machine's GPUs, as the driver's tool tells them; none without it."""
     if not (tool := shutil.which("nvidia-smi")):
         return []
-    told = subprocess.run([tool, "--query-gpu=compute_cap", "--format=csv,noheader"], capture_output=True, text=True).stdout
+    try:
+        told = subprocess.run([tool, "--query-gpu=compute_cap", "--format=csv,noheader"], capture_output=True, text=True, timeout=30).stdout
+    except (OSError, subprocess.TimeoutExpired) as error:
+        print(f"mxq_ext: {tool} does not say which GPUs there are: {error}", flush=True)
+        return []
     return sorted(set(re.findall(r"^\d+\.\d$", told, re.M)), key=float)
 
 
 def cuda_archs(nvcc: str) -> list[str]:
     """Capabilities to compile for, such as ``["7.5", "9.0", "12.0+PTX"]``: ``MXQ_CUDA_ARCHS``, or all of ours that this nvcc knows.
 
-    ``MXQ_CUDA_ARCHS=native`` are those of the GPUs here, as far as this nvcc knows them, and 8.0+PTX where there are none.
+    ``MXQ_CUDA_ARCHS=native`` are those of the GPUs here, from 7.5 on, which the kernels need. If this nvcc does not know one of them, the newest other one gets
+    PTX as well; without any it is 8.0+PTX.
     """
     known = re.findall(r"compute_(\d+)\b", subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout)
     asked = os.environ.get("MXQ_CUDA_ARCHS")
     if asked == "native":
-        return [a for a in gpus_here() if a.replace(".", "") in known] or ["8.0+PTX"]
+        here = [a for a in gpus_here() if float(a) >= 7.5]
+        mine = [a for a in here if a.replace(".", "") in known]
+        if not mine:
+            return ["8.0+PTX"]
+        return [*mine[:-1], mine[-1] + "+PTX"] if mine != here else mine
     archs = re.split(r"[;, ]+", asked.strip()) if asked else [a for a in CUDA_ARCHS if a.removesuffix("+PTX").replace(".", "") in known]
     for arch in archs:
         if not re.fullmatch(r"\d+\.\d(\+PTX)?", arch) or arch.removesuffix("+PTX").replace(".", "") not in known:
             raise SystemExit(f"mxq_ext: MXQ_CUDA_ARCHS={asked!r} has {arch!r}, which {nvcc} does not know; it knows "
-                             + " ".join(f"{a[:-1]}.{a[-1]}" for a in known) + ", each with +PTX or without, and native")
+                             + " ".join(f"{a[:-1]}.{a[-1]}" for a in known) + ", each with +PTX or without; or native alone")
     return archs
 
 
@@ -135,7 +145,7 @@ def first_error(output: str) -> str:
     """The compiler's own first error with the lines that explain it; all of the output if there is none."""
     lines = output.splitlines()
     for i, line in enumerate(lines):
-        if re.search(r"(fatal error|error):|undefined reference|cannot find", line):
+        if re.search(r"(error|fatal)\s*:|undefined reference|cannot find", line):
             return "\n".join(lines[i : i + 8])
     return output[-4000:]
 
@@ -196,7 +206,7 @@ class NinjaBuild(build_ext):
             number = arch.removesuffix("+PTX").replace(".", "")
             codes.append(f"-gencode=arch=compute_{number},code=[{f'compute_{number},' if arch.endswith('+PTX') else ''}sm_{number}]")
         names = " ".join(archs)
-        flags = " ".join([*NVCC_FLAGS, *compression(NVCC), *codes, "-Xptxas=-v"])
+        nvcc, flags = escape(shlex.quote(NVCC)), " ".join([*NVCC_FLAGS, *compression(NVCC), *codes, "-Xptxas=-v"])
         lines = [
             "ninja_required_version = 1.5",
             "rule host",
@@ -205,13 +215,14 @@ class NinjaBuild(build_ext):
             "  deps = gcc",
             "  description = compile $in",
             "rule nvcc",
-            f"  command = {escape(NVCC)} -ccbin {compiler} {flags} -MMD -MF $out.d -c $in -o $out "
-            "> $report.part 2>&1; status=$$?; cat $report.part; [ $$status -ne 0 ] || mv $report.part $report; exit $$status",
+            # The report is as old as what was compiled, and replaced as a whole; what is shown are warnings, or all of it if nvcc fails.
+            f"  command = touch $out.begun; {nvcc} -ccbin {compiler} {flags} -MMD -MF $out.d -c $in -o $out > $out.ptxas 2>&1 "
+            "|| { cat $out.ptxas; exit 1; }; grep warning $out.ptxas; touch -r $out.begun $out.ptxas; mv $out.ptxas $report.$$$$ && mv $report.$$$$ $report",
             "  depfile = $out.d",
             "  deps = gcc",
             f"  description = compile $in for {names}",
             "rule link",
-            f"  command = {escape(NVCC)} -ccbin {compiler} -shared -cudart=static -L{escape(static)} -Xcompiler=-pthread $in -o $out",
+            f"  command = {nvcc} -ccbin {compiler} -shared -cudart=static -L{escape(shlex.quote(str(static)))} -Xcompiler=-pthread $in -o $out",
             "  description = link $out",
         ]
         PTXAS_REPORTS.mkdir(parents=True, exist_ok=True)
@@ -221,7 +232,7 @@ class NinjaBuild(build_ext):
             objects.append(source.replace("/", "_") + ".o")
             lines.append(f"build {objects[-1]}: {'nvcc' if source.endswith('.cu') else 'host'} {escape(ROOT / 'csrc' / source)}")
             if source.endswith(".cu"):
-                lines.append(f"  report = {escape(PTXAS_REPORTS / Path(source).stem)}.txt")
+                lines.append(f"  report = {escape(shlex.quote(str(PTXAS_REPORTS / f'{Path(source).stem}.txt')))}")
             if source.startswith("bind"):
                 lines.append(f"  extra = {self.binding_flags()} '-DMXQ_CUDA_ARCH_NAMES=\"{names}\"'")
         lines += [f"build {escape(output)}: link {' '.join(objects)}", f"default {escape(output)}", ""]

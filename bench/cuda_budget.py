@@ -65,9 +65,9 @@ def threads_of(source: str, kernel: str) -> int:
 
 
 def kept_report(source: Path, folder: Path = REPORTS) -> str:
-    """What the build kept of ``source``; nothing if a file of csrc is newer, or the compiler warned."""
-    report = folder / f"{source.stem}.txt"
-    if not report.exists() or report.stat().st_mtime <= max(p.stat().st_mtime for p in (ROOT / "csrc").rglob("*") if p.is_file()):
+    """What the build kept of ``source``; nothing if a file of csrc, or setup.py, is newer, or the compiler warned."""
+    report, sources = folder / f"{source.stem}.txt", [ROOT / "setup.py", *(p for p in (ROOT / "csrc").rglob("*") if p.is_file())]
+    if not report.exists() or report.stat().st_mtime <= max(p.stat().st_mtime for p in sources):
         return ""
     text = report.read_text(encoding="utf-8")
     return "" if "warning" in text else text

@@ -162,15 +162,15 @@ def plan_from_table(cost_path, out, *, bits: float | None = None, nbytes: int | 
         units = units_of(table)
         plan.meta["predicted"] = clock.predict(units, plan.resolve(units))
     plan.save(out)
-    if left := [f"--{part} {getattr(chosen, part)}" for part in BESIDE_FORMATS if getattr(chosen, part) not in (None, "none")]:
-        warnings.warn(f"a plan by preset {preset}: it says formats alone, and the preset does more; give the rest to `mxq quantize MODEL --plan {out}`: "
-                      f"{' '.join(left)}", MxqWarning, stacklevel=2)
     if front is not None:
         from .fileio import write_text
 
         points = pareto_front(table)
         rows = zip(points.nbytes.tolist(), points.loss.tolist(), strict=True)
         write_text(front, "nbytes,stored_bits,loss\n" + "".join(f"{size},{table.stored_bits(size):.6f},{loss:.9g}\n" for size, loss in rows))
+    if left := [f"--{part} {getattr(chosen, part)}" for part in BESIDE_FORMATS if getattr(chosen, part) not in (None, "none")]:
+        warnings.warn(f"{asked}: a plan says formats alone, and the preset does more; give the rest to `mxq quantize MODEL --plan {out}`: {' '.join(left)}",
+                      MxqWarning, stacklevel=2)
     shown = {"out": str(out), "formats": plan.counts(), **{k: plan.meta[k] for k in ("nbytes", "stored_bits", "loss", "predicted") if k in plan.meta}}
     return shown if context is None else shown | {"cache": kv_counts(plan, table.kv.layers), "joint": plan.meta["joint"]}
 

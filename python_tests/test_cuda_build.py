@@ -72,16 +72,23 @@ ptxas info    : Used {96 + i} registers, used 1 barriers, 2048 bytes smem
 """ for i, arch in enumerate(archs))
 
 
-def test_a_report_that_the_build_kept_is_taken_while_it_is_newer_than_all_sources(tmp_path):
-    source, report = cuda_tools.ROOT / "csrc" / "cuda" / "mv_w4.cu", tmp_path / "mv_w4.txt"
-    assert cuda_budget.kept_report(source, tmp_path) == ""
+@pytest.mark.parametrize("newer", ("csrc/cuda/mv_w4.cu", "csrc/cuda/ptx.cuh", "csrc/formats.h", "setup.py"))
+def test_a_report_that_the_build_kept_is_taken_while_it_is_newer_than_all_sources(tmp_path, monkeypatch, newer):
+    monkeypatch.setattr(cuda_budget, "ROOT", tmp_path)
+    (tmp_path / "csrc" / "cuda").mkdir(parents=True)
+    sources = [tmp_path / name for name in ("csrc/cuda/mv_w4.cu", "csrc/cuda/ptx.cuh", "csrc/formats.h", "setup.py")]
+    for path in sources:
+        path.write_text("")
+        os.utime(path, (1000, 1000))
+    assert cuda_budget.kept_report(sources[0], tmp_path) == ""
+    report = tmp_path / "mv_w4.txt"
     report.write_text(report_of("sm_80"))
-    assert cuda_budget.kept_report(source, tmp_path) == report_of("sm_80")
-    header = (cuda_tools.ROOT / "csrc" / "cuda" / "ptx.cuh").stat().st_mtime
-    os.utime(report, (header - 1, header - 1))
-    assert cuda_budget.kept_report(source, tmp_path) == ""
-    report.write_text("mv_w4.cu(1): warning: the assembler was told less\n" + report_of("sm_80"))
-    assert cuda_budget.kept_report(source, tmp_path) == ""
+    os.utime(report, (1001, 1001))
+    assert cuda_budget.kept_report(sources[0], tmp_path) == report_of("sm_80")
+    os.utime(tmp_path / newer, (1002, 1002))
+    assert cuda_budget.kept_report(sources[0], tmp_path) == ""
+    report.write_text("mv_w4.cu(1): warning: the assembler was told less\n" + report_of("sm_80"))  # now the newest
+    assert cuda_budget.kept_report(sources[0], tmp_path) == ""
 
 
 def test_only_architectures_without_a_report_are_compiled(monkeypatch):
@@ -107,10 +114,11 @@ def build_script(monkeypatch):
     return runpy.run_path(str(cuda_tools.ROOT / "setup.py"))
 
 
-@pytest.mark.parametrize("told, archs", (("9.0\n8.6\n9.0\n", ["8.6", "9.0"]), ("12.0\n", ["12.0"]), ("6.1\n", ["8.0+PTX"]), ("6.1\n7.5\n", ["7.5"]),
+@pytest.mark.parametrize("told, archs", (("9.0\n8.6\n9.0\n", ["8.6", "9.0"]), ("12.0\n", ["12.0"]), ("6.1\n", ["8.0+PTX"]), ("7.0\n7.5\n", ["7.5"]),
+                                         ("12.1\n8.6\n7.5\n", ["7.5", "8.6+PTX"]), ("12.1\n", ["8.0+PTX"]),
                                          ('Field "compute_cap" is not a valid field to query.\n', ["8.0+PTX"]), (None, ["8.0+PTX"])))
 def test_native_is_what_the_gpus_are_and_the_compiler_knows(build_script, tmp_path, monkeypatch, told, archs):
-    for name, says in (("nvcc", "".join(f"compute_{a}\n" for a in (75, 80, 86, 90, 120))), ("nvidia-smi", told)):
+    for name, says in (("nvcc", "".join(f"compute_{a}\n" for a in (50, 61, 70, 75, 80, 86, 90, 120))), ("nvidia-smi", told)):
         if says is not None:
             tool = tmp_path / name
             tool.write_text(f"#!{sys.executable}\nprint({says!r}, end='')\n")
@@ -130,6 +138,54 @@ def test_capabilities_that_the_compiler_does_not_know_are_refused(build_script, 
     assert build_script["cuda_archs"](str(nvcc)) == ["8.0", "9.0+PTX"]
     for wrong in ("8.6", "80", "natives"):
         monkeypatch.setenv("MXQ_CUDA_ARCHS", wrong)
-        told = rf"MXQ_CUDA_ARCHS='{wrong}' has '{wrong}', which .* does not know; it knows 8.0 9.0, each with \+PTX or without, and native"
+        told = rf"MXQ_CUDA_ARCHS='{wrong}' has '{wrong}', which .* does not know; it knows 8.0 9.0, each with \+PTX or without; or native alone"
         with pytest.raises(SystemExit, match=told):
             build_script["cuda_archs"](str(nvcc))
+
+
+def test_what_the_build_keeps_of_the_assembler(build_script, tmp_path, monkeypatch, capsys):
+    """In folders whose names the shell would take apart, with a compiler that does as it is told."""
+    root, nvcc = tmp_path / "a check'out (1)", tmp_path / "a tool kit" / "nvcc"
+    for folder in (root, nvcc.parent, tmp_path / "temp"):
+        folder.mkdir()
+    monkeypatch.setitem(build_script["NinjaBuild"].write_cuda_ninja.__globals__, "PTXAS_REPORTS", root)
+    monkeypatch.setitem(build_script["NinjaBuild"].write_cuda_ninja.__globals__, "NVCC", str(nvcc))
+    build = build_script["NinjaBuild"].__new__(build_script["NinjaBuild"])
+    build.verbose, build.binding_flags = 0, lambda: ""
+
+    def compiler(says, status=0):
+        nvcc.write_text(f"""#!{sys.executable}
+import sys
+from pathlib import Path
+if "--help" not in sys.argv:
+    product = sys.argv[sys.argv.index("-o") + 1]
+    Path(product).write_text("")
+    Path(product + ".d").write_text(product + ":")
+    print({says!r})
+    sys.exit({status})
+""")
+        nvcc.chmod(0o755)
+
+    def run():
+        build.write_cuda_ninja(tmp_path / "temp" / "build.ninja", "true", ["8.0"], tmp_path / "all.so")
+        text = (tmp_path / "temp" / "build.ninja").read_text()
+        (tmp_path / "temp" / "build.ninja").write_text(re.sub(r"^default .*", "default cuda_mv_w4.cu.o", text, flags=re.M))
+        build.run_ninja(tmp_path / "temp", 1)
+
+    def again():
+        (tmp_path / "temp" / "cuda_mv_w4.cu.o").unlink()
+
+    compiler(report_of("sm_80"))
+    run()
+    assert {p.name: p.read_text() for p in root.iterdir()} == {"mv_w4.txt": report_of("sm_80") + "\n"}
+    assert "registers" not in capsys.readouterr().out
+    again()
+    compiler("nvcc error   : 'cicc' died due to signal 9", 1)
+    with pytest.raises(SystemExit, match="nvcc error   : 'cicc' died due to signal 9"):
+        run()
+    assert {p.name: p.read_text() for p in root.iterdir()} == {"mv_w4.txt": report_of("sm_80") + "\n"}
+    again()
+    compiler("mv_w4.cu(7): warning: spills\n" + report_of("sm_80", "sm_90"))
+    run()
+    assert (root / "mv_w4.txt").read_text().count("Compiling") == 2
+    assert [line for line in capsys.readouterr().out.splitlines() if "warning" in line] == ["mv_w4.cu(7): warning: spills"]

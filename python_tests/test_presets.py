@@ -174,7 +174,8 @@ def test_a_plan_is_by_the_tables_quantizer_and_takes_every_change(source, tmp_pa
         with pytest.raises(PlanError, match=match):
             verbs.plan_from_table(cost, out, bits=5, preset=preset, changes=changes)
     same = {"method": "rtn", "candidates": ["w2g64_asym", "w8"]}
-    with pytest.warns(MxqWarning, match=r"mxq_tuned: it says formats alone, .* `mxq quantize MODEL --plan \S+plan.json`: --reconstruct 0 --distill 64$"):
+    told = r"a plan by preset mxq_tuned from \S+: a plan says formats alone, .* `mxq quantize MODEL --plan \S+plan.json`: --reconstruct 0 --distill 64$"
+    with pytest.warns(MxqWarning, match=told):
         verbs.plan_from_table(cost, out, bits=5, preset="mxq_tuned", changes=same)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
